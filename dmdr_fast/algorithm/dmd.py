@@ -1,0 +1,92 @@
+"""The DMD gradient on the leaf x0, and the loss that trains the fake score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmdr_fast import ops
+from dmdr_fast.algorithm.score_pass import ScorePass
+
+
+@dataclass(frozen=True)
+class DMDOptions:
+    """How the DMD gradient is normalised and guided; the names are those of :func:`dmdr_fast.ops.dmd_gradient`.
+
+    reduction: ``mean`` is loss = 1/2 mean g^2 (gradient g / numel, every public DMD trainer but one); ``sum`` is
+    rCM's loss = sum g^2 per sample, averaged over the batch (gradient 2 g / B).
+    """
+
+    cfg_scale: float = 1.0
+    cfg_mode: str = "standard"
+    prediction: str = "flow"
+    normalizer: str = "per_sample"
+    eps: float = 1e-8
+    eps_mode: str = "add"
+    nan_policy: str = "keep"
+    reduction: str = "mean"
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Whether the unconditional prediction matters: not at standard scale 1 or offset scale 0."""
+        return self.cfg_scale != (1.0 if self.cfg_mode == "standard" else 0.0)
+
+
+def dmd_leaf_gradient(
+    x0: Tensor,
+    t: Tensor,
+    noise_seed: Tensor,
+    cond: Any,
+    uncond: Any | None,
+    score: ScorePass,
+    options: DMDOptions,
+    *,
+    real_scale: float,
+    noise_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """d(DMD loss)/d(x0) for the leaf x0 [B, ...], and the loss 1/2 mean g^2 (0-d), both detached.
+
+    g = (x0_fake - x0_real) / w at x_t = (1 - t) x0 + t noise; t fp32 [B]. The noise is drawn inside the renoise
+    kernel from ``noise_seed`` and never stored. See :func:`dmdr_fast.ops.dmd_gradient`.
+    """
+    x_t = ops.renoise(x0, 1.0 - t, t, seed=noise_seed, offset=noise_offset)
+    scores = score(x_t, t, cond, uncond, real_scale=real_scale)
+    out = ops.dmd_gradient(
+        x0,
+        x_t,
+        scores.fake,
+        scores.real,
+        scores.real_uncond,
+        sigma=t,
+        cfg_scale=None if scores.real_uncond is None else options.cfg_scale,
+        cfg_mode=options.cfg_mode,
+        prediction=options.prediction,
+        normalizer=options.normalizer,
+        eps=options.eps,
+        eps_mode=options.eps_mode,
+        nan_policy=options.nan_policy,
+    )
+    factor = 1.0 / x0.numel() if options.reduction == "mean" else 2.0 / x0.shape[0]
+    return out.grad * factor, out.loss
+
+
+def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: str = "flow") -> Tensor:
+    """The fake score's loss at x_t = (1 - t) x0 + t noise, mean over all elements (0-d), computed in fp32 or fp64.
+
+    ``flow`` mean |v - (noise - x0)|^2; ``eps`` mean |eps_hat - noise|^2; ``x0`` mean |x0_hat - x0|^2.
+    """
+    targets = {"flow": lambda: noise - x0, "eps": lambda: noise, "x0": lambda: x0}
+    if kind not in targets:
+        raise ValueError(f"score_matching_loss: kind must be one of {sorted(targets)}, got {kind!r}")
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(dtype) - targets[kind]().to(dtype)).square().mean()
+
+
+def fake_loss(fake, x0: Tensor, t: Tensor, noise: Tensor, cond: Any, kind: str = "flow") -> Tensor:
+    """One denoising loss of the fake score (graded) on the generator's samples x0, renoised to t."""
+    x_t = ops.renoise(x0.detach(), 1.0 - t, t, noise=noise)
+    with torch.enable_grad():
+        return score_matching_loss(fake(x_t, t, cond), x0, noise, kind)

@@ -1,0 +1,74 @@
+"""Small differentiable networks and plain-PyTorch trained roles for tests of the algorithm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.algorithm.score_pass import separate_scores
+from dmdr_fast.algorithm.step import Batch, Networks, Recipe
+
+SHAPE = (2, 4, 4)
+CLASSES = 3
+
+
+class Denoiser(nn.Module):
+    """A smooth conditional network of (x, t, label), float dtype of its weights."""
+
+    def __init__(self, seed: int, width: int = 16, dtype=torch.float64):
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+        size = SHAPE[0] * SHAPE[1] * SHAPE[2]
+        self.inner = nn.Parameter(torch.randn(size + 1, width, generator=rng, dtype=torch.float64).to(dtype) * 0.2)
+        self.outer = nn.Parameter(torch.randn(width, size, generator=rng, dtype=torch.float64).to(dtype) * 0.2)
+        self.label = nn.Parameter(torch.randn(CLASSES + 1, width, generator=rng, dtype=torch.float64).to(dtype))
+
+    def forward(self, x, t, y):
+        flat = torch.cat([x.to(self.inner.dtype).flatten(1), t.to(self.inner.dtype)[:, None]], dim=1)
+        return (torch.tanh(flat @ self.inner + self.label[y]) @ self.outer).view_as(x).to(x.dtype)
+
+
+class PlainRole:
+    """A module with a torch optimizer, as ``dmdr_fast.algorithm.step.Trained`` asks."""
+
+    def __init__(self, module, lr=1e-2, before=None):
+        self.module, self.before = module, before
+        self.optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr)
+        self.forwards = 0
+
+    def __call__(self, x, t, condition):
+        self.forwards += 1
+        if self.before is not None:
+            self.before()
+        return self.module(x, t, condition)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+
+def labels(index, shard):
+    y = torch.arange(shard.start, shard.stop) % CLASSES
+    return Batch(condition=y, reward_inputs={"labels": y})
+
+
+def networks(dtype=torch.float64):
+    generator, fake, real = (Denoiser(seed, dtype=dtype) for seed in (1, 2, 3))
+    generator_role, fake_role = PlainRole(generator), PlainRole(fake)
+    nets = Networks(
+        generator_role,
+        fake_role,
+        separate_scores(fake_role, real.requires_grad_(False)),
+        lambda y: torch.full_like(y, CLASSES),
+    )
+    return nets, generator, fake, real
+
+
+def recipe(steps=1, **changes):
+    values = {"grid": timestep_grid(steps), "latent_shape": SHAPE, "cold_start_steps": 0, "fake_updates": 2}
+    return Recipe(**(values | changes))

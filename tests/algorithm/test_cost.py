@@ -1,0 +1,79 @@
+"""The cost of one update, counted by torch's FLOP counter, in units of one forward at the micro-batch (F-units)."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.algorithm.score_pass import shared_scores
+from dmdr_fast.algorithm.step import Batch, Networks, Recipe, dmdr_update
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.models.lora import add_lora
+from dmdr_fast.models.sit import SIT_CONFIGS, SiT
+
+from .networks import PlainRole
+
+BATCH = 2
+META = torch.device("meta")
+
+
+@functools.cache
+def models():
+    """The paper's SiT-XL/2 at 256 pixels with its rank-32 LoRA, four blocks of it: FLOPs are counted by shape."""
+    size = SIT_CONFIGS["SiT-XL/2"] | {"depth": 4}
+    with META:
+        generator, base = SiT(**size), SiT(**size)
+        base.requires_grad_(False)
+        adapter = add_lora(base, "fake", rank=32, targets=["attn.qkv"], form="post_projection")
+    return generator, base, adapter
+
+
+def data(index, shard):
+    y = torch.zeros(shard.size, dtype=torch.int64, device=META)
+    return Batch(y, {"labels": y})
+
+
+def update_flops(stop: int, steps: int, cfg_scale: float, monkeypatch) -> tuple[int, int]:
+    """(all FLOPs, those of the LoRA's own arithmetic) of one update whose rollouts stop at ``stop``."""
+    monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: stop)
+    generator, base, adapter = models()
+    fake = PlainRole(base, before=lambda: adapter.set_scale(2.0))
+    score = shared_scores(base, adapter.set_scale, fake_scale=2.0)
+    nets = Networks(PlainRole(generator), fake, score, generator.null_condition)
+    recipe = Recipe(
+        grid=timestep_grid(steps),
+        latent_shape=(4, 32, 32),
+        cold_start_steps=10,
+        fake_updates=5,
+        real_lora_scale=0.75,
+        dynamic_guidance_step=10,
+        dmd=DMDOptions(cfg_scale=cfg_scale),
+    )
+    with FlopCounterMode(display=False) as counter:
+        dmdr_update(nets, data, None, recipe, Streams(0), 0, [Shard(0, BATCH, BATCH)], META)
+    operators = counter.get_flop_counts()["Global"]
+    return counter.get_total_flops(), sum(n for op, n in operators.items() if "multi_lora" in str(op))
+
+
+@functools.cache
+def forward_flops() -> int:
+    _, base, adapter = models()
+    adapter.set_scale(None)
+    x, t = torch.empty(BATCH, 4, 32, 32, device=META), torch.empty(BATCH, device=META)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        base(x, t, torch.zeros(BATCH, dtype=torch.int64, device=META))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("steps", "cfg_scale", "bound"), [(1, 1.0, 20.0), (4, 4.0, 28.5)])
+def test_f_units_of_one_update(steps, cfg_scale, bound, monkeypatch):
+    """In expectation over the stop step: 20 at N = 1 without CFG; 28.5 at N = 4 with CFG, where the reference takes 36."""
+    costs = [update_flops(stop, steps, cfg_scale, monkeypatch) for stop in range(steps)]
+    total, lora = (sum(part) / steps for part in zip(*costs, strict=True))
+    units = (total - lora) / forward_flops()
+    print(f"N={steps}, CFG {cfg_scale:g}: {units:.2f} F-units per update, LoRA {lora / total:.2%} on top")
+    assert 0.97 * bound < units <= bound
+    assert 0 < lora / total < 0.02

@@ -1,0 +1,75 @@
+"""Peak memory of the generator update: leaf gradients against one joint graph, measured."""
+
+import gc
+
+import torch
+
+from dmdr_fast import ops
+from dmdr_fast.algorithm.rollout import clean_sample
+from dmdr_fast.algorithm.score_pass import shared_scores
+from dmdr_fast.algorithm.step import Batch, Networks, RewardModel, generator_update, simulate
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.models.lora import add_lora
+from dmdr_fast.models.sit import SiT
+
+from .memory import PeakMemory
+from .networks import PlainRole, recipe
+
+CPU = torch.device("cpu")
+SHARD = Shard(0, 4, 4)
+STREAMS = Streams(1)
+
+
+def setup():
+    torch.manual_seed(0)
+    size = {"input_size": 16, "in_channels": 4, "hidden_size": 64, "depth": 4, "num_heads": 4, "num_classes": 10}
+    generator, base = SiT(**size), SiT(**size)
+    for network in (generator, base):
+        torch.nn.init.normal_(network.final_layer.linear.weight, std=0.05)
+    base.requires_grad_(False)
+    adapter = add_lora(base, "fake", rank=4, targets=["attn.qkv"])
+    decoder = torch.nn.Sequential(  # 8x upsampling like a VAE decoder's: its graph is the larger one
+        *(m for c in (4, 16, 16) for m in (torch.nn.Conv2d(c, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Upsample(scale_factor=2))),
+        torch.nn.Conv2d(16, 3, 3, padding=1),
+    ).requires_grad_(False)
+    reward = RewardModel(decoder, lambda images, labels: -images.square().flatten(1).mean(1))
+    score = shared_scores(base, adapter.set_scale, fake_scale=2.0)
+    generator_role = PlainRole(generator)
+    nets = Networks(generator_role, PlainRole(base, before=lambda: adapter.set_scale(2.0)), score, base.null_condition)
+    return nets, generator, reward
+
+
+def data(index, shard):
+    y = torch.arange(shard.start, shard.stop) % 10
+    return Batch(y, {"labels": y})
+
+
+def joint_update(nets, generator, reward, numbers, sample):
+    """The reference's structure: generator, score pass and reward in one graph, one backward."""
+    r, y = sample.rollout, sample.batch.condition
+    x0 = clean_sample(r.x_in, r.t_in, generator(r.x_in, r.t_in, y))
+    images = reward.decode(x0)
+    loss = -numbers.reward_weight * reward.score(images, labels=y).mean()
+    t = STREAMS.times(numbers.renoise, "dmd_t", 0, step=0, shard=SHARD, device=CPU)
+    x_t = ops.renoise(x0, 1 - t, t, seed=STREAMS.noise_seed("dmd_noise", 0, device=CPU))
+    scores = nets.score(x_t.detach(), t, y, None, real_scale=0.0)
+    loss = loss + ops.dmd_loss(x0, x_t.detach(), scores.fake, scores.real, sigma=t)
+    nets.generator.backward(loss)
+    nets.generator.step()
+
+
+def test_leaf_gradients_peak_below_the_joint_loss():
+    peaks = {}
+    for name in ("leaf", "joint"):
+        nets, generator, reward = setup()
+        numbers = recipe(1, latent_shape=(4, 16, 16), reward_weight=0.1, reward_chunk=1)
+        sample = simulate(nets.generator, data, numbers, STREAMS, (0, 0), SHARD, CPU)
+        gc.collect()
+        with PeakMemory() as memory:
+            if name == "leaf":
+                generator_update(nets, [sample], reward, numbers, STREAMS, 0)
+            else:
+                joint_update(nets, generator, reward, numbers, sample)
+        peaks[name] = memory.peak
+    print(f"peak of the generator update: leaf {peaks['leaf'] / 2**20:.1f} MiB, joint {peaks['joint'] / 2**20:.1f} MiB")
+    assert peaks["leaf"] < 0.75 * peaks["joint"]

@@ -1,0 +1,86 @@
+"""Truncated rollout: the same law and numbers as the full one, at the cost of the steps that are used."""
+
+import numpy as np
+import pytest
+import torch
+
+from dmdr_fast.algorithm.rollout import clean_sample, draw_stop_step, euler_sample, sample, truncated_rollout
+from dmdr_fast.algorithm.schedules import timestep_grid
+
+from .networks import SHAPE, Denoiser
+
+LABELS = torch.tensor([0, 2, 1])
+
+
+def noises(i):
+    rng = torch.Generator().manual_seed(100 + i)
+    return torch.randn(3, *SHAPE, generator=rng, dtype=torch.float64)
+
+
+def full_rollout(network, grid):
+    """Independent: every x_{t_i} and x0_i of the whole rollout, by the formulas."""
+    x, inputs, outputs = noises(0), [], []
+    for i, t in enumerate(grid[:-1]):
+        x0 = x - t * network(x, torch.full((3,), t, dtype=torch.float64), LABELS)
+        inputs.append(x)
+        outputs.append(x0)
+        if i + 1 < len(grid) - 1:
+            x = (1 - grid[i + 1]) * x0 + grid[i + 1] * noises(i + 1)
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_input_of_the_graded_step_is_that_of_the_full_rollout(stop):
+    network, grid = Denoiser(0), timestep_grid(4, shift=2.0)
+    inputs, outputs = full_rollout(network, grid)
+    calls = []
+    rollout = truncated_rollout(
+        lambda x, t, y: calls.append(t) or network(x, t, y), noises, LABELS, grid, stop
+    )
+    torch.testing.assert_close(rollout.x_in, inputs[stop], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rollout.x0, outputs[stop], rtol=1e-6, atol=1e-6)
+    assert rollout.reuse and len(calls) == stop + 1
+    assert torch.equal(rollout.t_in, torch.full((3,), grid[stop]))
+
+
+@pytest.mark.parametrize("stop", range(3))
+def test_same_step_variant_renoises_to_the_step_s_own_time(stop):
+    network, grid = Denoiser(0), timestep_grid(3)
+    _, outputs = full_rollout(network, grid)
+    rollout = truncated_rollout(network, noises, LABELS, grid, stop, variant="same_step")
+    expected = (1 - grid[stop]) * outputs[stop] + grid[stop] * noises(stop + 1)
+    torch.testing.assert_close(rollout.x_in, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rollout.x0, outputs[stop], rtol=1e-6, atol=1e-6)
+    assert not rollout.reuse
+
+
+def test_stop_step_is_uniform():
+    drawn = [draw_stop_step(np.random.Generator(np.random.Philox(i)), 4) for i in range(4000)]
+    counts = np.bincount(drawn, minlength=4)
+    assert len(counts) == 4 and abs(counts - 1000).max() < 4 * np.sqrt(4000 * 3 / 16)
+
+
+def test_sample_is_the_last_x0_of_the_full_rollout():
+    network, grid = Denoiser(0), timestep_grid(3)
+    torch.testing.assert_close(
+        sample(network, noises, LABELS, grid), full_rollout(network, grid)[1][-1], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_euler_converges_to_the_exact_flow():
+    """For x0 ~ N(0, s^2) the velocity is linear in x and the flow is x(t) = z sqrt(((1-t)^2 s^2 + t^2) / 1)."""
+    s = 0.5
+
+    def velocity(x, t, y):
+        t = t.double().view(-1, 1)
+        return x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
+
+    z = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    errors = [(euler_sample(velocity, z, None, n) - s * z).abs().max().item() for n in (50, 100)]
+    assert errors[1] < 0.02 and errors[1] == pytest.approx(errors[0] / 2, rel=0.1)
+
+
+def test_clean_sample_refuses_an_eps_prediction():
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="got 'eps'"):
+        clean_sample(x, torch.ones(1), x, "eps")

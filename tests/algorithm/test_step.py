@@ -1,0 +1,191 @@
+"""The update: leaf gradients are the joint loss's, at no more memory and at the cost that the design promises."""
+
+import pytest
+import torch
+
+from dmdr_fast import ops
+from dmdr_fast.algorithm.dmd import DMDOptions, score_matching_loss
+from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
+from dmdr_fast.algorithm.schedules import RenoiseLaw
+from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
+from dmdr_fast.algorithm.step import RewardModel, dmdr_update, generator_update, simulate
+from dmdr_fast.algorithm.streams import Shard, Streams
+
+from .networks import CLASSES, SHAPE, Denoiser, labels, networks, recipe
+
+CPU = torch.device("cpu")
+STREAMS = Streams(11)
+SHARD = Shard.of_rank(0, 1, 6)
+MIX = torch.randn(SHAPE[0] * 16, CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def decode(x):
+    return torch.tanh(x)
+
+
+def reward_score(images, labels):
+    logits = images.double().flatten(1) @ MIX
+    return torch.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
+
+
+REWARD = RewardModel(decode, reward_score)
+
+
+def joint_gradients(generator, fake, real, numbers, sample, step):
+    """The gradient of one joint loss, everything in one graph, by the formulas of the DMDR reference in fp64."""
+    rollout, y = sample.rollout, sample.batch.condition
+    t_in = rollout.t_in.double().view(-1, 1, 1, 1)
+    x_in = rollout.x_in.double()
+    x0 = x_in - t_in * generator(x_in, rollout.t_in, y)
+    t = STREAMS.times(numbers.renoise, "dmd_t", step, step=step, shard=SHARD, device=CPU).double()
+    like = torch.empty((SHARD.size, *SHAPE), dtype=torch.float64)
+    noise = ops.normal_noise(like, STREAMS.noise_seed("dmd_noise", step, device=CPU))
+    sigma = t.view(-1, 1, 1, 1)
+    x_t = (1 - sigma) * x0 + sigma * noise
+    with torch.no_grad():
+        cond, uncond = real(x_t, t, y), real(x_t, t, torch.full_like(y, CLASSES))
+        guided = uncond + numbers.dmd.cfg_scale * (cond - uncond)
+        p_real = x0 - (x_t - sigma * guided)
+        p_fake = x0 - (x_t - sigma * fake(x_t, t, y))
+        g = (p_real - p_fake) / (p_real.abs().mean(dim=(1, 2, 3), keepdim=True) + 1e-8)
+    loss = 0.5 * torch.nn.functional.mse_loss(x0, (x0 - g).detach())
+    loss = loss - numbers.reward_weight * reward_score(decode(x0), y).mean()
+    return torch.autograd.grad(loss, list(generator.parameters()))
+
+
+class Captured:
+    """Keeps the gradients that a role accumulated instead of stepping."""
+
+    def __init__(self, role):
+        self.role, self.gradients = role, None
+
+    def __call__(self, *args):
+        return self.role(*args)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.gradients = [p.grad.clone() for p in self.role.module.parameters()]
+        self.role.module.zero_grad()
+        return True
+
+
+@pytest.mark.parametrize("chunk", [2, 6])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_leaf_gradients_equal_the_joint_loss(steps, chunk, monkeypatch):
+    nets, generator, fake, real = networks()
+    numbers = recipe(steps, dmd=DMDOptions(cfg_scale=3.0), reward_weight=0.7, reward_chunk=chunk)
+    captured = Captured(nets.generator)
+    nets = type(nets)(captured, nets.fake, nets.score, nets.null_condition)
+    noise = Streams.noise
+    monkeypatch.setattr(Streams, "noise", lambda *a, **k: noise(*a, **k).double())
+    for step in range(3):
+        sample = simulate(captured, labels, numbers, STREAMS, (step, 0), SHARD, CPU)
+        metrics, applied = generator_update(nets, [sample], REWARD, numbers, STREAMS, step)
+        expected = joint_gradients(generator, fake, real, numbers, sample, step)
+        assert applied and set(metrics) == {"dmd_loss", "reward", "reward_grad_ratio"}
+        for got, want in zip(captured.gradients, expected, strict=True):
+            assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_gradient_accumulation_equals_one_large_batch():
+    gradients = []
+    for shards in ([Shard(0, 6, 6)], [Shard(0, 2, 6), Shard(2, 4, 6), Shard(4, 6, 6)]):
+        nets, *_ = networks()
+        numbers = recipe(2, reward_weight=0.5)
+        captured = Captured(nets.generator)
+        captured.backward = lambda loss, n=len(shards): (loss / n).backward()
+        nets = type(nets)(captured, nets.fake, nets.score, nets.null_condition)
+        samples = [simulate(captured, labels, numbers, STREAMS, (0, 0), shard, CPU) for shard in shards]
+        generator_update(nets, samples, REWARD, numbers, STREAMS, 0)
+        gradients.append(captured.gradients)
+    for one, split in zip(*gradients, strict=True):
+        torch.testing.assert_close(split, one, rtol=1e-5, atol=1e-7)
+
+
+def test_rl_begins_when_the_cold_start_ends():
+    nets, *_ = networks()
+    numbers = recipe(1, cold_start_steps=2, reward_weight=0.5)
+    seen = [
+        "reward" in dmdr_update(nets, labels, REWARD, numbers, STREAMS, step, [SHARD], CPU).metrics for step in range(4)
+    ]
+    assert seen == [False, False, True, True]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_generator_forwards_per_update(steps, monkeypatch):
+    """R truncated rollouts and one graded forward; the last rollout is shared with the generator update."""
+    for stop in range(steps):
+        monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n, stop=stop: stop)
+        nets, *_ = networks()
+        dmdr_update(nets, labels, None, recipe(steps, fake_updates=3), STREAMS, 0, [SHARD], CPU)
+        assert nets.generator.forwards == 3 * (stop + 1) + 1
+        assert nets.fake.forwards == 3 + 1
+
+
+def test_fake_update_descends_the_denoising_loss():
+    nets, generator, fake, _ = networks()
+    numbers = recipe(1, fake_updates=1, renoise=RenoiseLaw("uniform"))
+    fake_before = [p.detach().clone() for p in fake.parameters()]
+    sample = simulate(nets.generator, labels, numbers, STREAMS, (0, 0), SHARD, CPU)
+    x0, y = sample.rollout.x0.double(), sample.batch.condition
+    t = STREAMS.times(numbers.renoise, "fake_t", 0, 0, step=0, shard=SHARD, device=CPU).double()
+    noise = STREAMS.noise("fake_noise", 0, 0, shape=SHAPE, shard=SHARD, device=CPU).double()
+    sigma = t.view(-1, 1, 1, 1)
+    loss = (fake((1 - sigma) * x0 + sigma * noise, t, y) - (noise - x0)).square().mean()
+    expected = torch.autograd.grad(loss, list(fake.parameters()))
+    from dmdr_fast.algorithm.step import fake_update
+
+    metrics, _ = fake_update(nets.fake, [sample], numbers, STREAMS, (0, 0))
+    assert metrics["fake_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for parameter, before, gradient in zip(fake.parameters(), fake_before, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), before - 1e-2 * gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["flow", "eps", "x0"])
+def test_score_matching_targets(kind):
+    rng = torch.Generator().manual_seed(1)
+    prediction, x0, noise = torch.randn(3, 4, 2, dtype=torch.float64, generator=rng).unbind()
+    target = {"flow": noise - x0, "eps": noise, "x0": x0}[kind]
+    expected = ((prediction - target) ** 2).sum().item() / 8
+    assert score_matching_loss(prediction, x0, noise, kind).item() == pytest.approx(expected)
+
+
+def test_shared_pass_equals_separate_calls_with_a_scale_per_sample():
+    network = Denoiser(4)
+    scale = torch.ones(1)
+
+    def set_scale(value):
+        scale.data = value
+
+    def scaled(x, t, y):
+        return network(x, t, y) * scale.view(-1, 1, 1, 1)
+
+    x = torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    t, y = torch.rand(5, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 2, 0, 1])
+    null = torch.full_like(y, CLASSES)
+    shared = shared_scores(scaled, set_scale, fake_scale=2.0)
+    for uncond in (None, null):
+        out = shared(x, t, y, uncond, real_scale=0.25)
+        torch.testing.assert_close(out.fake, 2.0 * network(x, t, y))
+        torch.testing.assert_close(out.real, 0.25 * network(x, t, y))
+        if uncond is None:
+            assert out.real_uncond is None
+        else:
+            torch.testing.assert_close(out.real_uncond, 0.25 * network(x, t, null))
+    separate = separate_scores(network, network)(x, t, y, null, real_scale=0.0)
+    torch.testing.assert_close(separate.real_uncond, network(x, t, null))
+    with pytest.raises(ValueError, match="real_scale must be 0"):
+        separate_scores(network, network)(x, t, y, null, real_scale=0.5)
+
+
+def test_refl_gradient_and_rewards_do_not_depend_on_the_chunk():
+    x0 = torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    y = torch.tensor([0, 1, 2, 0, 1])
+    leaf = x0.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(-reward_score(decode(leaf), y).mean(), leaf)
+    for chunk in (1, 2, 5, 9):
+        gradient, rewards = refl_leaf_gradient(x0, decode, lambda images, rows: reward_score(images, y[rows]), chunk=chunk)
+        torch.testing.assert_close(gradient, expected)
+        torch.testing.assert_close(rewards, reward_score(decode(x0), y).float())
