@@ -1,0 +1,202 @@
+"""Command line and YAML to a :class:`~dmdr_fast.config.Config`; every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from dmdr_fast.config import Config
+from dmdr_fast.errors import UserError
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
+
+
+def leaves(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the configuration as (dotted path, field), in the order they are declared."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, f"{path}.")
+        else:
+            yield path, field
+
+
+def accepted(field: FieldInfo) -> str:
+    """The values a key takes, in words: ``0 | 2 | 3``, ``int > 0``, ``text or null``."""
+    return " ".join([_type_words(field.annotation), *_bounds(field.metadata)])
+
+
+def _type_words(annotation: Any) -> str:
+    args = get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return "[" + ", ".join("..." if a is Ellipsis else _type_words(a) for a in args) + "]"
+    if hasattr(annotation, "__metadata__"):  # Annotated[type, bounds]
+        return " ".join([_type_words(args[0]), *_bounds(annotation.__metadata__)])
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, args))
+    if args:  # X | None
+        return " or ".join(_type_words(a) for a in args)
+    words = {str: "text", Path: "path", bool: "true | false", type(None): "null"}
+    return words.get(annotation, annotation.__name__)
+
+
+def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            yield from _bounds(item.metadata)
+        for name, symbol in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if getattr(item, name, None) is not None:
+                yield f"{symbol} {getattr(item, name)}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, raised for the caller to print."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``train.py``: ``--config``, ``--print-config`` and one flag per key."""
+    parser = _Parser(
+        prog="train.py",
+        usage="deepspeed dmdr_fast/train.py [--config FILE] [--print-config] [--KEY VALUE ...]",
+        description=Config.__doc__,
+        epilog="Values are read as YAML: 3, 1e-4, true, null, [0.9, 0.999]. Flags override the file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file (default: configs/digits.yaml).")
+    parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and exit.")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    groups: dict[str, Any] = {"": parser}
+    for path, field in leaves():
+        section = path.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        text = f"{field.description} ({accepted(field)}; default {_plain(field.default)})"
+        groups[section].add_argument(f"--{path}", dest=path, metavar="V", help=text.replace("%", "%%"))
+    return parser
+
+
+def _plain(value: Any) -> str:
+    return yaml.safe_dump(_yaml_ready(value), default_flow_style=True).replace("\n...", "").strip()
+
+
+def _yaml_ready(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _yaml_ready(v) for k, v in value.items()}
+    return [_yaml_ready(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def parse(argv: list[str]) -> tuple[Config, bool]:
+    """(configuration, whether only to print it) from command-line words.
+
+    Raises:
+        UserError: unknown key or flag (with the nearest known name), wrong type or value, unreadable YAML.
+    """
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_key(unknown[0].lstrip("-").partition("=")[0], "command line"))
+    values = _read_yaml(options.config)
+    for path, _ in leaves():
+        text = getattr(options, path)
+        if text is not None:
+            _assign(values, path, text)
+    return _validated(values, options.config), options.print_config
+
+
+def load(path: Path) -> Config:
+    """The configuration of a YAML file."""
+    return parse(["--config", str(path)])[0]
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; reading it back gives the same configuration."""
+    return yaml.safe_dump(_yaml_ready(config.model_dump()), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; name a readable YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected keys and values, got {type(values).__name__}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: 1e-4 is a number (YAML 1.1, PyYAML's default, wants 1.0e-4)."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _assign(values: dict, path: str, text: str) -> None:
+    *sections, last = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{section}: expected a group of keys, got {values!r}")
+    try:
+        values[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def _validated(values: dict, source: Path) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{_problem(problems[0], source)}{more}") from None
+
+
+def _problem(problem: dict, source: Path) -> str:
+    fields = dict(leaves())
+    words = [str(w) for w in problem["loc"]]
+    path = next((".".join(words[:n]) for n in range(len(words), 0, -1) if ".".join(words[:n]) in fields), ".".join(words))
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(".".join(words), str(source))
+    if not words:  # raised by Config itself: the message names its key
+        return problem["msg"].removeprefix("Value error, ")
+    wanted = f"expected {accepted(fields[path])}" if path in fields else "expected a group of keys"
+    return f"{path}: {wanted}; got {problem['input']!r}"
+
+
+def _unknown_key(path: str, source: str) -> str:
+    known = [name for name, _ in leaves()]
+    section, _, name = path.rpartition(".")
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    accepted_keys = f"; keys of {section or 'the top level'}: {', '.join(siblings)}" if siblings else ""
+    return f"{path}: unknown key ({source}); did you mean {near}?{accepted_keys}"
+
+
+def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Call ``main(argv)``; a :class:`UserError` becomes one line on stderr (of rank 0) and exit code 2."""
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
