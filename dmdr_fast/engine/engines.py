@@ -1,0 +1,134 @@
+"""DeepSpeed engines: one per trained role, and frozen networks that share its ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from dmdr_fast.config import AdamW, Config
+from dmdr_fast.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def engine_config(config: Config, *, trained: bool) -> dict[str, Any]:
+    """The DeepSpeed configuration of one role; the keys of ``deepspeed.config`` come on top."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.gradient_accumulation if trained else 1,
+        "gradient_clipping": config.optimizer.clip,
+        "steps_per_print": 10**9,  # the run has its own log
+        "bf16": {"enabled": config.deepspeed.dtype == "bf16"},
+        "zero_optimization": {"stage": config.deepspeed.stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.deepspeed.config is not None:
+        _merge(settings, _read_json(config), "")
+    return settings
+
+
+def _read_json(config: Config) -> dict[str, Any]:
+    try:
+        return json.loads(config.deepspeed.config.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed.config: {config.deepspeed.config} is not readable JSON: {error}") from None
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any], path: str) -> None:
+    for name, value in top.items():
+        if name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+            raise UserError(f"deepspeed.config: {path}{name} is set by train.micro_batch_size and gradient_accumulation")
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            _merge(base[name], value, f"{path}{name}.")
+        else:
+            base[name] = value
+
+
+def trained_engine(module: nn.Module, config: Config, optimizer: AdamW) -> deepspeed.DeepSpeedEngine:
+    """An engine that trains the parameters of ``module`` that require grad; the rest is frozen and sharded alike.
+
+    The optimizer is torch's fused AdamW, or the one of ``deepspeed.config`` where that names one.
+    """
+    settings = engine_config(config, trained=True)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    client = None
+    if "optimizer" not in settings:
+        client = torch.optim.AdamW(
+            parameters,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+    return deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=settings)[0]
+
+
+def frozen_network(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """A network that is only evaluated: sharded under stage 3, replicated otherwise, in the compute dtype."""
+    module = module.requires_grad_(False).to(device, DTYPES[config.deepspeed.dtype])
+    if config.deepspeed.stage < 3:
+        return module
+    return deepspeed.initialize(model=module, config=engine_config(config, trained=False))[0]
+
+
+class Role:
+    """A network as the algorithm calls it: fp32 latents in, fp32 predictions out, compute dtype in between."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        self.network, self.dtype = network, dtype
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        return self.network(x_t.to(self.dtype), t, condition).float()
+
+
+class TrainedRole(Role):
+    """A role with an engine behind it (``dmdr_fast.algorithm.step.Trained``).
+
+    A LoRA role passes its adapter: the graded forward wears it at ``lora_scale``.
+    """
+
+    def __init__(self, name: str, engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype, adapter=None, lora_scale=1.0):
+        super().__init__(engine, dtype)
+        self.name, self.engine, self.adapter, self.lora_scale = name, engine, adapter, lora_scale
+        self.gradient_norm = float("nan")  # of the last step that was applied, before clipping
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        if self.adapter is not None:
+            self.adapter.set_scale(self.lora_scale)
+        return super().__call__(x_t, t, condition)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; DeepSpeed averages over micro-steps and ranks."""
+        last = self.engine.is_gradient_accumulation_boundary()
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # only counts the micro-step
+
+    def step(self) -> bool:
+        """Clip and step. A non-finite gradient anywhere leaves weights and optimizer untouched on every rank.
+
+        ZeRO's optimizers decide that themselves, from the global norm they need for clipping; the plain fp32 engine
+        (stage 0) has no such check, so its gradients, equal on all ranks by then, are looked at here.
+        """
+        if self.engine.zero_optimization_stage() == 0 and self.dtype == torch.float32:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                self.engine.zero_grad()
+            self.engine.step()
+            applied = bool(torch.isfinite(norm))
+        else:
+            self.engine.step()
+            applied, norm = self.engine.was_step_applied(), self.engine.get_global_grad_norm()
+        if applied:
+            self.gradient_norm = float(norm)
+        return applied
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr

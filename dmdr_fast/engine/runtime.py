@@ -1,0 +1,101 @@
+"""Where this process runs: its rank, its device, and the few collective decisions of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank of the run. Collectives on ``control`` go through gloo: they never wait for the device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # None on a single rank
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line from rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; the same answer on all ranks."""
+        if self.control is None:
+            return flag
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
+        return bool(votes)
+
+    def gather(self, value: object) -> list:
+        """Every rank's (picklable, small) value, in rank order."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks of a small tensor on the device."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def concatenate(self, part: torch.Tensor) -> torch.Tensor:
+        """All ranks' equal-shaped parts, concatenated along the first dimension in rank order."""
+        if self.world_size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.world_size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+
+def start() -> Runtime:
+    """Join the run that the launcher set up, or be its only rank when there is no launcher."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    rank, world_size, local_rank = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    # On CPUs DeepSpeed would compile a shared-memory all-reduce at start-up, half a minute, for inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    control = dist.new_group(backend="gloo") if world_size > 1 else None
+    return Runtime(rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), control)
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask the run to finish its step, write a checkpoint and leave."""
+
+    def __init__(self, signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
+        self.asked = False
+        for number in signals:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = True

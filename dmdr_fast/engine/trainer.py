@@ -1,0 +1,334 @@
+"""The training loop: build, resume, update, log, checkpoint, evaluate."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
+from dmdr_fast.algorithm.step import Recipe, Update, dmdr_update
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.cli import dump
+from dmdr_fast.config import AdamW, Config
+from dmdr_fast.engine import inputs, runtime
+from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
+from dmdr_fast.engine.evaluation import Evaluator
+from dmdr_fast.engine.logs import RunLog
+from dmdr_fast.engine.networks import Roles, build_roles
+from dmdr_fast.engine.shards import EMA, save_weights
+from dmdr_fast.engine.teacher import teacher_weights
+from dmdr_fast.engine.telemetry import Telemetry
+from dmdr_fast.errors import UserError
+from dmdr_fast.eval.report import write_report
+
+
+class Diverged(Exception):
+    """Too many updates in a row were skipped; the message says which role and which quantity."""
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The numbers that the step reads."""
+    size = config.latent_size
+    shared = config.sharing == "shared_score"
+    return Recipe(
+        grid=timestep_grid(config.student.steps, shift=config.student.shift),
+        latent_shape=(config.model.channels, size, size),
+        cold_start_steps=config.train.cold_start_steps,
+        fake_updates=config.train.fake_updates,
+        rollout_variant=config.student.rollout,
+        real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
+        dynamic_guidance_step=config.dyna_dg.dynamic_step,
+        renoise=RenoiseLaw(
+            alpha0=config.dyna_rs.alpha0,
+            beta0=config.dyna_rs.beta0,
+            dynamic_step=config.dyna_rs.dynamic_step,
+            **config.renoise.model_dump(),
+        ),
+        dmd=DMDOptions(
+            cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()
+        ),
+        reward_weight=config.reward.weight if config.reward.kind != "none" else 0.0,
+        reward_chunk=config.reward.chunk,
+    )
+
+
+def check_run_dir(path: Path) -> None:
+    """Refuse a run_dir that cannot be written, before anything is loaded."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{psutil.Process().pid}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); name another folder") from None
+
+
+def train(config: Config) -> None:
+    """Run the whole job of ``config``: see the README for what it leaves in run_dir.
+
+    Raises:
+        UserError: something in the configuration or on disk must be changed.
+        Diverged: ``train.max_skipped`` updates in a row had non-finite gradients; a checkpoint was written.
+    """
+    check_run_dir(config.run_dir)
+    weights = teacher_weights(config)
+    ranks = runtime.start()
+    run = Run.build(config, weights, ranks)
+    if run.updates():
+        run.finish()
+
+
+@dataclass
+class Run:
+    """One run on one rank: what it is made of, and where it stands."""
+
+    config: Config
+    ranks: runtime.Runtime
+    recipe: Recipe
+    streams: Streams
+    roles: Roles
+    ema: EMA | None
+    reward: torch.nn.Module | None
+    decoder: object
+    checkpoints: CheckpointFolder
+    log: RunLog
+    telemetry: Telemetry
+    step: int
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    pending: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, config: Config, weights: Path, ranks: runtime.Runtime) -> Run:
+        """Build every part, resume where ``resume`` says so, and print the effective recipe once."""
+        streams = Streams(config.seed)
+        checkpoints = CheckpointFolder(
+            config.run_dir / "checkpoints", config.checkpoint.keep, identity(config, ranks), ranks
+        )
+        resume_from = checkpoints.find(config.resume)
+        roles = build_roles(config, weights, ranks.device, lora_seed=int(streams.rng("lora").integers(2**31)))
+        ema = None if config.student.ema is None else EMA(roles.generator.engine.module, config.student.ema)
+        state = {"step": 0, "counters": {}}
+        if resume_from is not None:
+            state = checkpoints.load(resume_from, Trained(_trained(roles), ema))
+            ranks.say(f"resumed from {resume_from}, step {state['step']}")
+        run = cls(
+            config=config,
+            ranks=ranks,
+            recipe=recipe_of(config),
+            streams=streams,
+            roles=roles,
+            ema=ema,
+            reward=inputs.build_reward(config, ranks.device),
+            decoder=inputs.build_decoder(config, ranks.device),
+            checkpoints=checkpoints,
+            log=RunLog(
+                config.run_dir,
+                total_steps=config.train.generator_steps,
+                start_step=state["step"],
+                wandb=config.log.wandb,
+                enabled=ranks.is_main,
+            ),
+            telemetry=Telemetry(ranks.device),
+            step=state["step"],
+            **state["counters"],
+        )
+        if ranks.is_main:
+            (config.run_dir / "config.yaml").write_text(dump(config))
+        ranks.say(describe(config, run.recipe, roles, ranks))
+        return run
+
+    def updates(self) -> bool:
+        """Generator updates until the last one (True) or until asked to stop (False)."""
+        config, stop = self.config, runtime.StopRequest()
+        data = inputs.label_source(config, self.streams, self.ranks.device)
+        reward = inputs.reward_model(self.reward, self.decoder)
+        shards = [
+            Shard.of_rank(self.ranks.rank, self.ranks.world_size, config.train.micro_batch_size, m, accumulation)
+            for accumulation in [config.train.gradient_accumulation]
+            for m in range(accumulation)
+        ]
+        self._flushed, self._first_step = time.monotonic(), self.step
+        while self.step < config.train.generator_steps:
+            self._snapshot_cold_start()
+            self._set_learning_rates()
+            update = dmdr_update(
+                self.roles.networks, data, reward, self.recipe, self.streams, self.step, shards, self.ranks.device
+            )
+            self.step += 1
+            self._account(update)
+            due = self.step % config.checkpoint.every == 0 or self.step == config.train.generator_steps
+            asked = self.ranks.any(stop.asked)
+            if due or asked or self.step % config.log.every == 0:
+                self._flush(shards[0].total)
+            if due or asked:
+                self._checkpoint()
+            if asked:
+                self.log.close()
+                self.ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config)}")
+                return False
+        self._snapshot_cold_start()
+        return True
+
+    def finish(self) -> None:
+        """Write the final weights, the evaluation and the report."""
+        config = self.config
+        final = config.run_dir / "final" / "generator.safetensors"
+        save_weights(self.roles.generator.engine.module, self.ema, final, self.ranks)
+        self.log.close()
+        data = inputs.build_evaluation(config, self.ranks.device)
+        if data is not None:
+            generators = {"cold_start": self._cold_start_weights, "dmdr": final}
+            evaluator = Evaluator(config, self.ranks, self.decoder, self.reward, data, self.recipe.grid)
+            table = evaluator.run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})
+            self.ranks.say(table_text(table))
+        if self.ranks.is_main:
+            self.ranks.say(f"weights: {final}")
+            self.ranks.say(f"report: {write_report(config.run_dir)}")
+        self.ranks.barrier()
+
+    @property
+    def _cold_start_weights(self) -> Path:
+        return self.config.run_dir / "cold_start" / "generator.safetensors"
+
+    def _snapshot_cold_start(self) -> None:
+        if self.step == self.config.train.cold_start_steps:
+            save_weights(self.roles.generator.engine.module, self.ema, self._cold_start_weights, self.ranks)
+
+    def _set_learning_rates(self) -> None:
+        rl = self.step >= self.config.train.cold_start_steps
+        for role, settings in (
+            (self.roles.generator, self.config.optimizer.generator),
+            (self.roles.fake, self.config.optimizer.fake),
+        ):
+            role.set_lr(learning_rate(settings, rl=rl))
+
+    def _account(self, update: Update) -> None:
+        """EMA and skip counters after one update; ends a run that no longer moves."""
+        self.pending.append(update.metrics)
+        if self.ema is not None and "generator" not in update.skipped:
+            self.ema.update()
+        if not update.skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        cause = diagnosis(update, self.ranks)
+        self.ranks.say(f"step {self.step}: update of {cause} skipped, {self.skipped_in_a_row} in a row")
+        if self.skipped_in_a_row >= self.config.train.max_skipped:
+            self._checkpoint()
+            self.log.close()
+            raise Diverged(
+                f"{self.skipped_in_a_row} updates in a row were skipped (train.max_skipped): {cause}. "
+                f"A checkpoint of step {self.step} was written; lower optimizer.*.lr or reward.weight, or go back to an "
+                "earlier checkpoint with --resume PATH"
+            )
+
+    def _flush(self, batch: int) -> None:
+        """Fetch the metrics of the updates since the last flush and log their mean."""
+        if not self.pending:
+            return
+        names = sorted(set().union(*self.pending))
+        stacked = torch.stack(
+            [torch.stack([m[n].float() for m in self.pending if n in m]).nanmean() for n in names]
+        )
+        values = dict(zip(names, self.ranks.mean(stacked).tolist(), strict=True))
+        now = time.monotonic()
+        alpha, beta = self.recipe.renoise.beta(self.step - 1)
+        values |= {
+            "samples_per_second": len(self.pending) * batch / (now - self._flushed),
+            "skipped": float(self.skipped),
+            "renoise_alpha": alpha,
+            "renoise_beta": beta,
+            "real_lora_scale": self.recipe.real_scale(self.step - 1),
+        }
+        values |= {f"{n}_grad_norm": r.gradient_norm for n, r in _trained(self.roles).items()}
+        values |= self.telemetry.sample((self.step - self._first_step) * batch // self.ranks.world_size)
+        phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
+        self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
+        self.pending.clear()
+        self._flushed = now
+
+    def _checkpoint(self) -> None:
+        counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        self.checkpoints.save(self.step, Trained(_trained(self.roles), self.ema), counters)
+
+
+def _trained(roles: Roles) -> dict:
+    return {"generator": roles.generator, "fake": roles.fake}
+
+
+def learning_rate(settings: AdamW, *, rl: bool) -> float:
+    """The role's learning rate in this phase."""
+    return settings.rl_lr if rl and settings.rl_lr is not None else settings.lr
+
+
+def identity(config: Config, ranks: runtime.Runtime) -> dict:
+    """What a checkpoint and the run that reads it must have in common."""
+    return {
+        "world_size": ranks.world_size,
+        "seed": config.seed,
+        "sharing": config.sharing,
+        "model": config.model.model_dump(),
+        "lora": config.lora.model_dump(mode="json") if config.sharing == "shared_score" else None,
+        "student.ema": config.student.ema,
+        "deepspeed.stage": config.deepspeed.stage,
+        "deepspeed.dtype": config.deepspeed.dtype,
+    }
+
+
+def diagnosis(update: Update, ranks: runtime.Runtime) -> str:
+    """Which role and which quantity was not finite. Fetches the metrics: only on a skipped update."""
+    bad = [n for n, v in update.metrics.items() if not torch.isfinite(v).item()]
+    everywhere = sorted({n for part in ranks.gather(bad) for n in part})
+    return f"{' and '.join(sorted(set(update.skipped)))} (not finite: {', '.join(everywhere) or 'gradient only'})"
+
+
+def resume_command(config: Config) -> str:
+    """The command that goes on with this run."""
+    return f"deepspeed dmdr_fast/train.py --config {config.run_dir / 'config.yaml'} --resume auto"
+
+
+def describe(config: Config, recipe: Recipe, roles: Roles, ranks: runtime.Runtime) -> str:
+    """The effective recipe in a few lines, printed once."""
+    laws = [
+        f"step {s}: Beta({a:.2f}, {b:.2f}) s_r {recipe.real_scale(s):.2f}"
+        for s in sorted({0, config.dyna_rs.dynamic_step // 2, config.dyna_rs.dynamic_step})
+        for a, b in [recipe.renoise.beta(s)]
+    ]
+    renoise = "; ".join(laws) if recipe.renoise.kind == "dyna_rs" else recipe.renoise.kind
+    standard = config.teacher.cfg_scale + (1.0 if config.teacher.cfg_mode == "offset" else 0.0)
+    master = sum(roles.trained_parameters.values()) * 12
+    stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
+    batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
+    lines = [
+        f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
+        f"teacher    CFG scale {standard:g} (standard form)",
+        f"roles      {config.sharing}; parameters trained / all: "
+        + ", ".join(f"{n} {roles.trained_parameters.get(n, 0):,} / {c:,}" for n, c in roles.total_parameters.items()),
+        f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB optimizer and gradients, over all ranks",
+        f"renoise    {renoise}",
+        f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
+        f"{config.reward.kind} reward x {recipe.reward_weight:g}; R = {recipe.fake_updates}, batch {batch}",
+        f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
+        f"on {ranks.device.type}",
+    ]
+    return "\n".join(lines)
+
+
+def table_text(table: dict[str, dict[str, float]]) -> str:
+    """metrics.json as aligned text."""
+    if not table:
+        return ""
+    names = list(next(iter(table.values())))
+    lines = ["            " + "".join(f"{n:>11}" for n in names)]
+    lines += [f"{row:<12}" + "".join(f"{values[n]:>11.4g}" for n in names) for row, values in table.items()]
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""The main job: ``deepspeed dmdr_fast/train.py --config FILE [--key.subkey value ...]``.
+
+Without the launcher (``python dmdr_fast/train.py ...``) it is the same job on one rank.
+"""
+
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on sys.path, where dmdr_fast/cache.py and friends would pass for top-level modules;
+# the folder above it belongs there, at the end, so that an uninstalled checkout works too.
+_HERE = str(Path(__file__).resolve().parent)
+sys.path[:] = [p for p in sys.path if str(Path(p or ".").resolve()) != _HERE] + [str(Path(_HERE).parent)]
+
+from dmdr_fast.cli import dump, parse, run_user_command  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    """Parse, build, run. 0 when done or stopped on request, 1 when the run diverged; mistakes exit with 2."""
+    config, print_only = parse(argv)
+    if print_only:
+        print(dump(config), end="")
+        return 0
+    from dmdr_fast.engine.trainer import Diverged, train  # torch and deepspeed: after the configuration is known good
+
+    try:
+        train(config)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_user_command(main))
