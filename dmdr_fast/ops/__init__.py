@@ -1,0 +1,87 @@
+"""The fused ops: one checked, differentiable, compilable function each.
+
+`dmdr_fast.backends` picks the kernel that runs.
+
+>>> from dmdr_fast import ops
+>>> x_t = ops.renoise(x0, 1 - t, t, seed=seed)
+>>> print(ops.explain("renoise", x0, 1 - t, t, seed=seed))
+"""
+
+from __future__ import annotations
+
+from dmdr_fast.backends import Choice, FallbackError
+from dmdr_fast.ops import _library, nn
+from dmdr_fast.ops.activation import gelu_mul, silu_mul
+from dmdr_fast.ops.dmd import DMDGradient, dmd_gradient, dmd_loss
+from dmdr_fast.ops.gated_residual import gated_residual
+from dmdr_fast.ops.gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
+from dmdr_fast.ops.grpo_loss import GRPOLoss, RatioStats, grpo_loss
+from dmdr_fast.ops.layer_norm_modulate import layer_norm_modulate
+from dmdr_fast.ops.lora import multi_lora
+from dmdr_fast.ops.preprocess import preprocess_reward
+from dmdr_fast.ops.qk_norm_rope import qk_norm_rope
+from dmdr_fast.ops.renoise import normal_noise, renoise
+from dmdr_fast.ops.sde_step import SDEStep, sde_step_logprob
+
+_OPS = {
+    op.__name__: op
+    for op in (
+        dmd_gradient,
+        dmd_loss,
+        gated_residual,
+        gated_residual_layer_norm_modulate,
+        gelu_mul,
+        grpo_loss,
+        layer_norm_modulate,
+        multi_lora,
+        normal_noise,
+        preprocess_reward,
+        qk_norm_rope,
+        renoise,
+        sde_step_logprob,
+        silu_mul,
+    )
+}
+
+
+def explain(name: str, *args, **kwargs) -> Choice:
+    """Which backend would run ``ops.<name>(*args, **kwargs)`` and why; computes nothing.
+
+    Args:
+        name: a public op, e.g. ``"renoise"``; the other arguments are the call's own and are checked.
+
+    Returns:
+        :class:`Choice` (function, backend, reason, refused) for the forward; ``str()`` of it is one line.
+
+    Raises:
+        ValueError: there is no such op. Otherwise as the op.
+    """
+    if name not in _OPS:
+        raise ValueError(f"explain: name: expected one of {', '.join(sorted(_OPS))}, got {name!r}")
+    return _library.explain(_OPS[name], args, kwargs)
+
+
+__all__ = [
+    "Choice",
+    "DMDGradient",
+    "FallbackError",
+    "GRPOLoss",
+    "RatioStats",
+    "SDEStep",
+    "dmd_gradient",
+    "dmd_loss",
+    "explain",
+    "gated_residual",
+    "gated_residual_layer_norm_modulate",
+    "gelu_mul",
+    "grpo_loss",
+    "layer_norm_modulate",
+    "multi_lora",
+    "nn",
+    "normal_noise",
+    "preprocess_reward",
+    "qk_norm_rope",
+    "renoise",
+    "sde_step_logprob",
+    "silu_mul",
+]

@@ -1,0 +1,180 @@
+"""Argument checks shared by the ops: messages name the op, the argument, what was expected and what came.
+
+Shapes, dtypes, devices and python numbers are always checked. Values inside tensors are checked only where
+looking costs no device sync and no graph break: plain CPU tensors outside torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(op: str, name: str, value: Tensor, min_dim: int = 1) -> None:
+    """A float tensor with at least ``min_dim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {_short(value.dtype)}")
+    if value.dim() < min_dim:
+        raise ValueError(f"{op}: {name}: expected at least {min_dim} dimensions, got shape {list(value.shape)}")
+
+
+def on_device(op: str, name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name}: expected on {like.device} like {like_name}, got {value.device}")
+
+
+def like(op: str, name: str, value: Tensor, other: Tensor, other_name: str) -> None:
+    """A float tensor with the shape and device of ``other``; the dtype may differ."""
+    floating(op, name, value, min_dim=0)
+    if value.shape != other.shape:
+        raise ValueError(f"{op}: {name}: expected shape {list(other.shape)} like {other_name}, got {list(value.shape)}")
+    on_device(op, name, value, other, other_name)
+
+
+def shaped(op: str, name: str, value: Tensor, shape: Sequence[int], meaning: str, on: Tensor, on_name: str) -> None:
+    """A float tensor of exactly ``shape`` (``meaning`` says what its dimensions are)."""
+    floating(op, name, value)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name}: expected shape {list(shape)} ({meaning}), got {list(value.shape)}")
+    on_device(op, name, value, on, on_name)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the arithmetic and of per-sample scalars: float64 where any tensor is, else float32."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def per_sample(
+    op: str,
+    name: str,
+    value: Tensor | float,
+    sample: Tensor,
+    sample_name: str,
+    dtype: torch.dtype,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+) -> Tensor:
+    """One finite number per sample as a tensor [B] of ``dtype``; a float or a 0-d tensor serves all."""
+    batch = sample.shape[0]
+    if not isinstance(value, Tensor):
+        filling = number(op, name, value, minimum=minimum, above=above, maximum=maximum)
+        return sample.new_full((batch,), filling, dtype=dtype)
+    floating(op, name, value, min_dim=0)
+    if value.dim() == 0:
+        value = value.expand(batch)
+    if value.dim() != 1 or value.shape[0] != batch:
+        raise ValueError(
+            f"{op}: {name}: expected a number or shape [{batch}], one value per sample of {sample_name}, "
+            f"got {list(value.shape)}"
+        )
+    on_device(op, name, value, sample, sample_name)
+    if _readable(value):
+        low, high = torch.aminmax(value.detach())
+        low, high = low.item(), high.item()
+        if not (_in_range(low, minimum, above, maximum) and _in_range(high, minimum, above, maximum)):
+            expected = _range(minimum, above, maximum)
+            raise ValueError(f"{op}: {name}: expected {expected}, got values from {low:g} to {high:g}")
+    return value if value.dtype is dtype else value.to(dtype)
+
+
+def below(op: str, name: str, value: Tensor, bound: Tensor, bound_name: str) -> None:
+    """Every value [B] is under its bound [B]."""
+    if _readable(value) and _readable(bound) and not (value < bound).all():
+        worst = (value - bound).argmax().item()
+        raise ValueError(
+            f"{op}: {name}: expected below {bound_name} for every sample, got {value[worst].item():g} "
+            f"against {bound[worst].item():g}"
+        )
+
+
+def number(
+    op: str,
+    name: str,
+    value: float,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+) -> float:
+    """A finite python number in [minimum, maximum] and above ``above``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
+    if not _in_range(value, minimum, above, maximum):
+        raise ValueError(f"{op}: {name}: expected {_range(minimum, above, maximum)}, got {value}")
+    return value
+
+
+def _in_range(value: float, minimum: float, above: float, maximum: float) -> bool:
+    """False for NaN and infinities too."""
+    return -math.inf < value < math.inf and minimum <= value <= maximum and value > above
+
+
+def choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def dtype(op: str, name: str, value: torch.dtype) -> None:
+    if value not in _FLOATS:
+        raise TypeError(f"{op}: {name}: expected a float dtype of torch, got {value!r}")
+
+
+def seed(op: str, value: Tensor, on: Tensor, on_name: str) -> None:
+    """int64 [2] = (key, stream) on the device of ``on``."""
+    if not isinstance(value, Tensor) or value.dtype is not torch.int64:
+        got = _short(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{op}: seed: expected an int64 tensor [2] = (key, stream), got {got}")
+    if value.dim() != 1 or value.shape[0] != 2:
+        raise ValueError(f"{op}: seed: expected shape [2] = (key, stream), got {list(value.shape)}")
+    on_device(op, "seed", value, on, on_name)
+
+
+def offset(op: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: offset: expected an int (an element index), got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: offset: expected 0 or more, got {value}")
+
+
+def constant(op: str, name: str, value: Tensor | None) -> None:
+    """An input that gets no gradient: refuse one that asks for it, silence would train nothing."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name}: expected a constant, got a tensor that requires grad; detach it")
+
+
+def _readable(value: Tensor) -> bool:
+    """Reading its values costs neither a sync nor a graph break, and there are some."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and value.numel() > 0
+    )
+
+
+def selects_something(op: str, mask: Tensor) -> None:
+    if _readable(mask) and not mask.any():
+        raise ValueError(f"{op}: mask: expected at least one selected element, got none")
+
+
+def _range(minimum: float, above: float, maximum: float) -> str:
+    if minimum == above == -math.inf:
+        return "a finite number"
+    lower = f"above {above:g}" if above > -math.inf else f"of at least {minimum:g}"
+    return f"a finite number {lower}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
+
+
+def _short(value: torch.dtype) -> str:
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,115 @@
+"""The clipped policy-gradient loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmdr_fast.ops import _checks as check
+from dmdr_fast.ops._library import define
+
+
+class RatioStats(NamedTuple):
+    """Statistics of the probability ratio r, 0-d float32 on the device, no gradient.
+
+    Attributes:
+        mean: mean r.
+        max_deviation: max |r - 1|.
+        clip_fraction: fraction of r outside [1 - clip_low, 1 + clip_high].
+        approx_kl: mean (logprob - old_logprob)^2 / 2.
+    """
+
+    mean: Tensor
+    max_deviation: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+
+
+class GRPOLoss(NamedTuple):
+    """What :func:`grpo_loss` returns: the 0-d loss and the :class:`RatioStats`."""
+
+    loss: Tensor
+    stats: RatioStats
+
+
+def grpo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float = 5.0,
+) -> GRPOLoss:
+    """mean max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) with r = exp(logprob - old_logprob).
+
+    A is the advantage clamped to [-adv_clip, adv_clip].
+
+    Args:
+        logprob: any shape, float32 (or float64): under the policy that is trained. bfloat16 would round
+            ratios of 1 +- 1e-4 away and is refused.
+        old_logprob: its shape and kind: under the policy that sampled; a constant.
+        advantage: its shape, any float dtype; a constant.
+        clip_low, clip_high: >= 0; usual 1e-4 (1e-5 for cps).
+        adv_clip: > 0.
+
+    Returns:
+        :class:`GRPOLoss` (loss, stats). 0 for no samples.
+
+    Differentiable in logprob.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; old_logprob or advantage requires grad.
+
+    Source: PPO's clipped objective (arXiv 1707.06347) as in Flow-GRPO (arXiv 2505.05470).
+    """
+    op = "grpo_loss"
+    check.floating(op, "logprob", logprob, min_dim=0)
+    check.like(op, "old_logprob", old_logprob, logprob, "logprob")
+    check.like(op, "advantage", advantage, logprob, "logprob")
+    for name, value in (("logprob", logprob), ("old_logprob", old_logprob)):
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: {name}: expected float32 or float64 (rounding decides ratios), got {value.dtype}")
+    check.constant(op, "old_logprob", old_logprob)
+    check.constant(op, "advantage", advantage)
+    check.number(op, "clip_low", clip_low, minimum=0)
+    check.number(op, "clip_high", clip_high, minimum=0)
+    check.number(op, "adv_clip", adv_clip, above=0)
+    loss, stats = _grpo_loss_fwd(logprob, old_logprob, advantage, float(clip_low), float(clip_high), float(adv_clip))
+    return GRPOLoss(loss, RatioStats(*stats.unbind()))
+
+
+def _save(ctx, inputs, output):
+    logprob, old_logprob, advantage, *clips = inputs
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logprob, old_logprob, advantage)
+    ctx.clips = clips
+
+
+def _backward(ctx, grad_loss, grad_of_stats):
+    if grad_loss is None:
+        return (None,) * 6
+    return _grpo_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.clips), *[None] * 5
+
+
+def _fake_fwd(logprob, old_logprob, advantage, clip_low, clip_high, adv_clip):
+    compute = check.compute_dtype(logprob, old_logprob, advantage)
+    return logprob.new_empty((), dtype=compute), logprob.new_empty(4, dtype=compute)
+
+
+_grpo_loss_bwd = define(
+    "grpo_loss_bwd(Tensor grad_loss, Tensor logprob, Tensor old_logprob, Tensor advantage, float clip_low, "
+    "float clip_high, float adv_clip) -> Tensor",
+    lambda grad_loss, logprob, *rest: logprob.new_empty(logprob.shape),
+)
+_grpo_loss_fwd = define(
+    "grpo_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantage, float clip_low, float clip_high, "
+    "float adv_clip) -> (Tensor loss, Tensor stats)",
+    _fake_fwd,
+    setup_context=_save,
+    backward=_backward,
+)

@@ -1,0 +1,156 @@
+"""Adaptive layer norm and gated residuals against torch.nn.functional.layer_norm in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dmdr_fast import ops
+
+BATCH, TOKENS, WIDTH = 3, 5, 8
+LAYOUTS = [(WIDTH,), (BATCH, WIDTH), (BATCH, 1, WIDTH), (BATCH, TOKENS, WIDTH)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def over_tokens(value):
+    return value.unsqueeze(1) if value.dim() == 2 else value
+
+
+def norm_formula(x, shift, scale, eps=1e-6):
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + over_tokens(scale)) + over_tokens(shift)
+
+
+def residual_formula(x, h, gate):
+    return x + over_tokens(gate) * h
+
+
+def draws(*shapes, dtype=torch.float64):
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+X = (BATCH, TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layer_norm_modulate(layout):
+    x, shift, scale = draws(X, layout, layout)
+    torch.testing.assert_close(ops.layer_norm_modulate(x, shift, scale), norm_formula(x, shift, scale))
+    assert torch.autograd.gradcheck(ops.layer_norm_modulate, (x, shift, scale))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gated_residual(layout):
+    x, h, gate = draws(X, X, layout)
+    torch.testing.assert_close(ops.gated_residual(x, h, gate), residual_formula(x, h, gate))
+    assert torch.autograd.gradcheck(ops.gated_residual, (x, h, gate))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gate_layout", LAYOUTS[:2])
+def test_gated_residual_layer_norm_modulate(layout, gate_layout):
+    tensors = draws(X, X, gate_layout, layout, layout)
+    x, h, gate, shift, scale = tensors
+    residual, modulated = ops.gated_residual_layer_norm_modulate(*tensors)
+    torch.testing.assert_close(residual, residual_formula(x, h, gate))
+    torch.testing.assert_close(modulated, norm_formula(residual_formula(x, h, gate), shift, scale))
+    assert torch.autograd.gradcheck(ops.gated_residual_layer_norm_modulate, tensors)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_result_may_go_unused(used):
+    tensors = draws(X, X, LAYOUTS[1], LAYOUTS[1], LAYOUTS[1])
+    assert torch.autograd.gradcheck(lambda *t: ops.gated_residual_layer_norm_modulate(*t)[used], tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_lower_precision_rounds_once(dtype, out_dtype):
+    x, shift, scale = draws((4, 16, 96), (4, 96), (4, 96), dtype=dtype)
+    out = ops.layer_norm_modulate(x, shift, scale, out_dtype=out_dtype)
+    truth = norm_formula(x.double(), shift.double(), scale.double())
+    assert out.dtype is (out_dtype or dtype)
+    torch.testing.assert_close(out.double(), truth, rtol=torch.finfo(out.dtype).eps, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lower_precision_gradients(dtype):
+    tensors = draws((4, 16, 96), (4, 16, 96), (4, 96), (4, 96), (4, 96), dtype=dtype)
+    truth = [t.detach().double().requires_grad_() for t in tensors]
+    incoming = [torch.randn(4, 16, 96).to(dtype) for _ in range(2)]
+    torch.autograd.backward(ops.gated_residual_layer_norm_modulate(*tensors), incoming)
+    residual = residual_formula(*truth[:3])
+    torch.autograd.backward((residual, norm_formula(residual, *truth[3:])), [g.double() for g in incoming])
+    ceiling = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
+    for ours, theirs in zip(tensors, truth, strict=True):
+        assert ours.grad.dtype is dtype
+        assert (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm() < ceiling
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_op_is_the_two_ops(dtype):
+    tensors = draws(X, X, *[(BATCH, WIDTH)] * 3, dtype=dtype)
+    x, h, gate, shift, scale = tensors
+    residual, modulated = ops.gated_residual_layer_norm_modulate(*tensors)
+    assert torch.equal(residual, ops.gated_residual(x, h, gate))
+    assert torch.equal(modulated, ops.layer_norm_modulate(residual, shift, scale))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 2, 4, 8), (1, 2, 2, 2, 8)])
+def test_any_rank(shape):
+    x, h, gate, shift, scale = draws(shape, shape, *[(shape[0], 8)] * 3)
+    middle = [1] * (len(shape) - 2)
+    gate_, shift_, scale_ = (t.reshape(shape[0], *middle, 8) for t in (gate, shift, scale))
+    residual, modulated = ops.gated_residual_layer_norm_modulate(x, h, gate, shift, scale)
+    torch.testing.assert_close(residual, x + gate_ * h)
+    torch.testing.assert_close(modulated, F.layer_norm(residual, (8,), eps=1e-6) * (1 + scale_) + shift_)
+    # One row of modulation per sample may also have x's rank, and one per token x's shape.
+    assert torch.equal(ops.layer_norm_modulate(x, shift_, scale_), ops.layer_norm_modulate(x, shift, scale))
+    full = [t.expand(shape) for t in (shift_, scale_)]
+    assert torch.equal(ops.layer_norm_modulate(x, *full), ops.layer_norm_modulate(x, shift, scale))
+
+
+def test_mixed_dtypes():
+    x, h, gate = torch.randn(X).bfloat16(), torch.randn(X), torch.randn(BATCH, WIDTH).half().requires_grad_()
+    out = ops.gated_residual(x, h, gate)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out, (x.float() + gate.float().unsqueeze(1) * h).bfloat16())
+    out.sum().backward()
+    assert gate.grad.dtype is torch.float16
+
+
+def test_chunks_of_one_projection_are_read_as_views():
+    x = torch.randn(X, dtype=torch.float64)
+    shift, scale, gate = torch.randn(BATCH, 3 * WIDTH, dtype=torch.float64).chunk(3, -1)
+    out = ops.layer_norm_modulate(x.transpose(0, 1).contiguous().transpose(0, 1), shift, scale)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, norm_formula(x, shift, scale))
+    torch.testing.assert_close(ops.gated_residual(x, x, gate), residual_formula(x, x, gate))
+
+
+def test_large_means_do_not_cancel():
+    x = torch.randn(2, 3, 64, dtype=torch.float64) + 1e3
+    zero = torch.zeros(64)
+    out = ops.layer_norm_modulate(x.float(), zero, zero)
+    truth = F.layer_norm(x.float().double(), (64,), eps=1e-6)
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=2e-4)  # float32 mean of 1e3 is good to 6e-5
+
+
+def test_nothing_is_written_over_and_two_backwards_are_bit_equal():
+    tensors = draws(X, X, *[(BATCH, WIDTH)] * 3, dtype=torch.float32)
+    copies = [t.detach().clone() for t in tensors]
+    incoming = [torch.randn(X), torch.randn(X)]
+    kept = [g.clone() for g in incoming]
+    outputs = ops.gated_residual_layer_norm_modulate(*tensors)
+    first = torch.autograd.grad(outputs, tensors, incoming, retain_graph=True)
+    second = torch.autograd.grad(outputs, tensors, incoming)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip([*tensors, *incoming], [*copies, *kept], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8)])
+def test_empty(shape):
+    x, h, gate, shift, scale = draws(shape, shape, *[(shape[0], 8)] * 3)
+    residual, modulated = ops.gated_residual_layer_norm_modulate(x, h, gate, shift, scale)
+    (residual.sum() + modulated.sum()).backward()
+    assert x.grad.shape == shape and torch.equal(shift.grad, torch.zeros_like(shift))
