@@ -1,0 +1,90 @@
+"""An adapter out of the trainer: merged into the base, or as a PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmdr_fast.models.lora import LoraAdapter
+
+
+def merge(adapter: LoraAdapter, scale: float = 1.0) -> dict[str, Tensor]:
+    """The base's state dict with W + scale (A B)^T in the adapter's layers, summed in fp32, in W's dtype.
+
+    No LoRA name is left: it loads into the plain model. Other tensors share memory with the adapter's model.
+
+    Raises:
+        ValueError: a post_projection adapter, or weights that ZeRO-3 has partitioned.
+    """
+    _require_standard(adapter, "merged into the weights")
+    adapters = getattr(adapter.model, "lora_adapters", {})
+    foreign = {id(parameter) for other in adapters.values() for parameter in other.parameters()}
+    state = {
+        name: tensor.detach()
+        for name, tensor in adapter.model.state_dict(keep_vars=True).items()
+        if id(tensor) not in foreign
+    }
+    for path, (a, b) in _factors(adapter).items():
+        weight = state[f"{path}.weight"]
+        if weight.shape != (b.shape[1], a.shape[0]):
+            raise ValueError(
+                f"LoRA {adapter.role!r}: {path}.weight expected {[b.shape[1], a.shape[0]]}, "
+                f"got {list(weight.shape)}: gather the ZeRO-3 partitions first "
+                "(deepspeed.zero.GatheredParameters)"
+            )
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        state[f"{path}.weight"] = torch.addmm(weight.to(wide), b.to(wide).T, a.to(wide).T, alpha=scale).to(weight.dtype)
+    return state
+
+
+def export_peft(
+    adapter: LoraAdapter, directory: str | Path, *, base_model_name: str | None = None, scale: float = 1.0
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for ``peft.PeftModel.from_pretrained``.
+
+    The loaded model computes what ours does at ``scale``: PEFT multiplies by lora_alpha / r, so
+    lora_alpha = rank * scale. ``base_model_name`` (a hub id or path) is noted in the config.
+
+    Raises:
+        ValueError: a post_projection adapter.
+    """
+    _require_standard(adapter, "written as a PEFT LoRA")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    alpha = adapter.rank * scale
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model_name,
+        "r": adapter.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": sorted(adapter.layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {}
+    for path, (a, b) in _factors(adapter).items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a.T.contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b.T.contiguous()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _factors(adapter: LoraAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    state = adapter.state_dict()
+    return {path: (state[f"{path}.lora_A"], state[f"{path}.lora_B"]) for path in adapter.layers}
+
+
+def _require_standard(adapter: LoraAdapter, use: str) -> None:
+    if adapter.form != "standard":
+        raise ValueError(
+            f"LoRA {adapter.role!r}: a {adapter.form} adapter cannot be {use}: on q = W x + b it adds "
+            "(x W^T A) B + (b A) B, and the bias part is no low-rank change of W. "
+            "Train with form='standard' to export"
+        )

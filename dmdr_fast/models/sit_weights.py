@@ -1,0 +1,104 @@
+"""Reading SiT and REPA checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dmdr_fast.models.partitioned import whole_parameters, whole_shape
+
+if TYPE_CHECKING:
+    from dmdr_fast.models.sit import SiT
+
+CONTAINERS = ("ema", "model", "state_dict")  # in this order: the averaged weights are the published ones
+
+
+def load_sit_weights(model: SiT, path: str | Path) -> None:
+    """Copy the weights of a ``.safetensors`` or ``.pt`` checkpoint into ``model``, every one of them.
+
+    Reads a plain state dict or one under "ema", "model" or "state_dict", with or without DDP's "module."
+    prefix; REPA's training-only "projectors." head is dropped. Values are cast to the model's dtype. Load
+    before adding LoRA adapters. Under ZeRO-3 rank 0's values are used and all ranks must call together.
+
+    Raises:
+        FileNotFoundError: no file at ``path``.
+        ValueError: the file is unreadable, or a key is missing, unexpected or of another shape; ``model`` is
+            unchanged.
+    """
+    path = Path(path)
+    state = _state_dict(_read(path), path)
+    _check_fit(model, state, path)
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        with whole_parameters(own.values(), write=True), torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[f"{prefix}.{name}" if prefix else name])
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"SiT weights: no file {path}: set the path to a .safetensors or .pt checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # REPA and SiT store their command line beside the weights; a Namespace holds plain values only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"SiT weights: {path} is not a readable checkpoint ({reason}): give a .safetensors file or a .pt "
+            "file that torch.load(weights_only=True) accepts"
+        ) from error
+
+
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    for container in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(container), dict):
+            content = content[container]
+            break
+    tensors = isinstance(content, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
+    if not tensors:
+        raise ValueError(
+            f"SiT weights: {path} holds no state dict: expected names to tensors, plain or under one of "
+            f"{', '.join(CONTAINERS)}"
+        )
+    named = {key.removeprefix("module."): value for key, value in content.items()}
+    return {key: value for key, value in named.items() if not key.startswith("projectors.")}
+
+
+def _check_fit(model: SiT, state: dict[str, Tensor], path: Path) -> None:
+    expected = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
+    for name, shape in expected.items():
+        if name in state and state[name].shape != shape:
+            raise ValueError(
+                f"SiT weights: {path}: {name} expected {list(shape)}, got {list(state[name].shape)}: "
+                + _remedy(name, shape, state[name].shape)
+            )
+    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
+    for problem, keys in (("lacks", missing), ("also has", extra)):
+        if keys:
+            listed = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(
+                f"SiT weights: {path} {problem} {listed}: the model expects {len(expected)} tensors, "
+                f"got {len(state)}: set model.depth, or give a checkpoint of this model"
+            )
+
+
+def _remedy(name: str, expected: torch.Size, got: torch.Size) -> str:
+    if name == "y_embedder.embedding_table.weight" and expected[1:] == got[1:]:
+        return f"set model.num_classes to {got[0] - 1}"
+    if name == "pos_embed" and expected[2:] == got[2:]:
+        return f"set model.resolution and model.patch_size to give {got[1]} patches"
+    if name.startswith("final_layer.linear.") and expected[1:] == got[1:]:
+        return "set model.learn_sigma (published SiT checkpoints have twice the channels) or model.patch_size"
+    return "set model.hidden_size, model.patch_size and model.channels as the checkpoint has them"

@@ -1,0 +1,72 @@
+"""From latents to images: diffusers' AutoencoderKL, or nothing for pixel-space models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class LatentDecoder(nn.Module):
+    """A frozen AutoencoderKL: D(z / scaling_factor + shift_factor) of a diffusion model's latent z.
+
+    Both factors come from the VAE's config (0.18215 and none for sd-vae-ft-ema). Differentiable in z.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae.requires_grad_(False).eval()
+        self.scaling_factor: float = vae.config.scaling_factor
+        self.shift_factor: float = getattr(vae.config, "shift_factor", None) or 0.0
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> LatentDecoder:
+        """Load a folder or hub id ("stabilityai/sd-vae-ft-ema", DMDR's) with its weights in ``dtype``.
+
+        Raises:
+            FileNotFoundError: nothing at ``path``, or weights missing there.
+            ValueError: what is there is not an AutoencoderKL.
+        """
+        remedy = "set decoder.path to a folder with config.json and safetensors, or a hub id that can be reached"
+        if not Path(path).exists() and (str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1):
+            raise FileNotFoundError(f"VAE: no folder {path}: {remedy}")
+        from diffusers import AutoencoderKL  # seconds to import, and optional: pixel-space models do without
+
+        try:
+            return cls(AutoencoderKL.from_pretrained(str(path), torch_dtype=dtype))
+        except OSError as error:
+            raise FileNotFoundError(f"VAE: cannot load {path} ({_first_line(error)}): {remedy}") from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"VAE: {path} is not an AutoencoderKL ({_first_line(error)}): {remedy}") from error
+
+    def train(self, mode: bool = True) -> LatentDecoder:
+        """The decoder stays in evaluation mode, whatever the model around it does."""
+        return super().train(False)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Image [B, C, f H, f W] in about [-1, 1], in the VAE's dtype, of a latent [B, c, H, W]."""
+        channels = self.vae.config.latent_channels
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise ValueError(
+                f"VAE: latent must be [B, {channels}, H, W], got {list(latent.shape)}: "
+                f"set model.channels to {channels}, or decoder.path to the VAE of the model's latents"
+            )
+        wide = latent.to(torch.promote_types(latent.dtype, self.vae.dtype))
+        return self.vae.decode((wide / self.scaling_factor + self.shift_factor).to(self.vae.dtype)).sample
+
+
+class IdentityDecoder(nn.Module):
+    """For models in pixel space: the latent is the image."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """``latent`` itself."""
+        return latent
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""One file per reward, behind the protocol in ``base``."""

@@ -1,0 +1,35 @@
+"""What the trainer asks of a reward."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Reward(Protocol):
+    """A score per image, higher is better. ``differentiable`` ones serve ReFL, any serves GRPO and DPO."""
+
+    name: str
+    differentiable: bool
+
+    def __call__(self, images: Tensor, *, labels: Tensor | None = None, prompts: list[str] | None = None) -> Tensor:
+        """Scores [B] on the images' device; images [B, C, H, W] in [-1, 1], labels int64 [B], B prompts."""
+        ...
+
+
+def check_reward(values: Tensor, images: Tensor, name: str) -> Tensor:
+    """``values`` as they are, if they are scores of ``images``: floating point, [B], on the same device.
+
+    Raises:
+        ValueError: saying what came. The values themselves are not read: that would wait for the device.
+    """
+    if not isinstance(values, Tensor):
+        raise ValueError(f"reward {name!r}: expected a tensor [{len(images)}], got {type(values).__name__}")
+    if values.shape != images.shape[:1] or not values.is_floating_point() or values.device != images.device:
+        raise ValueError(
+            f"reward {name!r}: expected one score per image, floating point [{len(images)}] on "
+            f"{images.device}, got {values.dtype} {list(values.shape)} on {values.device}: "
+            "return such a tensor from __call__"
+        )
+    return values
