@@ -1,0 +1,1 @@
+"""Evaluation: Fréchet distance, precision, recall, reward, accuracy, and the report of a run."""
