@@ -1,4 +1,4 @@
-"""dmdr_fast: few-step distillation of diffusion transformers by DMD and reinforcement learning (DMDR, arXiv 2511.13649).
+"""Few-step distillation of diffusion transformers by DMD and reinforcement learning (DMDR, arXiv 2511.13649).
 
 Importing the package needs neither a GPU nor triton, deepspeed or diffusers: each is imported where it is used.
 """

@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -174,7 +175,8 @@ def _validated(values: dict, source: Path) -> Config:
 def _problem(problem: dict, source: Path) -> str:
     fields = dict(leaves())
     words = [str(w) for w in problem["loc"]]
-    path = next((".".join(words[:n]) for n in range(len(words), 0, -1) if ".".join(words[:n]) in fields), ".".join(words))
+    prefixes = [".".join(words[:n]) for n in range(len(words), 0, -1)]  # a fault inside a tuple or union is the key's
+    path = next((p for p in prefixes if p in fields), ".".join(words))
     if problem["type"] == "extra_forbidden":
         return _unknown_key(".".join(words), str(source))
     if not words:  # raised by Config itself: the message names its key
@@ -185,7 +187,7 @@ def _problem(problem: dict, source: Path) -> str:
 
 def _unknown_key(path: str, source: str) -> str:
     known = [name for name, _ in leaves()]
-    section, _, name = path.rpartition(".")
+    section = path.rpartition(".")[0]
     near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     accepted_keys = f"; keys of {section or 'the top level'}: {', '.join(siblings)}" if siblings else ""
@@ -199,4 +201,6 @@ def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | 
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # the launcher ends all ranks when the first one leaves: let rank 0 speak
         return 2

@@ -69,7 +69,7 @@ class Teacher(Section):
 class Decoder(Section):
     """From latents to images."""
 
-    kind: Literal["identity", "vae"] = key("identity", "identity: the latent is the image; vae: diffusers AutoencoderKL.")
+    kind: Literal["identity", "vae"] = key("identity", "identity: latents are images; vae: diffusers' AutoencoderKL.")
     path: str | None = key(None, "Folder or hub id of the VAE.")
 
 
@@ -81,7 +81,7 @@ class Student(Section):
     grid_points: Positive = key(1000, "Distinct times that the teacher was trained on; N cannot exceed them.")
     rollout: Literal["backward_simulation", "same_step"] = key(
         "backward_simulation",
-        "Input of the graded step: x at t_i of the full rollout, or (same_step, the reference's) x0_i renoised to t_i.",
+        "Input of the graded step: x at t_i of the full rollout; same_step (the reference's): x0_i renoised to t_i.",
     )
     ema: Fraction | None = key(0.99, "EMA decay of the generator that is evaluated and saved; null: none.")
 
@@ -163,6 +163,7 @@ class AdamW(Section):
 
     lr: PositiveFloat = key(2e-5, "Learning rate in the cold start.")
     rl_lr: PositiveFloat | None = key(None, "Learning rate after the cold start; null: the same.")
+    decay: Fraction = key(0.0, "Last share of each phase in which the learning rate falls linearly to a tenth.")
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "Moment decays.")
     weight_decay: NonNegative = key(0.0, "Decoupled weight decay.")
     eps: PositiveFloat = key(1e-8, "Denominator term.")
@@ -213,7 +214,7 @@ class Config(Section):
 
     run_dir: Path = key(Path("runs/dmdr"), "Where checkpoints, logs, the final weights and the report go.")
     seed: Count = key(0, "Seed of everything that is drawn.")
-    resume: str = key("auto", "auto: from the newest good checkpoint in run_dir; never: start anew; or a checkpoint's path.")
+    resume: str = key("auto", "auto: the newest good checkpoint in run_dir; never: start anew; or a checkpoint's path.")
     sharing: Literal["separate", "shared_score"] = key(
         "shared_score", "separate: three networks; shared_score: teacher and fake score are one frozen base and a LoRA."
     )
@@ -259,7 +260,8 @@ class Config(Section):
             )
         if model.hidden_size % model.num_heads or model.hidden_size % 4:
             yield (
-                f"model.hidden_size: {model.hidden_size} must be a multiple of model.num_heads ({model.num_heads}) and of 4"
+                f"model.hidden_size: {model.hidden_size} must be a multiple of 4 "
+                f"and of model.num_heads ({model.num_heads})"
             )
         if self.student.steps > self.student.grid_points:
             yield (
@@ -296,5 +298,3 @@ class Config(Section):
             yield "reward.path: missing; reward.kind=classifier needs the folder or hub id of an image classifier"
         if self.eval.data is not None and self.eval.features is None:
             yield "eval.features: missing; eval.data needs a feature classifier (digits, or a folder or hub id)"
-        if self.deepspeed.config is not None and not self.deepspeed.config.is_file():
-            yield f"deepspeed.config: no such file: {self.deepspeed.config}"

@@ -12,6 +12,7 @@ _HERE = str(Path(__file__).resolve().parent)
 sys.path[:] = [p for p in sys.path if str(Path(p or ".").resolve()) != _HERE] + [str(Path(_HERE).parent)]
 
 from dmdr_fast.cli import dump, parse, run_user_command  # noqa: E402
+from dmdr_fast.preflight import check  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
     if print_only:
         print(dump(config), end="")
         return 0
+    check(config)
     from dmdr_fast.engine.trainer import Diverged, train  # torch and deepspeed: after the configuration is known good
 
     try:

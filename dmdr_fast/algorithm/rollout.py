@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,6 @@ def sample(generator: Network, noise: Noise, condition: Any, grid: tuple[float, 
 def euler_sample(network: Network, x: Tensor, condition: Any, steps: int, *, shift: float = 1.0) -> Tensor:
     """Euler integration of dx/dt = v(x, t) from t = 1 to 0 on a shifted uniform grid: the multi-step teacher."""
     grid = timestep_grid(steps, shift=shift)
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in pairwise(grid):
         x = x + (t_next - t) * network(x, torch.full((x.shape[0],), t, device=x.device), condition)
     return x

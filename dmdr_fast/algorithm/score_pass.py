@@ -58,7 +58,7 @@ def shared_scores(network: Network, set_lora_scale: Callable[[Tensor], None], *,
 
 
 def separate_scores(fake: Network, real: Network) -> ScorePass:
-    """F and T as two networks: F once, T once with CFG batched. DynaDG needs a shared base: ``real_scale`` must be 0."""
+    """F and T as two networks: F once, T once with CFG batched. No DynaDG, which needs a shared base: s_r is 0."""
 
     @torch.no_grad()
     def score(x_t: Tensor, t: Tensor, cond: Any, uncond: Any | None, *, real_scale: float) -> Scores:

@@ -147,7 +147,13 @@ def fake_update(
 
 
 def leaf_gradient(
-    sample: Simulated, x0: Tensor, nets: Networks, reward: RewardModel | None, recipe: Recipe, streams: Streams, step: int
+    sample: Simulated,
+    x0: Tensor,
+    nets: Networks,
+    reward: RewardModel | None,
+    recipe: Recipe,
+    streams: Streams,
+    step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """g = d(DMD loss)/d(x0) + w_rl d(-mean R)/d(x0) on the leaf x0, with the metrics of both parts."""
     shard, cond = sample.shard, sample.batch.condition
@@ -193,9 +199,7 @@ def generator_update(
 def graded_sample(generator: Trained, sample: Simulated, recipe: Recipe) -> Tensor:
     """x0 = G(x_in, t_in), with grad where grad is enabled."""
     r = sample.rollout
-    return clean_sample(
-        r.x_in, r.t_in, generator(r.x_in, r.t_in, sample.batch.condition), recipe.generator_prediction
-    )
+    return clean_sample(r.x_in, r.t_in, generator(r.x_in, r.t_in, sample.batch.condition), recipe.generator_prediction)
 
 
 @dataclass(frozen=True)

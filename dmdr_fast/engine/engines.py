@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import deepspeed
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast.config import AdamW, Config
-from dmdr_fast.errors import UserError
+from dmdr_fast.models.lora import LoraAdapter
+from dmdr_fast.preflight import read_deepspeed_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -20,7 +20,7 @@ def engine_config(config: Config, *, trained: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation if trained else 1,
-        "gradient_clipping": config.optimizer.clip,
+        "gradient_clipping": 0.0 if clips_itself(config) else config.optimizer.clip,
         "steps_per_print": 10**9,  # the run has its own log
         "bf16": {"enabled": config.deepspeed.dtype == "bf16"},
         "zero_optimization": {"stage": config.deepspeed.stage, "overlap_comm": torch.cuda.is_available()},
@@ -28,23 +28,19 @@ def engine_config(config: Config, *, trained: bool) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
     }
     if config.deepspeed.config is not None:
-        _merge(settings, _read_json(config), "")
+        _merge(settings, read_deepspeed_json(config.deepspeed.config))
     return settings
 
 
-def _read_json(config: Config) -> dict[str, Any]:
-    try:
-        return json.loads(config.deepspeed.config.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed.config: {config.deepspeed.config} is not readable JSON: {error}") from None
+def clips_itself(config: Config) -> bool:
+    """Whether the role, not DeepSpeed, looks at and clips the gradients: the plain fp32 engine checks nothing."""
+    return config.deepspeed.stage == 0 and config.deepspeed.dtype == "fp32"
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any], path: str) -> None:
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
     for name, value in top.items():
-        if name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-            raise UserError(f"deepspeed.config: {path}{name} is set by train.micro_batch_size and gradient_accumulation")
         if isinstance(value, dict) and isinstance(base.get(name), dict):
-            _merge(base[name], value, f"{path}{name}.")
+            _merge(base[name], value)
         else:
             base[name] = value
 
@@ -93,9 +89,16 @@ class TrainedRole(Role):
     A LoRA role passes its adapter: the graded forward wears it at ``lora_scale``.
     """
 
-    def __init__(self, name: str, engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype, adapter=None, lora_scale=1.0):
-        super().__init__(engine, dtype)
-        self.name, self.engine, self.adapter, self.lora_scale = name, engine, adapter, lora_scale
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        config: Config,
+        adapter: LoraAdapter | None = None,
+        lora_scale: float = 1.0,
+    ) -> None:
+        super().__init__(engine, DTYPES[config.deepspeed.dtype])
+        self.engine, self.adapter, self.lora_scale = engine, adapter, lora_scale
+        self.own_clip = config.optimizer.clip if clips_itself(config) else None
         self.gradient_norm = float("nan")  # of the last step that was applied, before clipping
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
@@ -113,21 +116,28 @@ class TrainedRole(Role):
     def step(self) -> bool:
         """Clip and step. A non-finite gradient anywhere leaves weights and optimizer untouched on every rank.
 
-        ZeRO's optimizers decide that themselves, from the global norm they need for clipping; the plain fp32 engine
-        (stage 0) has no such check, so its gradients, equal on all ranks by then, are looked at here.
+        ZeRO's optimizers decide that from the global norm that they need for clipping. The plain fp32 engine has no
+        such check: its gradients, by now the same on all ranks, are looked at here.
         """
-        if self.engine.zero_optimization_stage() == 0 and self.dtype == torch.float32:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
-            if not torch.isfinite(norm):
-                self.engine.zero_grad()
-            self.engine.step()
-            applied = bool(torch.isfinite(norm))
-        else:
+        if self.own_clip is None:
             self.engine.step()
             applied, norm = self.engine.was_step_applied(), self.engine.get_global_grad_norm()
+        else:
+            norm = self._clip()
+            applied = bool(torch.isfinite(norm))
+            if not applied:
+                self.engine.zero_grad()  # AdamW passes over parameters without a gradient
+            self.engine.step()
         if applied:
             self.gradient_norm = float(norm)
         return applied
+
+    def _clip(self) -> Tensor:
+        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.own_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.own_clip, norm)
+        return norm
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The honest table: teacher at many steps and at N, generator after the cold start and at the end, on the same noise."""
+"""The honest table: teacher at many steps and at N, generator after the cold start and at the end, same noise."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Evaluator:
 
         ``generators`` maps a row's name (cold_start, dmdr) to its weights. All ranks must call.
         """
-        student_steps = self.config.student.steps
+        many, student_steps = self.config.eval.teacher_steps, self.config.student.steps
         rows = {
-            "teacher_50": (self._teacher(teacher, self.config.eval.teacher_steps), self._teacher_nfe(self.config.eval.teacher_steps)),
+            "teacher_50": (self._teacher(teacher, many), self._teacher_nfe(many)),
             "teacher_n": (self._teacher(teacher, student_steps), self._teacher_nfe(student_steps)),
         }
         for name, weights in generators.items():
@@ -102,8 +102,7 @@ class Evaluator:
 
     def _measure(self, images: Tensor, nfe: int) -> dict[str, float]:
         labels = self._labels()[: len(images)].to(images.device)
-        reward = self.reward if self.reward is not None else lambda batch, labels: batch.new_zeros(len(batch))
-        return evaluate(images, labels, self.data.real_images, self.data.features, reward, nfe)
+        return evaluate(images, labels, self.data.real_images, self.data.features, self.reward, nfe)
 
 
 def guided_network(network: Network, scale: float, num_classes: int) -> Network:

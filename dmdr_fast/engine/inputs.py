@@ -14,6 +14,7 @@ from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
 from dmdr_fast.errors import UserError
 from dmdr_fast.eval.features import DigitsFeatures, FeatureExtractor, TransformersFeatures
+from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder
 
 
 def label_source(config: Config, streams: Streams, device: torch.device) -> Callable[[tuple[int, ...], Shard], Batch]:
@@ -29,14 +30,13 @@ def label_source(config: Config, streams: Streams, device: torch.device) -> Call
 
 def build_decoder(config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Latents to images in about [-1, 1]."""
-    from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder
-
     if config.decoder.kind == "identity":
-        return IdentityDecoder()
+        return IdentityDecoder().decode
     try:
-        return LatentDecoder(config.decoder.path).to(device)
+        decoder = LatentDecoder.from_pretrained(config.decoder.path).to(device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"decoder.path: {error}") from None
+    return decoder.decode
 
 
 def build_reward(config: Config, device: torch.device) -> nn.Module | None:
@@ -50,15 +50,9 @@ def build_reward(config: Config, device: torch.device) -> nn.Module | None:
     from dmdr_fast.rewards.classifier import TransformersClassifierReward
 
     try:
-        reward = TransformersClassifierReward(config.reward.path).to(device)
+        return TransformersClassifierReward(config.reward.path, num_classes=config.model.num_classes).to(device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"reward.path: {error}") from None
-    if reward.num_classes != config.model.num_classes:
-        raise UserError(
-            f"reward.path: {config.reward.path} knows {reward.num_classes} classes, "
-            f"model.num_classes is {config.model.num_classes}; name a classifier of the same classes"
-        )
-    return reward
 
 
 def reward_model(reward: nn.Module | None, decoder: Callable[[Tensor], Tensor]) -> RewardModel | None:
@@ -86,8 +80,5 @@ def build_evaluation(config: Config, device: torch.device) -> EvaluationData | N
         from dmdr_fast.data.images import load_image_folder
 
         images = load_image_folder(Path(config.eval.data), config.model.resolution)
-    if config.eval.features == "digits":
-        features = DigitsFeatures()
-    else:
-        features = TransformersFeatures(config.eval.features)
+    features = DigitsFeatures() if config.eval.features == "digits" else TransformersFeatures(config.eval.features)
     return EvaluationData(images.to(device), features.to(device))

@@ -16,8 +16,7 @@ from dmdr_fast.engine.engines import DTYPES, Role, TrainedRole, frozen_network, 
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.sit import SiT, load_sit_weights
-
-HUB_PREFIX = "hf://"
+from dmdr_fast.preflight import HUB_PREFIX
 
 
 def build_network(config: Config) -> SiT:
@@ -52,24 +51,18 @@ def resolve_weights(weights: str) -> Path:
     """A local path from a path or ``hf://ORG/REPO/FILE``, downloaded into the hub's own cache.
 
     Raises:
-        UserError: no such file, or the hub does not give it.
+        UserError: the hub does not give it.
     """
     if not weights.startswith(HUB_PREFIX):
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise UserError(f"teacher.weights: no such file: {path}; give a .safetensors or .pt path, or hf://ORG/REPO/FILE")
-        return path
-    organisation, _, rest = weights.removeprefix(HUB_PREFIX).partition("/")
-    repository, _, file = rest.partition("/")
-    if not file:
-        raise UserError(f"teacher.weights: {weights} names no file; write hf://ORG/REPO/FILE")
+        return Path(weights).expanduser()
+    organisation, repository, file = weights.removeprefix(HUB_PREFIX).split("/", 2)
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(f"{organisation}/{repository}", file))
     except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"teacher.weights: {weights} could not be fetched: {reason}; give a local path instead") from None
+        raise UserError(f"teacher.weights: {weights} could not be fetched: {reason}; give a local path") from None
 
 
 @dataclass(frozen=True)
@@ -91,9 +84,9 @@ def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: 
     fake_net = load_network(config, teacher).to(device)
     adapter = _lora(fake_net, config, lora_seed) if config.sharing == "shared_score" else None
     counts = [_counts(net) for net in (generator_net, fake_net)]
-    generator = TrainedRole("generator", trained_engine(generator_net, config, config.optimizer.generator), dtype)
+    generator = TrainedRole(trained_engine(generator_net, config, config.optimizer.generator), config)
     fake = TrainedRole(
-        "fake", trained_engine(fake_net, config, config.optimizer.fake), dtype, adapter, config.dyna_dg.fake_scale
+        trained_engine(fake_net, config, config.optimizer.fake), config, adapter, config.dyna_dg.fake_scale
     )
     if adapter is not None:
         shared = Role(fake.engine, dtype)

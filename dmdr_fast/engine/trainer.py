@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,7 +24,6 @@ from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.shards import EMA, save_weights
 from dmdr_fast.engine.teacher import teacher_weights
 from dmdr_fast.engine.telemetry import Telemetry
-from dmdr_fast.errors import UserError
 from dmdr_fast.eval.report import write_report
 
 
@@ -52,23 +49,10 @@ def recipe_of(config: Config) -> Recipe:
             dynamic_step=config.dyna_rs.dynamic_step,
             **config.renoise.model_dump(),
         ),
-        dmd=DMDOptions(
-            cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()
-        ),
+        dmd=DMDOptions(cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()),
         reward_weight=config.reward.weight if config.reward.kind != "none" else 0.0,
         reward_chunk=config.reward.chunk,
     )
-
-
-def check_run_dir(path: Path) -> None:
-    """Refuse a run_dir that cannot be written, before anything is loaded."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable.{psutil.Process().pid}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); name another folder") from None
 
 
 def train(config: Config) -> None:
@@ -78,7 +62,6 @@ def train(config: Config) -> None:
         UserError: something in the configuration or on disk must be changed.
         Diverged: ``train.max_skipped`` updates in a row had non-finite gradients; a checkpoint was written.
     """
-    check_run_dir(config.run_dir)
     weights = teacher_weights(config)
     ranks = runtime.start()
     run = Run.build(config, weights, ranks)
@@ -204,12 +187,9 @@ class Run:
             save_weights(self.roles.generator.engine.module, self.ema, self._cold_start_weights, self.ranks)
 
     def _set_learning_rates(self) -> None:
-        rl = self.step >= self.config.train.cold_start_steps
-        for role, settings in (
-            (self.roles.generator, self.config.optimizer.generator),
-            (self.roles.fake, self.config.optimizer.fake),
-        ):
-            role.set_lr(learning_rate(settings, rl=rl))
+        optimizer, train = self.config.optimizer, self.config.train
+        for role, settings in ((self.roles.generator, optimizer.generator), (self.roles.fake, optimizer.fake)):
+            role.set_lr(learning_rate(settings, self.step, train.cold_start_steps, train.generator_steps))
 
     def _account(self, update: Update) -> None:
         """EMA and skip counters after one update; ends a run that no longer moves."""
@@ -228,8 +208,8 @@ class Run:
             self.log.close()
             raise Diverged(
                 f"{self.skipped_in_a_row} updates in a row were skipped (train.max_skipped): {cause}. "
-                f"A checkpoint of step {self.step} was written; lower optimizer.*.lr or reward.weight, or go back to an "
-                "earlier checkpoint with --resume PATH"
+                f"A checkpoint of step {self.step} was written; lower optimizer.*.lr or reward.weight, "
+                "or go back to an earlier checkpoint with --resume PATH"
             )
 
     def _flush(self, batch: int) -> None:
@@ -237,9 +217,7 @@ class Run:
         if not self.pending:
             return
         names = sorted(set().union(*self.pending))
-        stacked = torch.stack(
-            [torch.stack([m[n].float() for m in self.pending if n in m]).nanmean() for n in names]
-        )
+        stacked = torch.stack([torch.stack([m[n].float() for m in self.pending if n in m]).nanmean() for n in names])
         values = dict(zip(names, self.ranks.mean(stacked).tolist(), strict=True))
         now = time.monotonic()
         alpha, beta = self.recipe.renoise.beta(self.step - 1)
@@ -266,9 +244,13 @@ def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
 
 
-def learning_rate(settings: AdamW, *, rl: bool) -> float:
-    """The role's learning rate in this phase."""
-    return settings.rl_lr if rl and settings.rl_lr is not None else settings.lr
+def learning_rate(settings: AdamW, step: int, cold_start_steps: int, generator_steps: int) -> float:
+    """The role's learning rate at a generator step: constant, then linear to a tenth over ``decay`` of the phase."""
+    rl = step >= cold_start_steps
+    start, end = (cold_start_steps, generator_steps) if rl else (0, cold_start_steps)
+    peak = settings.rl_lr if rl and settings.rl_lr is not None else settings.lr
+    left = (end - step) / ((end - start) * settings.decay) if settings.decay else 1.0
+    return peak * max(0.1, min(1.0, 0.1 + 0.9 * left))
 
 
 def identity(config: Config, ranks: runtime.Runtime) -> dict:
@@ -314,7 +296,7 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: runtime.Runtim
         f"teacher    CFG scale {standard:g} (standard form)",
         f"roles      {config.sharing}; parameters trained / all: "
         + ", ".join(f"{n} {roles.trained_parameters.get(n, 0):,} / {c:,}" for n, c in roles.total_parameters.items()),
-        f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB optimizer and gradients, over all ranks",
+        f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
         f"renoise    {renoise}",
         f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
         f"{config.reward.kind} reward x {recipe.reward_weight:g}; R = {recipe.fake_updates}, batch {batch}",
@@ -330,5 +312,8 @@ def table_text(table: dict[str, dict[str, float]]) -> str:
         return ""
     names = list(next(iter(table.values())))
     lines = ["            " + "".join(f"{n:>11}" for n in names)]
-    lines += [f"{row:<12}" + "".join(f"{values[n]:>11.4g}" for n in names) for row, values in table.items()]
+    lines += [
+        f"{row:<12}" + "".join(f"{values[n]:>11.4g}" for n in names if values[n] is not None)
+        for row, values in table.items()
+    ]
     return "\n".join(lines)

@@ -70,7 +70,7 @@ def forward_flops() -> int:
 
 @pytest.mark.parametrize(("steps", "cfg_scale", "bound"), [(1, 1.0, 20.0), (4, 4.0, 28.5)])
 def test_f_units_of_one_update(steps, cfg_scale, bound, monkeypatch):
-    """In expectation over the stop step: 20 at N = 1 without CFG; 28.5 at N = 4 with CFG, where the reference takes 36."""
+    """In expectation over the stop step: 20 at N = 1 without CFG, 28.5 at N = 4 with CFG (the reference takes 36)."""
     costs = [update_flops(stop, steps, cfg_scale, monkeypatch) for stop in range(steps)]
     total, lora = (sum(part) / steps for part in zip(*costs, strict=True))
     units = (total - lora) / forward_flops()

@@ -29,7 +29,11 @@ def setup():
     base.requires_grad_(False)
     adapter = add_lora(base, "fake", rank=4, targets=["attn.qkv"])
     decoder = torch.nn.Sequential(  # 8x upsampling like a VAE decoder's: its graph is the larger one
-        *(m for c in (4, 16, 16) for m in (torch.nn.Conv2d(c, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Upsample(scale_factor=2))),
+        *(
+            m
+            for c in (4, 16, 16)
+            for m in (torch.nn.Conv2d(c, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Upsample(scale_factor=2))
+        ),
         torch.nn.Conv2d(16, 3, 3, padding=1),
     ).requires_grad_(False)
     reward = RewardModel(decoder, lambda images, labels: -images.square().flatten(1).mean(1))

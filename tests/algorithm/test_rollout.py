@@ -34,9 +34,7 @@ def test_input_of_the_graded_step_is_that_of_the_full_rollout(stop):
     network, grid = Denoiser(0), timestep_grid(4, shift=2.0)
     inputs, outputs = full_rollout(network, grid)
     calls = []
-    rollout = truncated_rollout(
-        lambda x, t, y: calls.append(t) or network(x, t, y), noises, LABELS, grid, stop
-    )
+    rollout = truncated_rollout(lambda x, t, y: calls.append(t) or network(x, t, y), noises, LABELS, grid, stop)
     torch.testing.assert_close(rollout.x_in, inputs[stop], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rollout.x0, outputs[stop], rtol=1e-6, atol=1e-6)
     assert rollout.reuse and len(calls) == stop + 1

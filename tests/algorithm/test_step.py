@@ -125,7 +125,7 @@ def test_generator_forwards_per_update(steps, monkeypatch):
 
 
 def test_fake_update_descends_the_denoising_loss():
-    nets, generator, fake, _ = networks()
+    nets, _generator, fake, _ = networks()
     numbers = recipe(1, fake_updates=1, renoise=RenoiseLaw("uniform"))
     fake_before = [p.detach().clone() for p in fake.parameters()]
     sample = simulate(nets.generator, labels, numbers, STREAMS, (0, 0), SHARD, CPU)
@@ -186,6 +186,8 @@ def test_refl_gradient_and_rewards_do_not_depend_on_the_chunk():
     leaf = x0.clone().requires_grad_()
     (expected,) = torch.autograd.grad(-reward_score(decode(leaf), y).mean(), leaf)
     for chunk in (1, 2, 5, 9):
-        gradient, rewards = refl_leaf_gradient(x0, decode, lambda images, rows: reward_score(images, y[rows]), chunk=chunk)
+        gradient, rewards = refl_leaf_gradient(
+            x0, decode, lambda images, rows: reward_score(images, y[rows]), chunk=chunk
+        )
         torch.testing.assert_close(gradient, expected)
         torch.testing.assert_close(rewards, reward_score(decode(x0), y).float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +31,12 @@ def environment(tmp_path_factory):
 def launch(environment):
     """launch(arguments, ranks=0) -> a started process; ranks = 0 is plain python, otherwise the deepspeed launcher."""
 
-    def start(arguments, ranks=0, small=True, **options):
+    def start(arguments, ranks=0, small=True, script=TRAIN, **options):
         words = [*(SMALL if small else []), *map(str, arguments)]
-        command = [sys.executable, str(TRAIN)]
+        command = [sys.executable, str(script)]
         if ranks:
             launcher = str(Path(sys.executable).parent / "deepspeed")
-            command = [launcher, "--num_accelerators", str(ranks), "--master_port", str(_free_port()), str(TRAIN)]
+            command = [launcher, "--num_accelerators", str(ranks), "--master_port", str(_free_port()), str(script)]
         return subprocess.Popen(
             [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         )
@@ -47,8 +48,8 @@ def launch(environment):
 def run(launch):
     """run(arguments, ...) -> (exit code, stdout, stderr) of a finished process."""
 
-    def finish(arguments, ranks=0, small=True):
-        process = launch(arguments, ranks, small)
+    def finish(arguments, ranks=0, **options):
+        process = launch(arguments, ranks, **options)
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
@@ -56,8 +57,6 @@ def run(launch):
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

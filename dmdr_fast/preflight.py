@@ -1,0 +1,60 @@
+"""Checks that need neither torch nor weights, made before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from dmdr_fast.config import Config
+from dmdr_fast.errors import UserError
+
+HUB_PREFIX = "hf://"
+
+
+def check(config: Config) -> None:
+    """Look at what the configuration names on disk.
+
+    Raises:
+        UserError: run_dir cannot be written, the teacher's weights are missing, or the DeepSpeed JSON is unreadable.
+    """
+    _check_run_dir(config.run_dir)
+    _check_weights(config.teacher.weights)
+    if config.deepspeed.config is not None:
+        read_deepspeed_json(config.deepspeed.config)
+
+
+def read_deepspeed_json(path: Path) -> dict:
+    """The keys of a DeepSpeed JSON."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from None
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        if name in values:
+            raise UserError(
+                f"deepspeed.config: remove {name}; train.micro_batch_size and train.gradient_accumulation set it"
+            )
+    return values
+
+
+def _check_run_dir(path: Path) -> None:
+    probe = path / f".writable.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); name another folder") from None
+
+
+def _check_weights(weights: str | None) -> None:
+    if weights is None:
+        return
+    if weights.startswith(HUB_PREFIX):
+        if weights.count("/") < HUB_PREFIX.count("/") + 2:
+            raise UserError(f"teacher.weights: {weights} names no file; write {HUB_PREFIX}ORG/REPO/FILE")
+    elif not Path(weights).expanduser().is_file():
+        raise UserError(
+            f"teacher.weights: no such file: {weights}; give a .safetensors or .pt path, or {HUB_PREFIX}ORG/REPO/FILE"
+        )

@@ -1,0 +1,127 @@
+"""A run that was killed and resumed is the run that never stopped, to the byte."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+
+TWELVE = ["--train.cold_start_steps", "4", "--train.generator_steps", "12", "--checkpoint.every", "2"]
+FINAL = "final/generator.safetensors"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, _, err = run([*TWELVE, "--run_dir", folder])
+    assert code == 0, err
+    return folder
+
+
+def wait_for_step(process, folder, step):
+    """Until the log holds ``step`` finished updates, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        log = folder / "log.jsonl"
+        if log.is_file() and log.read_text().count("\n") >= step:
+            return
+        time.sleep(0.005)
+
+
+def same_log(a, b):
+    drop = {"samples_per_second", "host_memory_bytes", "host_peak_memory_bytes"}
+    return [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in drop}
+            for line in (f / "log.jsonl").read_text().splitlines()
+        ]
+        for f in (a, b)
+    ]
+
+
+@pytest.mark.parametrize(("step", "delay"), [(3, 0.0), (6, 0.02), (10, 0.01)])
+def test_killed_at_any_point_and_resumed_gives_the_same_bytes(launch, run, uninterrupted, tmp_path, step, delay):
+    process = launch([*TWELVE, "--run_dir", tmp_path])
+    wait_for_step(process, tmp_path, step)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / FINAL).exists()
+    code, out, err = run([*TWELVE, "--run_dir", tmp_path, "--resume", "auto"])
+    assert code == 0, err
+    assert "resumed from" in out
+    assert (tmp_path / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
+    assert (tmp_path / "cold_start/generator.safetensors").read_bytes() == (
+        uninterrupted / "cold_start/generator.safetensors"
+    ).read_bytes()
+    one, two = same_log(tmp_path, uninterrupted)
+    assert one == two
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(run, uninterrupted, tmp_path, harm):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    (folder / FINAL).unlink()
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    victim = next((newest / "generator").glob("*.pt"))
+    if harm == "remove":
+        victim.unlink()
+    else:
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+    code, out, err = run([*TWELVE, "--run_dir", folder])
+    assert code == 0, err
+    assert re.search(r"step_00000012 refused: generator/.*; trying the one before it", out)
+    assert "step_00000010" in out
+    assert (folder / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
+
+
+def test_only_the_newest_checkpoints_stay(uninterrupted):
+    kept = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
+    assert kept == ["step_00000010", "step_00000012"]
+
+
+def test_named_checkpoint_and_what_must_not_change(run, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    checkpoint = folder / "checkpoints" / "step_00000010"
+    code, _, err = run([*TWELVE, "--run_dir", folder, "--resume", tmp_path / "nothing"])
+    assert code == 2 and "no such folder" in err and len(err.strip().splitlines()[-1:]) == 1
+    code, _, err = run([*TWELVE, "--run_dir", folder, "--resume", checkpoint, "--seed", "5"])
+    assert code == 2 and "seed 0, this run has 5" in err and "Traceback" not in err
+    code, out, err = run([*TWELVE, "--run_dir", folder, "--resume", checkpoint])
+    assert code == 0 and "step 10" in out, err
+
+
+def test_sigterm_finishes_the_step_checkpoints_and_says_how_to_go_on(launch, run, uninterrupted, tmp_path):
+    process = launch([*TWELVE, "--run_dir", tmp_path])
+    wait_for_step(process, tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    step = int(re.search(r"stopped at step (\d+); to go on: (.*)", out)[1])
+    assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
+    assert "--resume auto" in out and not (tmp_path / FINAL).exists()
+    code, _, err = run(["--config", tmp_path / "config.yaml", "--resume", "auto"], small=False)
+    assert code == 0, err
+    assert (tmp_path / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
+
+
+def test_two_zero3_ranks_resume_exactly(launch, run, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = [*TWELVE, "--train.micro_batch_size", "4", "--deepspeed.stage", "3"]
+    code, _, err = run([*options, "--run_dir", whole], ranks=2)
+    assert code == 0, err
+    process = launch([*options, "--run_dir", broken], ranks=2, start_new_session=True)
+    wait_for_step(process, broken, 7)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, out, err = run([*options, "--run_dir", broken], ranks=2)
+    assert code == 0, err
+    assert "resumed from" in out
+    assert (whole / FINAL).read_bytes() == (broken / FINAL).read_bytes()
