@@ -1,0 +1,34 @@
+# Each target sets up what it needs in .venv from requirements.lock, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: quickstart test bench lint install
+
+quickstart: install  ## train a digits teacher, distil it, draw the report: runs/digits/report.html
+	$(BIN)/deepspeed dmdr_fast/train.py --config configs/digits.yaml
+
+test: install
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests
+
+bench: install
+	$(BIN)/python -m pytest benchmarks
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/installed
+
+$(VENV)/locked: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "dmdr_fast needs Python 3.10 or newer; name one with: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+$(VENV)/installed: $(VENV)/locked $(BUILD_INPUTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,237 @@
+// Vectors of the native width in GNU vector extensions, and their loads and stores from fp32, bf16 and fp16.
+//
+// One source serves every instruction set: an operation on F is one instruction where the hardware has it. A tail
+// goes through the same vector operations as the body, so an element's bits never depend on where it lies.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "dmdr/abi.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define DMDR_INLINE inline __attribute__((always_inline))
+
+namespace dmdr {
+namespace DMDR_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float F __attribute__((vector_size(kLanes * 4)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));  // also what a comparison of F yields: 0 or -1
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t H __attribute__((vector_size(kLanes * 2)));
+
+DMDR_INLINE F splat(float x) { return x - F{}; }  // keeps -0
+DMDR_INLINE U bits(F x) { return (U)x; }
+DMDR_INLINE F from_bits(U x) { return (F)x; }
+DMDR_INLINE F abs(F x) { return from_bits(bits(x) & 0x7fffffffu); }
+DMDR_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
+
+DMDR_INLINE F sqrt(F x) {
+  F root;
+  for (int lane = 0; lane < kLanes; ++lane) root[lane] = __builtin_sqrtf(x[lane]);
+  return root;
+}
+
+// Pairwise, so the order is the same whatever the compiler does.
+DMDR_INLINE double sum(F x) {
+  double part[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) part[lane] = x[lane];
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+  return part[0];
+}
+
+// fp32 adds at most this many elements, kLanes at a time, before a sum moves to fp64: so its relative error stays under
+// 1e-6 whatever the size.
+constexpr int64_t kRun = 64 * kLanes;
+
+// ---- element types: how one vector is read and written -------------------------------------------------------------
+struct Float32 {
+  static constexpr int64_t kBytes = 4;
+  static DMDR_INLINE F load(const char *p) {
+    F x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static DMDR_INLINE void store(char *p, F x) { std::memcpy(p, &x, sizeof x); }
+};
+
+struct Bfloat16 {
+  static constexpr int64_t kBytes = 2;
+  static DMDR_INLINE F load(const char *p) {
+    H x;
+    std::memcpy(&x, p, sizeof x);
+    return from_bits(__builtin_convertvector(x, U) << 16);
+  }
+  // Round to nearest even; a NaN becomes PyTorch's 0x7fc0 instead of being rounded into an infinity.
+  static DMDR_INLINE void store(char *p, F x) {
+    const U u = bits(x);
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const H h = __builtin_convertvector((x == x) ? rounded : U{} + 0x7fc0u, H);
+    std::memcpy(p, &h, sizeof h);
+  }
+};
+
+struct Float16 {
+  static constexpr int64_t kBytes = 2;
+#if defined(__AVX512F__)  // maskz: GCC 12 warns of the plain forms' undefined vector
+  static DMDR_INLINE F load(const char *p) {
+    return (F)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+  }
+  static DMDR_INLINE void store(char *p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p),
+                        _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static DMDR_INLINE F load(const char *p) {
+    return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+  }
+  static DMDR_INLINE void store(char *p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static DMDR_INLINE F load(const char *p) {
+    H x;
+    std::memcpy(&x, p, sizeof x);
+    const U h = __builtin_convertvector(x, U);
+    const U magnitude = (h & 0x7fffu) << 13;
+    // Exponent rebias; subnormals by a subtraction that is exact (2^-14 (1 + m) - 2^-14), inf and NaN keep 255.
+    const F normal = from_bits(magnitude + ((127u - 15u) << 23));
+    const F subnormal = from_bits(magnitude + (113u << 23)) - from_bits(U{} + (113u << 23));
+    const F special = from_bits(magnitude | (255u << 23));
+    const U exponent = h & 0x7c00u;
+    const F finite = (exponent == 0u) ? subnormal : normal;
+    return from_bits(bits((exponent == 0x7c00u) ? special : finite) | ((h & 0x8000u) << 16));
+  }
+  static DMDR_INLINE void store(char *p, F x) {
+    const U u = bits(x) & 0x7fffffffu;
+    const U sign = (bits(x) >> 16) & 0x8000u;
+    // Adding 0.5 leaves the half's subnormal, rounded to nearest even, in the low bits.
+    const U subnormal = bits(from_bits(u) + 0.5f) - (126u << 23);
+    const U normal = (u - ((127u - 15u) << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+    U h = (u < (113u << 23)) ? subnormal : normal;
+    h = (u >= (143u << 23)) ? U{} + 0x7c00u : h;  // 65536 and more; 65520 carries into the exponent by itself
+    h = (u > (255u << 23)) ? U{} + 0x7e00u : h;
+    const H packed = __builtin_convertvector(h | sign, H);
+    std::memcpy(p, &packed, sizeof packed);
+  }
+#endif
+};
+
+// Where a vector lies: a whole one at `at`, or the first `count` lanes of one.
+struct Whole {
+  int64_t at;
+};
+struct Tail {
+  int64_t at;
+  int count;
+};
+
+DMDR_INLINE Whole moved(Whole where, int64_t by) { return {where.at + by}; }
+DMDR_INLINE Tail moved(Tail where, int64_t by) { return {where.at + by, where.count}; }
+
+template <class Type>
+DMDR_INLINE F read(const char *base, Whole where) {
+  return Type::load(base + where.at * Type::kBytes);
+}
+template <class Type>
+DMDR_INLINE F read(const char *base, Tail where) {
+  char buffer[kLanes * 4] = {};
+  std::memcpy(buffer, base + where.at * Type::kBytes, where.count * Type::kBytes);
+  return Type::load(buffer);
+}
+template <class Type>
+DMDR_INLINE void write(char *base, Whole where, F x) {
+  Type::store(base + where.at * Type::kBytes, x);
+}
+template <class Type>
+DMDR_INLINE void write(char *base, Tail where, F x) {
+  char buffer[kLanes * 4];
+  Type::store(buffer, x);
+  std::memcpy(base + where.at * Type::kBytes, buffer, where.count * Type::kBytes);
+}
+
+// A row of a tensor: `offset` elements from its start, contiguous from there.
+template <class Type>
+struct Row {
+  char *base;
+  DMDR_INLINE Row(const dmdr_tensor &tensor, int64_t offset)
+      : base(static_cast<char *>(tensor.data) + offset * Type::kBytes) {}
+  template <class Where>
+  DMDR_INLINE F load(Where where) const {
+    return read<Type>(base, where);
+  }
+  template <class Where>
+  DMDR_INLINE void store(Where where, F x) const {
+    write<Type>(base, where, x);
+  }
+};
+
+// The element type of an op whose tensors differ: each row looks its own up at every vector, one predicted branch.
+struct Mixed {};
+
+template <>
+struct Row<Mixed> {
+  char *base;
+  int64_t dtype;
+  DMDR_INLINE Row(const dmdr_tensor &tensor, int64_t offset)
+      : base(static_cast<char *>(tensor.data) + offset * (tensor.dtype == DMDR_F32 ? 4 : 2)), dtype(tensor.dtype) {}
+  template <class Where>
+  DMDR_INLINE F load(Where where) const {
+    if (dtype == DMDR_F32) return read<Float32>(base, where);
+    return dtype == DMDR_BF16 ? read<Bfloat16>(base, where) : read<Float16>(base, where);
+  }
+  template <class Where>
+  DMDR_INLINE void store(Where where, F x) const {
+    if (dtype == DMDR_F32) return write<Float32>(base, where, x);
+    if (dtype == DMDR_BF16) return write<Bfloat16>(base, where, x);
+    write<Float16>(base, where, x);
+  }
+};
+
+// run(Type{}) with the element type that all the present tensors share, or with Mixed{}.
+template <class Run>
+inline void with_common_type(std::initializer_list<const dmdr_tensor *> tensors, Run run) {
+  int64_t common = -1;
+  bool same = true;
+  for (const dmdr_tensor *tensor : tensors) {
+    if (tensor->data == nullptr) continue;
+    same = same && (common == -1 || common == tensor->dtype);
+    common = tensor->dtype;
+  }
+  if (same && common == DMDR_F32) return run(Float32{});
+  if (same && common == DMDR_BF16) return run(Bfloat16{});
+  run(Mixed{});
+}
+
+// The lanes that count, for sums: all of a whole vector, zero past a tail's end (whatever was computed there).
+DMDR_INLINE F counted(Whole, F x) { return x; }
+DMDR_INLINE F counted(Tail where, F x) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (lane >= where.count) x[lane] = 0.f;
+  return x;
+}
+
+// body(Whole{i}) for every full vector of [first, first + count), then body(Tail) for the rest.
+template <class Body>
+DMDR_INLINE void for_vectors(int64_t first, int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(Whole{first + i});
+  if (i < count) body(Tail{first + i, static_cast<int>(count - i)});
+}
+
+}  // namespace DMDR_LEVEL
+}  // namespace dmdr
