@@ -158,12 +158,12 @@ def load(stem: str) -> ctypes.CDLL:
     return library
 
 
-def count(library: ctypes.CDLL, name: str) -> Callable[..., int]:
-    """A function of the library that takes and returns int64: the size of a workspace."""
+def count(library: ctypes.CDLL, name: str, sizes: int) -> Callable[..., int]:
+    """A function of the library that takes ``sizes`` int64 and returns one: the size of a workspace."""
     entry = getattr(library, name)
+    entry.argtypes = (ctypes.c_int64,) * sizes
     entry.restype = ctypes.c_int64
-    # Explicit types would be checked one by one; a plain int that fits is passed as a C int.
-    return lambda *sizes: entry(*[ctypes.c_int64(size) for size in sizes])
+    return entry
 
 
 def layout(struct_name: str) -> struct.Struct:
@@ -172,8 +172,14 @@ def layout(struct_name: str) -> struct.Struct:
     return struct.Struct("=qq" + fields)
 
 
-def function(library: ctypes.CDLL, name: str, struct_name: str) -> Callable[..., None]:
-    """``name`` of the library as ``call(stream, num_threads, *fields)``, the fields flat and in order.
+def function(
+    library: ctypes.CDLL,
+    name: str,
+    struct_name: str,
+    num_threads: Callable[[], int],
+    stream: Callable[[], int | None],
+) -> Callable[..., None]:
+    """``name`` of the library as ``call(*fields)``, the fields after ``num_threads`` flat and in order.
 
     Raises (when called):
         NativeError: the kernel returned a status other than 0.
@@ -185,8 +191,8 @@ def function(library: ctypes.CDLL, name: str, struct_name: str) -> Callable[...,
     entry.restype = ctypes.c_int
     error_string = library.dmdr_error_string
 
-    def call(stream: int | None, num_threads: int, *fields: float) -> None:
-        status = entry(pack(size, num_threads, *fields), stream)
+    def call(*fields: float) -> None:
+        status = entry(pack(size, num_threads(), *fields), stream())
         if status != 0:
             raise NativeError(f"{name}: {error_string(status).decode()} (status {status})")
 

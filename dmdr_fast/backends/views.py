@@ -15,7 +15,7 @@ _NO_STRIDES = (0,) * (OUTER - 1)
 _NO_SIZES = (1,) * (OUTER - 1)
 
 
-def shared_view(*tensors: Tensor | None) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple]:
+def shared_view(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[tuple[int, ...]], tuple | list]:
     """Dimensions of tensors of one shape merged as far as their strides allow; dimension 0 is never merged.
 
     Views whose last dimension is contiguous are passed as they are; others, and views that keep more than five
@@ -28,31 +28,33 @@ def shared_view(*tensors: Tensor | None) -> tuple[tuple[int, ...], tuple[tuple[i
         ``shape`` (OUTER outer sizes and the inner one), the ABI's fields of each tensor, and the tensors those point
         into: the caller holds them until the kernel returns.
     """
-    shape = tensors[0].shape
-    if all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        batch = shape[0]
-        inner = tensors[0].numel() // batch if batch else 0
-        strides = (inner, *_NO_STRIDES)
-        fields = tuple(
-            ABSENT if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], *strides)
-            for tensor in tensors
-        )
-        return (batch, *_NO_SIZES, inner), fields, tensors
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            return _strided_view(tensors)
+    batch = first.shape[0]
+    inner = first.numel() // batch if batch else 0
+    fields = [
+        ABSENT if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], inner, *_NO_STRIDES)
+        for tensor in tensors
+    ]
+    return (batch, *_NO_SIZES, inner), fields, tensors
 
+
+def _strided_view(tensors: tuple[Tensor | None, ...]) -> tuple:
     present = [tensor for tensor in tensors if tensor is not None]
-    merged, strides = _merge(tuple(shape), tuple(tensor.stride() for tensor in present))
-    if merged is None:
-        # strides then says which tensors need a copy.
-        copies = iter(strides)
-        return shared_view(
-            *(tensor if tensor is None or not next(copies) else tensor.contiguous() for tensor in tensors)
-        )
+    shape, strides = _merge(tuple(present[0].shape), tuple(tensor.stride() for tensor in present))
     each = iter(strides)
-    fields = tuple(
+    if shape is None:  # then `strides` says which tensors need a copy
+        copied = [
+            None if tensor is None else tensor.contiguous() if next(each) else tensor for tensor in tensors
+        ]
+        return shared_view(*copied)
+    fields = [
         ABSENT if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], *next(each))
         for tensor in tensors
-    )
-    return merged, fields, tensors
+    ]
+    return shape, fields, tensors
 
 
 def row_view(tensor: Tensor | None) -> tuple[tuple[int, ...], Tensor | None]:

@@ -36,6 +36,13 @@ def build_decoder(config: Config, device: torch.device) -> Callable[[Tensor], Te
         decoder = LatentDecoder.from_pretrained(config.decoder.path).to(device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"decoder.path: {error}") from None
+    factor = 2 ** (len(decoder.vae.config.block_out_channels) - 1)
+    if (factor, decoder.vae.config.latent_channels) != (config.decoder_factor, config.model.channels):
+        raise UserError(
+            f"decoder.path: {config.decoder.path} makes {factor} pixels of a latent pixel and takes "
+            f"{decoder.vae.config.latent_channels} channels; expected {config.decoder_factor} and model.channels "
+            f"{config.model.channels}"
+        )
     return decoder.decode
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import deepspeed
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.dmd import DMDOptions
-from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
 from dmdr_fast.algorithm.step import Recipe, Update, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
-from dmdr_fast.config import AdamW, Config
+from dmdr_fast.config import Config
 from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
 from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.networks import Roles, build_roles
+from dmdr_fast.engine.recipe import describe, learning_rate, recipe_of, table_text
 from dmdr_fast.engine.shards import EMA, save_weights
 from dmdr_fast.engine.teacher import teacher_weights
 from dmdr_fast.engine.telemetry import Telemetry
@@ -29,30 +30,6 @@ from dmdr_fast.eval.report import write_report
 
 class Diverged(Exception):
     """Too many updates in a row were skipped; the message says which role and which quantity."""
-
-
-def recipe_of(config: Config) -> Recipe:
-    """The numbers that the step reads."""
-    size = config.latent_size
-    shared = config.sharing == "shared_score"
-    return Recipe(
-        grid=timestep_grid(config.student.steps, shift=config.student.shift),
-        latent_shape=(config.model.channels, size, size),
-        cold_start_steps=config.train.cold_start_steps,
-        fake_updates=config.train.fake_updates,
-        rollout_variant=config.student.rollout,
-        real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
-        dynamic_guidance_step=config.dyna_dg.dynamic_step,
-        renoise=RenoiseLaw(
-            alpha0=config.dyna_rs.alpha0,
-            beta0=config.dyna_rs.beta0,
-            dynamic_step=config.dyna_rs.dynamic_step,
-            **config.renoise.model_dump(),
-        ),
-        dmd=DMDOptions(cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()),
-        reward_weight=config.reward.weight if config.reward.kind != "none" else 0.0,
-        reward_chunk=config.reward.chunk,
-    )
 
 
 def train(config: Config) -> None:
@@ -87,7 +64,9 @@ class Run:
     step: int
     skipped: int = 0
     skipped_in_a_row: int = 0
-    pending: list[dict[str, Tensor]] = field(default_factory=list)
+    pending: list[dict[str, Tensor]] = field(default_factory=list)  # metrics since the last flush, on the device
+    flushed_at: float = 0.0
+    samples_seen: int = 0  # by this process, over all ranks
 
     @classmethod
     def build(cls, config: Config, weights: Path, ranks: runtime.Runtime) -> Run:
@@ -139,7 +118,7 @@ class Run:
             for accumulation in [config.train.gradient_accumulation]
             for m in range(accumulation)
         ]
-        self._flushed, self._first_step = time.monotonic(), self.step
+        self.flushed_at = time.monotonic()
         while self.step < config.train.generator_steps:
             self._snapshot_cold_start()
             self._set_learning_rates()
@@ -174,9 +153,23 @@ class Run:
             table = evaluator.run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})
             self.ranks.say(table_text(table))
         if self.ranks.is_main:
+            self._summarise()
             self.ranks.say(f"weights: {final}")
             self.ranks.say(f"report: {write_report(config.run_dir)}")
         self.ranks.barrier()
+
+    def _summarise(self) -> None:
+        """summary.json: what ran, for the report."""
+        summary = {
+            "updates": self.step,
+            "skipped": self.skipped,
+            "ranks": self.ranks.world_size,
+            "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "parameters_trained": self.roles.trained_parameters,
+        }
+        (self.config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
 
     @property
     def _cold_start_weights(self) -> Path:
@@ -219,21 +212,22 @@ class Run:
         names = sorted(set().union(*self.pending))
         stacked = torch.stack([torch.stack([m[n].float() for m in self.pending if n in m]).nanmean() for n in names])
         values = dict(zip(names, self.ranks.mean(stacked).tolist(), strict=True))
-        now = time.monotonic()
+        now, samples = time.monotonic(), len(self.pending) * batch
+        self.samples_seen += samples
         alpha, beta = self.recipe.renoise.beta(self.step - 1)
         values |= {
-            "samples_per_second": len(self.pending) * batch / (now - self._flushed),
+            "samples_per_second": samples / (now - self.flushed_at),
             "skipped": float(self.skipped),
             "renoise_alpha": alpha,
             "renoise_beta": beta,
             "real_lora_scale": self.recipe.real_scale(self.step - 1),
         }
         values |= {f"{n}_grad_norm": r.gradient_norm for n, r in _trained(self.roles).items()}
-        values |= self.telemetry.sample((self.step - self._first_step) * batch // self.ranks.world_size)
+        values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
         self.pending.clear()
-        self._flushed = now
+        self.flushed_at = now
 
     def _checkpoint(self) -> None:
         counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
@@ -242,15 +236,6 @@ class Run:
 
 def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
-
-
-def learning_rate(settings: AdamW, step: int, cold_start_steps: int, generator_steps: int) -> float:
-    """The role's learning rate at a generator step: constant, then linear to a tenth over ``decay`` of the phase."""
-    rl = step >= cold_start_steps
-    start, end = (cold_start_steps, generator_steps) if rl else (0, cold_start_steps)
-    peak = settings.rl_lr if rl and settings.rl_lr is not None else settings.lr
-    left = (end - step) / ((end - start) * settings.decay) if settings.decay else 1.0
-    return peak * max(0.1, min(1.0, 0.1 + 0.9 * left))
 
 
 def identity(config: Config, ranks: runtime.Runtime) -> dict:
@@ -277,43 +262,3 @@ def diagnosis(update: Update, ranks: runtime.Runtime) -> str:
 def resume_command(config: Config) -> str:
     """The command that goes on with this run."""
     return f"deepspeed dmdr_fast/train.py --config {config.run_dir / 'config.yaml'} --resume auto"
-
-
-def describe(config: Config, recipe: Recipe, roles: Roles, ranks: runtime.Runtime) -> str:
-    """The effective recipe in a few lines, printed once."""
-    laws = [
-        f"step {s}: Beta({a:.2f}, {b:.2f}) s_r {recipe.real_scale(s):.2f}"
-        for s in sorted({0, config.dyna_rs.dynamic_step // 2, config.dyna_rs.dynamic_step})
-        for a, b in [recipe.renoise.beta(s)]
-    ]
-    renoise = "; ".join(laws) if recipe.renoise.kind == "dyna_rs" else recipe.renoise.kind
-    standard = config.teacher.cfg_scale + (1.0 if config.teacher.cfg_mode == "offset" else 0.0)
-    master = sum(roles.trained_parameters.values()) * 12
-    stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
-    batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
-    lines = [
-        f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
-        f"teacher    CFG scale {standard:g} (standard form)",
-        f"roles      {config.sharing}; parameters trained / all: "
-        + ", ".join(f"{n} {roles.trained_parameters.get(n, 0):,} / {c:,}" for n, c in roles.total_parameters.items()),
-        f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
-        f"renoise    {renoise}",
-        f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
-        f"{config.reward.kind} reward x {recipe.reward_weight:g}; R = {recipe.fake_updates}, batch {batch}",
-        f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
-        f"on {ranks.device.type}",
-    ]
-    return "\n".join(lines)
-
-
-def table_text(table: dict[str, dict[str, float]]) -> str:
-    """metrics.json as aligned text."""
-    if not table:
-        return ""
-    names = list(next(iter(table.values())))
-    lines = ["            " + "".join(f"{n:>11}" for n in names)]
-    lines += [
-        f"{row:<12}" + "".join(f"{values[n]:>11.4g}" for n in names if values[n] is not None)
-        for row, values in table.items()
-    ]
-    return "\n".join(lines)

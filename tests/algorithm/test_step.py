@@ -95,7 +95,7 @@ def test_gradient_accumulation_equals_one_large_batch():
         nets, *_ = networks()
         numbers = recipe(2, reward_weight=0.5)
         captured = Captured(nets.generator)
-        captured.backward = lambda loss, n=len(shards): (loss / n).backward()
+        captured.backward = lambda loss, count=len(shards): (loss / count).backward()  # noqa: B008
         nets = type(nets)(captured, nets.fake, nets.score, nets.null_condition)
         samples = [simulate(captured, labels, numbers, STREAMS, (0, 0), shard, CPU) for shard in shards]
         generator_update(nets, samples, REWARD, numbers, STREAMS, 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, shared_view
 
-_space = workspace("dmd_gradient", torch.float64)
+_space = workspace("dmd_gradient", 2, torch.float64)
 _fwd = kernel("dmd_gradient_fwd", "dmdr_dmd_gradient_args")
 _bwd = kernel("dmd_gradient_bwd", "dmdr_dmd_gradient_args")
 

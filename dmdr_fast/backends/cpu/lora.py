@@ -8,7 +8,7 @@ from torch import Tensor
 from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, DTYPE_CODE, row_view
 
-_space = workspace("multi_lora")
+_space = workspace("multi_lora", 6)
 _fwd = kernel("multi_lora_fwd", "dmdr_multi_lora_args")
 _bwd = kernel("multi_lora_bwd", "dmdr_multi_lora_args")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dmdr_fast.backends.cpu.library import kernel, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, row_view
 
-_space = workspace("modulation")
+_space = workspace("modulation", 4)
 _norm_fwd = kernel("layer_norm_modulate_fwd", "dmdr_layer_norm_modulate_args")
 _norm_bwd = kernel("layer_norm_modulate_bwd", "dmdr_layer_norm_modulate_args")
 _gated_fwd = kernel("gated_residual_fwd", "dmdr_gated_residual_args")

@@ -8,7 +8,7 @@ from torch import Tensor
 from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, shared_view
 
-_space = workspace("sde_step", torch.float64)
+_space = workspace("sde_step", 2, torch.float64)
 _step_fwd = kernel("sde_step_fwd", "dmdr_sde_step_args")
 _step_bwd = kernel("sde_step_bwd", "dmdr_sde_step_args")
 _loss_fwd = kernel("grpo_loss_fwd", "dmdr_grpo_loss_args")

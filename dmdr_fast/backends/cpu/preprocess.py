@@ -8,7 +8,7 @@ from torch import Tensor
 from dmdr_fast.backends.cpu.library import kernel, new_output, pointer, workspace
 from dmdr_fast.backends.views import DTYPE_CODE
 
-_space = workspace("preprocess_reward", torch.int64)
+_space = workspace("preprocess_reward", 6, torch.int64)
 _fwd = kernel("preprocess_reward_fwd", "dmdr_preprocess_reward_args")
 _bwd = kernel("preprocess_reward_bwd", "dmdr_preprocess_reward_args")
 

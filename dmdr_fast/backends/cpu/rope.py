@@ -8,7 +8,7 @@ from torch import Tensor
 from dmdr_fast.backends.cpu.library import kernel, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, DTYPE_CODE, row_view
 
-_space = workspace("qk_norm_rope")
+_space = workspace("qk_norm_rope", 3)
 _fwd = kernel("qk_norm_rope_fwd", "dmdr_qk_norm_rope_args")
 _bwd = kernel("qk_norm_rope_bwd", "dmdr_qk_norm_rope_args")
 

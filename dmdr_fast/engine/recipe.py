@@ -1,0 +1,83 @@
+"""From a configuration to the numbers that the step reads, and the same in words."""
+
+from __future__ import annotations
+
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
+from dmdr_fast.algorithm.step import Recipe
+from dmdr_fast.config import AdamW, Config
+from dmdr_fast.engine.networks import Roles
+from dmdr_fast.engine.runtime import Runtime
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The numbers that the step reads."""
+    size = config.latent_size
+    shared = config.sharing == "shared_score"
+    return Recipe(
+        grid=timestep_grid(config.student.steps, shift=config.student.shift),
+        latent_shape=(config.model.channels, size, size),
+        cold_start_steps=config.train.cold_start_steps,
+        fake_updates=config.train.fake_updates,
+        rollout_variant=config.student.rollout,
+        real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
+        dynamic_guidance_step=config.dyna_dg.dynamic_step,
+        renoise=RenoiseLaw(
+            alpha0=config.dyna_rs.alpha0,
+            beta0=config.dyna_rs.beta0,
+            dynamic_step=config.dyna_rs.dynamic_step,
+            **config.renoise.model_dump(),
+        ),
+        dmd=DMDOptions(cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()),
+        reward_weight=config.reward.weight if config.reward.kind != "none" else 0.0,
+        reward_chunk=config.reward.chunk,
+    )
+
+
+def learning_rate(settings: AdamW, step: int, cold_start_steps: int, generator_steps: int) -> float:
+    """The role's learning rate at a generator step: constant, then linear to a tenth over ``decay`` of the phase."""
+    rl = step >= cold_start_steps
+    start, end = (cold_start_steps, generator_steps) if rl else (0, cold_start_steps)
+    peak = settings.rl_lr if rl and settings.rl_lr is not None else settings.lr
+    left = (end - step) / ((end - start) * settings.decay) if settings.decay else 1.0
+    return peak * max(0.1, min(1.0, 0.1 + 0.9 * left))
+
+
+def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> str:
+    """The effective recipe in a few lines, printed once."""
+    laws = [
+        f"step {s}: Beta({a:.2f}, {b:.2f}) s_r {recipe.real_scale(s):.2f}"
+        for s in sorted({0, config.dyna_rs.dynamic_step // 2, config.dyna_rs.dynamic_step})
+        for a, b in [recipe.renoise.beta(s)]
+    ]
+    renoise = "; ".join(laws) if recipe.renoise.kind == "dyna_rs" else recipe.renoise.kind
+    standard = config.teacher.cfg_scale + (1.0 if config.teacher.cfg_mode == "offset" else 0.0)
+    master = sum(roles.trained_parameters.values()) * 12
+    stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
+    batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
+    lines = [
+        f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
+        f"teacher    CFG scale {standard:g} (standard form)",
+        f"roles      {config.sharing}; parameters trained / all: "
+        + ", ".join(f"{n} {roles.trained_parameters.get(n, 0):,} / {c:,}" for n, c in roles.total_parameters.items()),
+        f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
+        f"renoise    {renoise}",
+        f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
+        f"{config.reward.kind} reward x {recipe.reward_weight:g}; R = {recipe.fake_updates}, batch {batch}",
+        f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
+        f"on {ranks.device.type}",
+    ]
+    return "\n".join(lines)
+
+
+def table_text(table: dict[str, dict[str, float]]) -> str:
+    """metrics.json as aligned text."""
+    if not table:
+        return ""
+    names = list(next(iter(table.values())))
+    lines = ["            " + "".join(f"{n:>11}" for n in names)]
+    lines += [
+        f"{row:<12}" + "".join(f"{values[n]:>11.4g}" for n in names if values[n] is not None)
+        for row, values in table.items()
+    ]
+    return "\n".join(lines)

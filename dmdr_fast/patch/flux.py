@@ -1,0 +1,158 @@
+"""FLUX.1: double blocks (image and text streams), single blocks (both in one), rotary attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
+    FluxTransformerBlock,
+    _get_qkv_projections,
+)
+from torch import Tensor, nn
+
+from dmdr_fast import ops
+from dmdr_fast.patch.adaptive import gated, gated_modulated
+from dmdr_fast.patch.structure import QK_NORM_ROPE, Left, Replacement, Site, adaptive_sites, qk_sites, stands_in
+
+MODELS = (FluxTransformer2DModel,)
+FP16_LIMIT = 65504
+
+
+@stands_in
+class FusedFluxTransformerBlock(FluxTransformerBlock):
+    fused_ops: frozenset[str]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        x, *modulation = self.norm1(hidden_states, emb=temb)
+        context, *context_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
+        attended, context_attended, *ip_adapter = self.attn(
+            hidden_states=x,
+            encoder_hidden_states=context,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        hidden_states = self._finish(hidden_states, attended, modulation, self.norm2, self.ff)
+        for attended_images in ip_adapter:
+            hidden_states = hidden_states + attended_images
+        encoder_hidden_states = self._finish(
+            encoder_hidden_states, context_attended, context_modulation, self.norm2_context, self.ff_context
+        )
+        return _clipped(encoder_hidden_states), hidden_states
+
+    def _finish(self, stream: Tensor, attended: Tensor, modulation, norm: nn.LayerNorm, ff: nn.Module) -> Tensor:
+        """One stream from its attention on: gated residual, norm, feed-forward, gated residual."""
+        gate, shift, scale, gate_ff = (value[:, None] for value in modulation)
+        stream, x = gated_modulated(self.fused_ops, norm, stream, attended, gate, shift, scale)
+        return gated(self.fused_ops, stream, ff(x), gate_ff)
+
+
+@stands_in
+class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
+    fused_ops: frozenset[str]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        text_tokens = encoder_hidden_states.shape[1]
+        stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x, gate = self.norm(stream, emb=temb)
+        mlp = self.act_mlp(self.proj_mlp(x))
+        attended = self.attn(
+            hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
+        )
+        h = self.proj_out(torch.cat([attended, mlp], dim=2))
+        stream = _clipped(gated(self.fused_ops, stream, h, gate[:, None]))
+        return stream[:, :text_tokens], stream[:, text_tokens:]
+
+
+@stands_in
+class FusedFluxAttnProcessor(FluxAttnProcessor):
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        split = partial(torch.unflatten, dim=-1, sizes=(-1, attn.head_dim))
+        query, key, value = map(split, projections[:3])
+        cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
+        text_tokens = 0 if attn.added_kv_proj_dim is None else projections[3].shape[1]
+        query, key = _rotated(query, key, attn.norm_q, attn.norm_k, cos, sin, slice(text_tokens, None))
+        if attn.added_kv_proj_dim is not None:
+            text_query, text_key, text_value = map(split, projections[3:])
+            text_query, text_key = _rotated(
+                text_query, text_key, attn.norm_added_q, attn.norm_added_k, cos, sin, slice(text_tokens)
+            )
+            query = torch.cat([text_query, query], dim=1)
+            key = torch.cat([text_key, key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        out = out.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text, image = out.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+
+
+def _rotated(query: Tensor, key: Tensor, norm_q, norm_k, cos: Tensor | None, sin: Tensor | None, rows: slice):
+    """Norm and rotation of one stream, which has the ``rows`` of the joint position tables."""
+    if cos is not None:
+        cos, sin = cos[rows].to(query.device), sin[rows].to(query.device)
+    return ops.qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps)
+
+
+def _clipped(stream: Tensor) -> Tensor:
+    return stream.clip(-FP16_LIMIT, FP16_LIMIT) if stream.dtype is torch.float16 else stream
+
+
+def _double_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+    yield from adaptive_sites(block, wanted, branch="attn.to_out", norm="norm2")
+    yield from adaptive_sites(block, wanted, branch="ff")
+    yield from adaptive_sites(block, wanted, branch="attn.to_add_out", norm="norm2_context")
+    yield from adaptive_sites(block, wanted, branch="ff_context")
+
+
+def _single_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+    yield from adaptive_sites(block, wanted, branch="proj_out")
+
+
+def _attention_sites(attention: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
+    if QK_NORM_ROPE in wanted:
+        yield from qk_sites(attention, (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")))
+
+
+REPLACEMENTS = (
+    Replacement(FusedFluxTransformerBlock, _double_sites, {"forward": frozenset()}),
+    Replacement(FusedFluxSingleTransformerBlock, _single_sites, {"forward": frozenset()}),
+    Replacement(FusedFluxAttnProcessor, _attention_sites, {"__call__": frozenset()}),
+)

@@ -1,0 +1,56 @@
+"""Configuration to recipe: the shipped files, the learning rate, the round trip."""
+
+from pathlib import Path
+
+import pytest
+
+from dmdr_fast import cli
+from dmdr_fast.config import AdamW
+from dmdr_fast.engine.recipe import learning_rate, recipe_of
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_resolved_configuration_reads_back_as_itself(file, tmp_path):
+    config = cli.load(file)
+    (tmp_path / "resolved.yaml").write_text(cli.dump(config))
+    assert cli.load(tmp_path / "resolved.yaml") == config
+
+
+def test_the_paper_s_imagenet_numbers():
+    config = cli.load(CONFIGS / "sit_xl_256.yaml")
+    recipe = recipe_of(config)
+    assert recipe.grid == (1.0, 0.0) and recipe.latent_shape == (4, 32, 32) and recipe.fake_updates == 5
+    assert recipe.real_scale(0) == 0.75 and recipe.real_scale(10000) == 0.0 and config.dyna_dg.fake_scale == 2.0
+    assert recipe.renoise.beta(0) == (4.0, 1.5) and recipe.renoise.beta(10000) == (1.0, 1.0)
+    assert not recipe.dmd.uses_cfg and recipe.dmd.eps == 1e-8 and recipe.dmd.normalizer == "per_sample"
+    assert not recipe.rl_active(19_999) and recipe.rl_active(20_000) and recipe.reward_weight == 0.05
+    assert (config.lora.rank, config.lora.form) == (32, "post_projection")
+
+
+def test_separate_networks_have_no_dynamic_guidance():
+    config, _ = cli.parse(["--config", str(CONFIGS / "digits.yaml"), "--sharing", "separate"])
+    assert recipe_of(config).real_scale(0) == 0.0
+
+
+def test_flags_override_the_file_and_accept_yaml_values():
+    config, shown = cli.parse(
+        ["--config", str(CONFIGS / "digits.yaml"), "--optimizer.fake.betas", "[0.5, 0.9]", "--student.ema", "null"]
+        + ["--optimizer.generator.lr", "1e-5", "--print-config"]
+    )
+    assert config.optimizer.fake.betas == (0.5, 0.9) and config.student.ema is None and shown
+    assert config.optimizer.generator.lr == 1e-5
+
+
+def test_help_documents_every_key():
+    text = cli.build_parser().format_help()
+    for path, field in cli.leaves():
+        assert f"--{path} " in text and field.description
+
+
+def test_learning_rate_is_constant_then_falls_to_a_tenth_in_each_phase():
+    settings = AdamW(lr=1.0, rl_lr=0.5, decay=0.5)
+    rates = [learning_rate(settings, step, 100, 200) for step in (0, 50, 75, 99, 100, 150, 175, 199)]
+    assert rates == pytest.approx([1.0, 1.0, 0.55, 0.118, 0.5, 0.5, 0.275, 0.059])
+    assert learning_rate(AdamW(lr=1.0), 99, 100, 200) == learning_rate(AdamW(lr=1.0), 199, 100, 200) == 1.0
