@@ -214,7 +214,9 @@ class Config(Section):
 
     run_dir: Path = key(Path("runs/dmdr"), "Where checkpoints, logs, the final weights and the report go.")
     seed: Count = key(0, "Seed of everything that is drawn.")
-    resume: str = key("auto", "auto: the newest good checkpoint in run_dir; never: start anew; or a checkpoint's path.")
+    resume: str = key(
+        "auto", "auto: the newest good checkpoint in run_dir; never: start anew; or a path. Newer ones are dropped."
+    )
     sharing: Literal["separate", "shared_score"] = key(
         "shared_score", "separate: three networks; shared_score: teacher and fake score are one frozen base and a LoRA."
     )

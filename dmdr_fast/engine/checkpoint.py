@@ -109,6 +109,15 @@ class CheckpointFolder:
             )
         return None
 
+    def drop_after(self, step: int) -> None:
+        """Remove checkpoints newer than the step that a run starts from: another lineage's, once it goes on."""
+        newer = [s for s in self.steps() if s > step]
+        if newer and self.runtime.is_main:
+            self.runtime.say(f"dropping checkpoints of steps {newer} in {self.folder}: the run starts from step {step}")
+            for old in newer:
+                shutil.rmtree(self.folder / f"step_{old:08d}")
+        self.runtime.barrier()
+
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
         """Restore everything from a checkpoint that :meth:`find` returned; {"step": ..., "counters": ...}."""
         for name, role in trained.roles.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,13 +51,17 @@ class Runtime:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks of a small tensor on the device."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on the device."""
         if self.world_size == 1:
             return values
         total = values.clone()
         dist.all_reduce(total)
-        return total / self.world_size
+        return total
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks of a tensor on the device."""
+        return self.sum(values) / self.world_size
 
     def concatenate(self, part: torch.Tensor) -> torch.Tensor:
         """All ranks' equal-shaped parts, concatenated along the first dimension in rank order."""
@@ -71,6 +76,8 @@ def start() -> Runtime:
     """Join the run that the launcher set up, or be its only rank when there is no launcher."""
     import deepspeed
 
+    # DeepSpeed 0.19 calls collectives under names that torch 2.13 has renamed: nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from dmdr_fast.engine.runtime import Runtime
 
 
-def local_shard(parameter: nn.Parameter) -> Tensor:
-    """The part of a parameter that this rank stores: a flat padded slice under ZeRO-3, the whole otherwise."""
-    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+def master_shard(parameter: nn.Parameter) -> Tensor | None:
+    """The fp32 master weights of a trained parameter that this rank keeps; None where it keeps none of them.
+
+    ZeRO-3: a flat, padded slice. ZeRO-2: the flat part of it in this rank's optimizer partition. Stage 0: the whole
+    parameter (bf16 at stage 0 keeps its master copy out of reach: then the bf16 values).
+    """
+    if hasattr(parameter, "ds_tensor"):
+        return deepspeed.utils.safe_get_local_fp32_param(parameter)
+    if hasattr(parameter, "_hp_mapping"):
+        return None if parameter._hp_mapping is None else parameter._hp_mapping.hp_fragment
+    return parameter.data
 
 
 def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -28,24 +36,34 @@ def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class EMA:
-    """Exponential moving average of a network's trained parameters, fp32, on the shards: e <- d e + (1 - d) p."""
+    """Exponential moving average of a network's trained parameters, e <- d e + (1 - d) p, on the fp32 master shards.
+
+    Made after ``deepspeed.initialize``, which shards them.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.shards = {n: local_shard(p).detach().float().clone() for n, p in self.parameters.items()}
+        masters = {n: master_shard(p) for n, p in self.parameters.items()}
+        self.shards = {n: m.detach().float().clone() for n, m in masters.items() if m is not None}
 
     @torch.no_grad()
     def update(self) -> None:
-        current = [local_shard(p).float() for p in self.parameters.values()]
+        current = [master_shard(self.parameters[n]).float() for n in self.shards]
         torch._foreach_lerp_(list(self.shards.values()), current, 1.0 - self.decay)
 
     def full(self, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor on the CPU). All ranks must iterate."""
         for name, parameter in self.parameters.items():
-            shard = self.shards[name]
+            shard = self.shards.get(name)
             if hasattr(parameter, "ds_tensor"):
-                whole = runtime.concatenate(shard)[: parameter.ds_numel].view(parameter.ds_shape)
+                whole = runtime.concatenate(shard.to(runtime.device))[: parameter.ds_numel].view(parameter.ds_shape)
+            elif hasattr(parameter, "_hp_mapping"):
+                whole = torch.zeros(parameter.numel(), device=runtime.device)
+                if shard is not None:
+                    start = parameter._hp_mapping.lp_fragment_address.start
+                    whole[start : start + shard.numel()] = shard.to(runtime.device)
+                whole = runtime.sum(whole).view_as(parameter)
             else:
                 whole = shard
             yield name, whole.cpu().clone()

@@ -82,6 +82,7 @@ class Run:
         if resume_from is not None:
             state = checkpoints.load(resume_from, Trained(_trained(roles), ema))
             ranks.say(f"resumed from {resume_from}, step {state['step']}")
+        checkpoints.drop_after(state["step"])
         run = cls(
             config=config,
             ranks=ranks,

@@ -34,7 +34,9 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    vae = AutoencoderKL(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4, layers_per_block=1, **blocks)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4, layers_per_block=1, **blocks
+    )
     vae.save_pretrained(root / "vae")
     sit = SiT(input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=CLASSES)
     torch.nn.init.normal_(sit.final_layer.linear.weight, std=0.1)

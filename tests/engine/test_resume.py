@@ -95,7 +95,8 @@ def test_named_checkpoint_and_what_must_not_change(run, uninterrupted, tmp_path)
     code, _, err = run([*TWELVE, "--run_dir", folder, "--resume", checkpoint, "--seed", "5"])
     assert code == 2 and "seed 0, this run has 5" in err and "Traceback" not in err
     code, out, err = run([*TWELVE, "--run_dir", folder, "--resume", checkpoint])
-    assert code == 0 and "step 10" in out, err
+    assert code == 0 and "step 10" in out and "dropping checkpoints of steps [12]" in out, err
+    assert (folder / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
 
 
 def test_sigterm_finishes_the_step_checkpoints_and_says_how_to_go_on(launch, run, uninterrupted, tmp_path):

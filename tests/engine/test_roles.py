@@ -1,0 +1,74 @@
+"""Roles on one rank: what is trained, what is frozen, what ZeRO-3 shards, and the LoRA scales each role wears."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dmdr_fast import cli
+from dmdr_fast.engine import runtime
+from dmdr_fast.engine.networks import build_network, build_roles
+
+SMALL = ["--model.hidden_size", "32", "--model.depth", "2", "--model.num_heads", "2", "--teacher.train.data", "digits"]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return runtime.start()
+
+
+def roles_of(ranks, tmp_path, *flags):
+    (tmp_path / "empty.yaml").write_text("")
+    config, _ = cli.parse(["--config", str(tmp_path / "empty.yaml"), *SMALL, "--model.num_classes", "10", *flags])
+    torch.manual_seed(0)
+    teacher = build_network(config)
+    torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.2)
+    for block in teacher.blocks:
+        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.2)
+    save_file({n: p.detach().clone() for n, p in teacher.named_parameters()}, tmp_path / "teacher.safetensors")
+    return teacher, build_roles(config, tmp_path / "teacher.safetensors", ranks.device, lora_seed=0)
+
+
+def inputs(batch=4):
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 1, 8, 8, generator=rng), torch.rand(batch, generator=rng), torch.arange(batch)
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+@pytest.mark.parametrize("sharing", ["shared_score", "separate"])
+def test_all_roles_start_as_the_teacher(ranks, tmp_path, sharing, stage):
+    teacher, roles = roles_of(ranks, tmp_path, "--sharing", sharing, "--deepspeed.stage", stage)
+    with torch.no_grad():
+        expected = teacher(*inputs())
+        for network in (roles.generator, roles.fake, roles.teacher):
+            torch.testing.assert_close(network(*inputs()), expected)
+        x, t, y = inputs()
+        scores = roles.networks.score(x, t, y, roles.networks.null_condition(y), real_scale=0.0)
+        torch.testing.assert_close(scores.real, expected)
+        torch.testing.assert_close(scores.real_uncond, teacher(x, t, torch.full_like(y, 10)))
+
+
+@pytest.mark.parametrize("sharing", ["shared_score", "separate"])
+def test_stage_3_shards_every_role_frozen_ones_too(ranks, tmp_path, sharing):
+    _, roles = roles_of(ranks, tmp_path, "--sharing", sharing, "--deepspeed.stage", "3")
+    engines = {"generator": roles.generator.engine, "fake": roles.fake.engine}
+    if sharing == "separate":
+        engines["teacher"] = roles.teacher.network
+    for name, engine in engines.items():
+        for parameter_name, parameter in engine.module.named_parameters():
+            assert hasattr(parameter, "ds_tensor"), (name, parameter_name)
+
+
+def test_only_the_adapter_of_the_fake_score_is_trained(ranks, tmp_path):
+    _, roles = roles_of(ranks, tmp_path, "--lora.rank", "4")
+    trained = {n for n, p in roles.fake.engine.module.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert roles.trained_parameters["fake"] == 2 * 4 * (32 + 96)
+    x, t, y = inputs()
+    roles.fake.backward(roles.fake(x, t, y).square().mean())
+    roles.fake.step()
+    moved = roles.fake(x, t, y)
+    teacher = roles.teacher(x, t, y)
+    scores = roles.networks.score(x, t, y, None, real_scale=0.0)
+    torch.testing.assert_close(scores.fake, moved)
+    torch.testing.assert_close(scores.real, teacher)
+    assert not torch.equal(moved, teacher)
