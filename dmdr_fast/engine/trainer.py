@@ -114,10 +114,9 @@ class Run:
         config, stop = self.config, runtime.StopRequest()
         data = inputs.label_source(config, self.streams, self.ranks.device)
         reward = inputs.reward_model(self.reward, self.decoder)
+        batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [
-            Shard.of_rank(self.ranks.rank, self.ranks.world_size, config.train.micro_batch_size, m, accumulation)
-            for accumulation in [config.train.gradient_accumulation]
-            for m in range(accumulation)
+            Shard.of_rank(self.ranks.rank, self.ranks.world_size, batch, m, accumulation) for m in range(accumulation)
         ]
         self.flushed_at = time.monotonic()
         while self.step < config.train.generator_steps:

@@ -1,0 +1,67 @@
+"""The arrows of the architecture: train -> engine -> algorithm -> ops -> backends -> kernels, and never back."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "dmdr_fast"
+# What the modules of a layer may import from the package, besides their own layer.
+ALLOWED = {
+    "errors.py": set(),
+    "config.py": set(),
+    "reference": set(),
+    "backends": {"reference", "errors", "kernels"},
+    "ops": {"backends", "reference", "errors"},
+    "algorithm": {"ops"},
+    "models": {"ops", "errors"},
+    "rewards": {"ops", "data", "errors"},
+    "data": {"cache", "errors"},
+    "eval": {"data", "ops", "errors"},
+    "patch": {"ops", "models", "errors"},
+}
+
+
+def imported(file):
+    """Second parts of every dmdr_fast.X that a file imports, inside functions too; TYPE_CHECKING blocks left out."""
+    tree = ast.parse(file.read_text())
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "dmdr_fast" else [f"dmdr_fast.{a.name}" for a in node.names]
+        for name in names:
+            if name.startswith("dmdr_fast."):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_a_layer_imports_only_what_is_below_it(layer):
+    path = PACKAGE / layer
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    for file in files:
+        assert set(imported(file)) - {layer.removesuffix(".py")} <= ALLOWED[layer], file
+
+
+def loaded_by(statement):
+    code = f"import sys; {statement}; print(*(m for m in sys.modules if '.' not in m))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_ops_need_no_triton_deepspeed_or_diffusers():
+    assert not loaded_by("import dmdr_fast.ops") & {"triton", "deepspeed", "diffusers", "transformers"}
+
+
+def test_the_command_line_answers_mistakes_without_torch():
+    assert not loaded_by("import dmdr_fast.cli, dmdr_fast.preflight") & {"torch", "deepspeed", "numpy"}
