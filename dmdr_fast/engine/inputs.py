@@ -74,9 +74,12 @@ class EvaluationData:
     real_images: Tensor
     features: FeatureExtractor
 
+    def to(self, device: torch.device) -> EvaluationData:
+        return EvaluationData(self.real_images.to(device), self.features.to(device))
 
-def build_evaluation(config: Config, device: torch.device) -> EvaluationData | None:
-    """What the evaluation compares with; None where the configuration asks for none."""
+
+def build_evaluation(config: Config) -> EvaluationData | None:
+    """What the evaluation compares with, on the CPU until it is needed; None where the configuration asks for none."""
     if config.eval.samples == 0 or config.eval.data is None:
         return None
     if config.eval.data == "digits":
@@ -88,4 +91,4 @@ def build_evaluation(config: Config, device: torch.device) -> EvaluationData | N
 
         images = load_image_folder(Path(config.eval.data), config.model.resolution)
     features = DigitsFeatures() if config.eval.features == "digits" else TransformersFeatures(config.eval.features)
-    return EvaluationData(images.to(device), features.to(device))
+    return EvaluationData(images, features)

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.algorithm.step import Recipe, Update, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
@@ -57,7 +58,8 @@ class Run:
     roles: Roles
     ema: EMA | None
     reward: torch.nn.Module | None
-    decoder: object
+    decoder: Decode
+    evaluation: inputs.EvaluationData | None
     checkpoints: CheckpointFolder
     log: RunLog
     telemetry: Telemetry
@@ -92,6 +94,7 @@ class Run:
             ema=ema,
             reward=inputs.build_reward(config, ranks.device),
             decoder=inputs.build_decoder(config, ranks.device),
+            evaluation=inputs.build_evaluation(config),
             checkpoints=checkpoints,
             log=RunLog(
                 config.run_dir,
@@ -146,8 +149,8 @@ class Run:
         final = config.run_dir / "final" / "generator.safetensors"
         save_weights(self.roles.generator.engine.module, self.ema, final, self.ranks)
         self.log.close()
-        data = inputs.build_evaluation(config, self.ranks.device)
-        if data is not None:
+        if self.evaluation is not None:
+            data = self.evaluation.to(self.ranks.device)
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
             evaluator = Evaluator(config, self.ranks, self.decoder, self.reward, data, self.recipe.grid)
             table = evaluator.run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})

@@ -95,3 +95,11 @@ def test_a_classifier_of_other_classes_is_refused(run, models, tmp_path):
     code, _, err = run(words, small=False)
     assert code == 2 and "Traceback" not in err
     assert "set model.num_classes to 6" in err
+
+
+def test_missing_evaluation_features_are_an_error_before_training(run, models, tmp_path):
+    words = arguments(models, tmp_path)
+    words[words.index("--eval.features") + 1] = str(models / "nothing")
+    code, _, err = run(words, small=False)
+    assert code == 2 and "Traceback" not in err and "nothing" in err
+    assert not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text()
