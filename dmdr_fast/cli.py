@@ -19,7 +19,10 @@ from pydantic.fields import FieldInfo
 from dmdr_fast.config import Config
 from dmdr_fast.errors import UserError
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel configs/ lies inside the package, in a checkout beside it.
+CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()), _PACKAGE / "configs")
+DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 
 
 def leaves(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
