@@ -4,3 +4,11 @@ Importing the package needs neither a GPU nor triton, deepspeed or diffusers: ea
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "patch":  # imported when asked for, as torch is
+        import importlib
+
+        return importlib.import_module("dmdr_fast.patch")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

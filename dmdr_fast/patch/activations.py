@@ -36,6 +36,6 @@ def _swiglu_sites(module: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
 
 
 REPLACEMENTS = (
-    Replacement(FusedGEGLU, _geglu_sites, {"forward": frozenset()}),
-    Replacement(FusedSwiGLU, _swiglu_sites, {"forward": frozenset()}),
+    Replacement(FusedGEGLU, _geglu_sites, {"forward": ("815549c87e16",)}),
+    Replacement(FusedSwiGLU, _swiglu_sites, {"forward": ("2e20d3f394d7",)}),
 )

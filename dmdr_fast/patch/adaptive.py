@@ -25,7 +25,13 @@ def gated(fused: frozenset[str], x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
 
 
 def gated_modulated(
-    fused: frozenset[str], norm: nn.LayerNorm, x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    fused: frozenset[str],
+    norm: nn.LayerNorm,
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(r, norm(r) (1 + scale) + shift) with r = x + gate h."""
     if GATED_NORM in fused:

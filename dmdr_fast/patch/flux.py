@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dmdr_fast import ops
 from dmdr_fast.patch.adaptive import gated, gated_modulated
-from dmdr_fast.patch.structure import QK_NORM_ROPE, Left, Replacement, Site, adaptive_sites, qk_sites, stands_in
+from dmdr_fast.patch.report import Left
+from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
 MODELS = (FluxTransformer2DModel,)
 FP16_LIMIT = 65504
@@ -76,9 +77,7 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         x, gate = self.norm(stream, emb=temb)
         mlp = self.act_mlp(self.proj_mlp(x))
-        attended = self.attn(
-            hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
-        )
+        attended = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         h = self.proj_out(torch.cat([attended, mlp], dim=2))
         stream = _clipped(gated(self.fused_ops, stream, h, gate[:, None]))
         return stream[:, :text_tokens], stream[:, text_tokens:]
@@ -120,7 +119,7 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         out = out.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
-        text, image = out.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        text, image = out[:, :text_tokens], out[:, text_tokens:]
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
 
@@ -135,24 +134,23 @@ def _clipped(stream: Tensor) -> Tensor:
     return stream.clip(-FP16_LIMIT, FP16_LIMIT) if stream.dtype is torch.float16 else stream
 
 
-def _double_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+def _double_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
     yield from adaptive_sites(block, wanted, branch="attn.to_out", norm="norm2")
     yield from adaptive_sites(block, wanted, branch="ff")
     yield from adaptive_sites(block, wanted, branch="attn.to_add_out", norm="norm2_context")
     yield from adaptive_sites(block, wanted, branch="ff_context")
 
 
-def _single_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+def _single_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
     yield from adaptive_sites(block, wanted, branch="proj_out")
 
 
 def _attention_sites(attention: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
-    if QK_NORM_ROPE in wanted:
-        yield from qk_sites(attention, (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")))
+    yield from qk_sites(attention, wanted, ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"))
 
 
 REPLACEMENTS = (
-    Replacement(FusedFluxTransformerBlock, _double_sites, {"forward": frozenset()}),
-    Replacement(FusedFluxSingleTransformerBlock, _single_sites, {"forward": frozenset()}),
-    Replacement(FusedFluxAttnProcessor, _attention_sites, {"__call__": frozenset()}),
+    Replacement(FusedFluxTransformerBlock, _double_sites, {"forward": ("521237377e45",)}),
+    Replacement(FusedFluxSingleTransformerBlock, _single_sites, {"forward": ("dac8b86a5cdd",)}),
+    Replacement(FusedFluxAttnProcessor, _attention_sites, {"__call__": ("24dfb53f625f", "06d16a31022c")}),
 )

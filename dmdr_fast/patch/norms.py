@@ -14,7 +14,8 @@ from diffusers.models.normalization import (
 from torch import Tensor, nn
 
 from dmdr_fast import ops
-from dmdr_fast.patch.structure import LAYER_NORM, Left, Replacement, Site, adaptive_sites, stands_in
+from dmdr_fast.patch.report import Left
+from dmdr_fast.patch.structure import LAYER_NORM, Replacement, Site, adaptive_sites, stands_in
 
 
 @stands_in
@@ -71,8 +72,8 @@ def _continuous_sites(module: nn.Module, wanted: frozenset[str]) -> Iterator[Sit
 _sites = partial(adaptive_sites, norm="norm")
 
 REPLACEMENTS = (
-    Replacement(FusedAdaLayerNormZero, _sites, {"forward": frozenset()}),
-    Replacement(FusedAdaLayerNormZeroSingle, _sites, {"forward": frozenset()}),
-    Replacement(FusedSD35AdaLayerNormZeroX, _sites, {"forward": frozenset()}),
-    Replacement(FusedAdaLayerNormContinuous, _continuous_sites, {"forward": frozenset()}),
+    Replacement(FusedAdaLayerNormZero, _sites, {"forward": ("26cd95c4f062",)}),
+    Replacement(FusedAdaLayerNormZeroSingle, _sites, {"forward": ("694243caf2ba",)}),
+    Replacement(FusedSD35AdaLayerNormZeroX, _sites, {"forward": ("1bbd14915fa3",)}),
+    Replacement(FusedAdaLayerNormContinuous, _continuous_sites, {"forward": ("15929a9650d3",)}),
 )

@@ -18,8 +18,8 @@ class Replaced:
     Attributes:
         op: name in ``dmdr_fast.ops``.
         module: path in the model: the norm that is computed (``layer_norm_modulate`` and
-            ``gated_residual_layer_norm_modulate``), the branch whose output is gated (``gated_residual``), the
-            attention (``qk_norm_rope``) or the feed-forward layer (``gelu_mul``, ``silu_mul``).
+            ``gated_residual_layer_norm_modulate``), the branch whose output is gated (``gated_residual``),
+            the attention (``qk_norm_rope``) or the feed-forward layer (``gelu_mul``, ``silu_mul``).
     """
 
     op: str
@@ -65,8 +65,6 @@ class PatchReport:
     def __init__(self, replaced: Iterable[Replaced], left: Iterable[Left], edits: Iterable[Edit]):
         self.replaced, self.left = tuple(replaced), tuple(left)
         self._edits = list(edits)
-        for edit in self._edits:
-            setattr(edit.target, edit.attribute, edit.after)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from dmdr_fast import ops
 from dmdr_fast.patch.adaptive import gated, gated_modulated
-from dmdr_fast.patch.structure import QK_NORM_ROPE, Left, Replacement, Site, adaptive_sites, qk_sites, stands_in
+from dmdr_fast.patch.report import Left
+from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
 MODELS = (SD3Transformer2DModel,)
 
@@ -42,9 +43,7 @@ class FusedJointTransformerBlock(JointTransformerBlock):
             x2, gate2 = second
             hidden_states = gated(self.fused_ops, hidden_states, attended, gate[:, None])
             attended, gate = self.attn2(hidden_states=x2, **kwargs), gate2
-        hidden_states = self._finish(
-            hidden_states, attended, (gate, shift, scale, gate_ff), self.norm2, self.ff
-        )
+        hidden_states = self._finish(hidden_states, attended, (gate, shift, scale, gate_ff), self.norm2, self.ff)
         if modulation is None:
             return None, hidden_states
         return self._finish(
@@ -55,10 +54,8 @@ class FusedJointTransformerBlock(JointTransformerBlock):
         """One stream from its attention on: gated residual, norm, feed-forward, gated residual."""
         gate, shift, scale, gate_ff = (value[:, None] for value in modulation)
         stream, x = gated_modulated(self.fused_ops, norm, stream, attended, gate, shift, scale)
-        if self._chunk_size is None:
-            h = ff(x)
-        else:
-            h = _chunked_feed_forward(ff, x, self._chunk_dim, self._chunk_size)
+        chunk = self._chunk_size
+        h = ff(x) if chunk is None else _chunked_feed_forward(ff, x, self._chunk_dim, chunk)
         return gated(self.fused_ops, stream, h, gate_ff)
 
 
@@ -70,9 +67,7 @@ class FusedSD3SingleTransformerBlock(SD3SingleTransformerBlock):
         x, *modulation = self.norm1(hidden_states, emb=temb)
         gate, shift, scale, gate_ff = (value[:, None] for value in modulation)
         attended = self.attn(hidden_states=x, encoder_hidden_states=None)
-        hidden_states, x = gated_modulated(
-            self.fused_ops, self.norm2, hidden_states, attended, gate, shift, scale
-        )
+        hidden_states, x = gated_modulated(self.fused_ops, self.norm2, hidden_states, attended, gate, shift, scale)
         return gated(self.fused_ops, hidden_states, self.ff(x), gate_ff)
 
 
@@ -89,8 +84,7 @@ class FusedJointAttnProcessor(JointAttnProcessor2_0):
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens = hidden_states.shape[1]
         query, key, value = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1))
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         query, key = _normalised(query, key, attn.norm_q, attn.norm_k)
         if encoder_hidden_states is not None:
@@ -98,9 +92,7 @@ class FusedJointAttnProcessor(JointAttnProcessor2_0):
                 project(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
                 for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             )
-            context_query, context_key = _normalised(
-                context_query, context_key, attn.norm_added_q, attn.norm_added_k
-            )
+            context_query, context_key = _normalised(context_query, context_key, attn.norm_added_q, attn.norm_added_k)
             query = torch.cat([query, context_query], dim=1)
             key = torch.cat([key, context_key], dim=1)
             value = torch.cat([value, context_value], dim=1)
@@ -121,7 +113,7 @@ def _normalised(query: Tensor, key: Tensor, norm_q: nn.Module | None, norm_k: nn
     return ops.qk_norm_rope(query, key, norm_q.weight, norm_k.weight, eps=norm_q.eps)
 
 
-def _joint_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+def _joint_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
     if block.use_dual_attention:
         yield from adaptive_sites(block, wanted, branch="attn.to_out")
     last = "attn2.to_out" if block.use_dual_attention else "attn.to_out"
@@ -132,18 +124,17 @@ def _joint_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
         yield from adaptive_sites(block, wanted, branch="ff_context")
 
 
-def _single_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+def _single_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
     yield from adaptive_sites(block, wanted, branch="attn.to_out", norm="norm2")
     yield from adaptive_sites(block, wanted, branch="ff")
 
 
 def _attention_sites(attention: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
-    if QK_NORM_ROPE in wanted:
-        yield from qk_sites(attention, (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")))
+    yield from qk_sites(attention, wanted, ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"))
 
 
 REPLACEMENTS = (
-    Replacement(FusedJointTransformerBlock, _joint_sites, {"forward": frozenset()}),
-    Replacement(FusedSD3SingleTransformerBlock, _single_sites, {"forward": frozenset()}),
-    Replacement(FusedJointAttnProcessor, _attention_sites, {"__call__": frozenset()}),
+    Replacement(FusedJointTransformerBlock, _joint_sites, {"forward": ("acf1bded0d47",)}),
+    Replacement(FusedSD3SingleTransformerBlock, _single_sites, {"forward": ("a66127951039",)}),
+    Replacement(FusedJointAttnProcessor, _attention_sites, {"__call__": ("51fe49da04d4",)}),
 )

@@ -20,19 +20,26 @@ GATED_NORM = "gated_residual_layer_norm_modulate"
 QK_NORM_ROPE = "qk_norm_rope"
 GELU_MUL = "gelu_mul"
 SILU_MUL = "silu_mul"
+# By full name, since diffusers need not be there. FP32LayerNorm computes in float32 whatever the input, as
+# the op does.
+LAYER_NORMS = {"torch.nn.modules.normalization.LayerNorm", "diffusers.models.normalization.FP32LayerNorm"}
+RMS_NORMS = {"torch.nn.modules.normalization.RMSNorm", "diffusers.models.normalization.RMSNorm"}
 OPS = (LAYER_NORM, GATED, GATED_NORM, QK_NORM_ROPE, GELU_MUL, SILU_MUL)
-
-
-class UnknownStructure(Exception):
-    """A module of a known class that is not built as its replacement expects; says why, as a clause."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place for ``op``; ``module`` is its path below the module that is replaced."""
+    """A place for ``op``.
+
+    Attributes:
+        op: name in ``dmdr_fast.ops``.
+        module: path below the module that is replaced.
+        on_request: why the op is used here only if it is named in ``ops=``, or None.
+    """
 
     op: str
     module: str = ""
+    on_request: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,15 @@ class Replacement:
 
     Attributes:
         fused: subclass of ``original`` with the same state.
-        sites: (module, wanted ops) -> the places in it, as :class:`Site`, and those the ops do not fit, as
-            :class:`Left`; raises :class:`UnknownStructure`. For a processor the module is its attention.
+        sites: (module, wanted ops) -> the places in it, as :class:`Site`, and those where an op does not fit,
+            as :class:`Left`. For a processor the module is its attention.
         known: method of ``original`` -> digests (see :func:`digest`) of the sources that ``fused`` computes
-            the same as. A class that changed since may compute something else. Empty for our own classes.
+            the same as: a class that changed since may compute something else. Empty for our own classes.
     """
 
     fused: type
     sites: Callable[[nn.Module, frozenset[str]], Iterable[Site | Left]]
-    known: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def original(self) -> type:
@@ -66,16 +73,17 @@ def stands_in(cls: type) -> type:
     return cls
 
 
-def check_source(replacement: Replacement) -> None:
-    """Raise UnknownStructure where the installed source is none of those the replacement was written for."""
+def changed_source(replacement: Replacement) -> str | None:
+    """Why the installed source is none of those the replacement was written for, or None if it is."""
     original = replacement.original
     for method, known in replacement.known.items():
         found = digest(getattr(original, method))
         if found not in known:
-            raise UnknownStructure(
+            return (
                 f"{original.__module__}.{original.__name__}.{method} is not the source this version knows "
-                f"(digest {found}): use a diffusers release from 0.39 to 0.42, or leave it unpatched"
+                f"(digest {found}): use a release of diffusers from 0.39 to 0.42"
             )
+    return None
 
 
 @cache
@@ -104,66 +112,73 @@ def digest(function: Callable) -> str:
 
 def adaptive_sites(
     block: nn.Module, wanted: frozenset[str], *, branch: str | None = None, norm: str | None = None
-) -> Iterator[Site]:
+) -> Iterator[Site | Left]:
     """The places of x + gate * branch(...), of the modulated ``norm``, or of both in a row."""
-    if norm is not None and wanted & {LAYER_NORM, GATED_NORM}:
-        check_layer_norm(block, norm)
     if branch is not None and norm is not None and GATED_NORM in wanted:
-        yield Site(GATED_NORM, norm)
+        yield _unless(_odd_layer_norm(block, norm), GATED_NORM, norm)
         return
     if branch is not None and GATED in wanted:
         yield Site(GATED, branch)
     if norm is not None and LAYER_NORM in wanted:
-        yield Site(LAYER_NORM, norm)
+        yield _unless(_odd_layer_norm(block, norm), LAYER_NORM, norm)
 
 
-def check_layer_norm(block: nn.Module, name: str) -> None:
-    """``block.<name>`` is a layer norm without weights over the last dimension, and nothing watches it."""
-    norm = getattr(block, name)
-    # Its statistics are float32 in either class, as the op's are.
-    if type(norm) is not nn.LayerNorm and type(norm).__name__ != "FP32LayerNorm":
-        raise UnknownStructure(f"{name} is a {type(norm).__name__}, expected nn.LayerNorm")
-    if norm.weight is not None or norm.bias is not None:
-        raise UnknownStructure(f"{name} has weights, expected elementwise_affine=False")
-    if len(norm.normalized_shape) != 1:
-        raise UnknownStructure(f"{name} is over {len(norm.normalized_shape)} dimensions, expected the last")
-    check_unwatched(norm, name)
-
-
-def qk_sites(attention: nn.Module, pairs: Iterable[tuple[str, str]]) -> Iterator[Site | Left]:
+def qk_sites(attention: nn.Module, wanted: frozenset[str], *pairs: tuple[str, str]) -> Iterator[Site | Left]:
     """One place for the whole attention, if every pair of norms in it is of a kind the op computes."""
+    if QK_NORM_ROPE not in wanted:
+        return
     pairs = [pair for pair in pairs if any(getattr(attention, name, None) is not None for name in pair)]
+    kinds = {_full_name(getattr(attention, name)) for pair in pairs for name in pair}
     if not pairs:
         yield Left(QK_NORM_ROPE, "", "it has no QK norm")
-        return
-    for pair in pairs:
-        norms = [getattr(attention, name) for name in pair]
-        for name, norm in zip(pair, norms, strict=True):
-            if type(norm).__name__ != "RMSNorm":
-                yield Left(QK_NORM_ROPE, "", f"{name} is a {type(norm).__name__}, the op's norm is RMSNorm")
-                return
-            if getattr(norm, "bias", None) is not None:
-                raise UnknownStructure(f"{name} has a bias, which qk_norm_rope has not")
-            check_unwatched(norm, name)
-        if norms[0].eps is None or norms[0].eps != norms[1].eps:
-            raise UnknownStructure(f"{pair[0]} and {pair[1]} have eps {norms[0].eps} and {norms[1].eps}")
-    yield Site(QK_NORM_ROPE)
+    elif not kinds <= RMS_NORMS:
+        foreign = not all(kind.startswith(("torch.nn.", "diffusers.")) for kind in kinds)
+        kind = " and ".join(sorted(kinds - RMS_NORMS))
+        yield Left(QK_NORM_ROPE, "", f"its QK norm is {kind}, the op's is RMSNorm", unknown=foreign)
+    else:
+        odd = [reason for pair in pairs if (reason := _odd_rms_norms(attention, pair))]
+        yield _unless(odd[0] if odd else None, QK_NORM_ROPE, "")
 
 
-def check_unwatched(module: nn.Module, name: str) -> None:
-    """The fused op does not call ``module``: nobody may be waiting for that call."""
-    watched = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, hooks) for hooks in watched):
-        raise UnknownStructure(
-            f"{name} has hooks, which the fused op would pass by: patch first, then add them (also "
-            "deepspeed.initialize and fully_shard)"
-        )
-    check_own_forward(module, name)
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def check_own_forward(module: nn.Module, name: str) -> None:
-    """``module`` runs its class's forward, not one set on the instance."""
+def _unless(odd: str | None, op: str, module: str) -> Site | Left:
+    return Site(op, module) if odd is None else Left(op, module, odd, unknown=True)
+
+
+def _odd_layer_norm(block: nn.Module, name: str) -> str | None:
+    """Why ``block.<name>`` is not a plain layer norm, or None."""
+    norm = getattr(block, name)
+    if _full_name(norm) not in LAYER_NORMS:
+        return f"{name} is a {type(norm).__name__}, expected nn.LayerNorm"
+    if norm.weight is not None or norm.bias is not None:
+        return f"{name} has weights, expected elementwise_affine=False"
+    if len(norm.normalized_shape) != 1:
+        return f"{name} is over {len(norm.normalized_shape)} dimensions, expected the last"
+    return watched(norm, name)
+
+
+def _odd_rms_norms(attention: nn.Module, pair: tuple[str, str]) -> str | None:
+    norms = [getattr(attention, name) for name in pair]
+    if any(getattr(norm, "bias", None) is not None for norm in norms):
+        return f"{pair[0]} or {pair[1]} has a bias, which the op has not"
+    if norms[0].eps is None or norms[0].eps != norms[1].eps:
+        return f"{pair[0]} and {pair[1]} have eps {norms[0].eps} and {norms[1].eps}, the op has one for both"
+    return watched(norms[0], pair[0]) or watched(norms[1], pair[1])
+
+
+def watched(module: nn.Module, name: str) -> str | None:
+    """Why ``module``, which the fused op does not call, is waited for by somebody; or None."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind) for kind in hooks):
+        return f"{name} has hooks, which the fused op would pass by: patch before they are added"
+    return own_forward(module, name)
+
+
+def own_forward(module: nn.Module, name: str) -> str | None:
+    """Why ``module`` does not run its class's forward, or None if it does."""
     if "forward" in vars(module):
-        raise UnknownStructure(
-            f"{name}has a forward of its own on the instance (a hook of accelerate or diffusers?): patch first"
-        )
+        return f"{name} has a forward set on the instance (by accelerate or diffusers?): patch before that"
+    return None
