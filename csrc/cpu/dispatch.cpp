@@ -20,20 +20,30 @@ const Level kBaseline = {"baseline", DMDR_FOR_EACH_KERNEL(DMDR_KERNEL_ADDRESS_ba
 #if defined(__x86_64__)
 const Level kV3 = {"v3", DMDR_FOR_EACH_KERNEL(DMDR_KERNEL_ADDRESS_v3)};
 const Level kV4 = {"v4", DMDR_FOR_EACH_KERNEL(DMDR_KERNEL_ADDRESS_v4)};
+
+Level with_bf16_products(Level level) {
+  level.name = "v4_bf16";
+  level.multi_lora_fwd = dmdr::v4_bf16::multi_lora_fwd;
+  level.multi_lora_bwd = dmdr::v4_bf16::multi_lora_bwd;
+  return level;
+}
+const Level kV4Bf16 = with_bf16_products(kV4);
 #endif
 
-// DMDR_CPU_LEVEL=baseline|v3|v4 lowers the level (to reproduce an older machine's bits); read once, at load.
+// DMDR_CPU_LEVEL=baseline|v3|v4|v4_bf16 lowers the level (to reproduce an older machine's bits); read once, at load.
 const Level &best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const char *limit = std::getenv("DMDR_CPU_LEVEL");
   const auto allows = [limit](const char *name) { return limit == nullptr || std::strcmp(limit, name) >= 0; };
-  // "baseline" < "v3" < "v4", also as strings. The features are those that x86-64-v3 and -v4 add and compilers name.
+  // "baseline" < "v3" < "v4" < "v4_bf16", also as strings. The features are those that x86-64-v3 and -v4
+  // add and that compilers name.
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                   __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+  if (v4 && __builtin_cpu_supports("avx512bf16") && allows("v4_bf16")) return kV4Bf16;
   if (v4 && allows("v4")) return kV4;
   if (v3 && allows("v3")) return kV3;
 #endif

@@ -9,7 +9,8 @@ namespace {
 // The rows of one (sample, row) of every tensor of the op.
 template <class Type>
 struct Rows {
-  Row<Type> x, h, gate, shift, scale, residual, y, grad_residual, grad_y, grad_x, grad_h, grad_gate, grad_shift, grad_scale;
+  Row<Type> x, h, gate, shift, scale, residual, y;
+  Row<Type> grad_residual, grad_y, grad_x, grad_h, grad_gate, grad_shift, grad_scale;
   DMDR_INLINE Rows(const dmdr_gated_residual_args &args, int64_t b, int64_t t)
       : x(args.x, at_row(args.x, b, t)), h(args.h, at_row(args.h, b, t)), gate(args.gate, at_row(args.gate, b, t)),
         shift(args.shift, at_row(args.shift, b, t)), scale(args.scale, at_row(args.scale, b, t)),

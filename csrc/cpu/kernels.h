@@ -38,5 +38,6 @@ DMDR_DECLARE_LEVEL(baseline)
 #if defined(__x86_64__)
 DMDR_DECLARE_LEVEL(v3)
 DMDR_DECLARE_LEVEL(v4)
+DMDR_DECLARE_LEVEL(v4_bf16)  // multi_lora only
 #endif
 }  // namespace dmdr

@@ -11,7 +11,7 @@
 
 #include "dmdr/abi.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -61,6 +61,7 @@ constexpr int64_t kRun = 64 * kLanes;
 // ---- element types: how one vector is read and written -------------------------------------------------------------
 struct Float32 {
   static constexpr int64_t kBytes = 4;
+  static constexpr bool kIsBfloat16 = false;
   static DMDR_INLINE F load(const char *p) {
     F x;
     std::memcpy(&x, p, sizeof x);
@@ -71,6 +72,7 @@ struct Float32 {
 
 struct Bfloat16 {
   static constexpr int64_t kBytes = 2;
+  static constexpr bool kIsBfloat16 = true;
   static DMDR_INLINE F load(const char *p) {
     H x;
     std::memcpy(&x, p, sizeof x);
@@ -181,7 +183,9 @@ struct Row {
 };
 
 // The element type of an op whose tensors differ: each row looks its own up at every vector, one predicted branch.
-struct Mixed {};
+struct Mixed {
+  static constexpr bool kIsBfloat16 = false;
+};
 
 template <>
 struct Row<Mixed> {

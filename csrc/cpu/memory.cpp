@@ -22,8 +22,8 @@ int64_t dmdr_multi_lora_workspace(int64_t batch, int64_t rows, int64_t in_featur
                                   int64_t backward) {
   if (!backward) return in_features * padded(rank) + rank * padded(out_features);
   const int64_t units = batch * ceil_div(rows, DMDR_LORA_UNIT);
-  const int64_t parts = units < DMDR_LORA_PARTS ? units : DMDR_LORA_PARTS;
-  const int64_t part = rank * (in_features + out_features) + DMDR_LORA_UNIT * padded(rank);
+  const int64_t parts = DMDR_LORA_PARTS(units);
+  const int64_t part = rank * (in_features + out_features) + 2 * DMDR_LORA_UNIT * padded(rank);
   return out_features * padded(rank) + rank * padded(in_features) + parts * part;
 }
 
@@ -31,7 +31,9 @@ int64_t dmdr_modulation_workspace(int64_t batch, int64_t rows, int64_t features,
   return batch * ceil_div(rows, DMDR_NORM_BLOCK) * vectors * features;
 }
 
-int64_t dmdr_sde_step_workspace(int64_t outer_rows, int64_t inner) { return outer_rows * ceil_div(inner, DMDR_SDE_BLOCK); }
+int64_t dmdr_sde_step_workspace(int64_t outer_rows, int64_t inner) {
+  return outer_rows * ceil_div(inner, DMDR_SDE_BLOCK);
+}
 
 int64_t dmdr_qk_norm_rope_workspace(int64_t batch, int64_t rows, int64_t features) {
   return batch * ceil_div(rows, DMDR_NORM_BLOCK) * features;

@@ -90,7 +90,8 @@ template <class Type>
 struct VectorSum {
   int64_t gather;
   char *block;  // fp32, in the workspace
-  DMDR_INLINE VectorSum(int64_t gather, float *block, int64_t count) : gather(gather), block(reinterpret_cast<char *>(block)) {
+  DMDR_INLINE VectorSum(int64_t gather, float *block, int64_t count)
+      : gather(gather), block(reinterpret_cast<char *>(block)) {
     if (gather > kPerRow) std::memset(block, 0, count * 4);
   }
   template <class Where>

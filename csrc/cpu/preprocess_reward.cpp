@@ -93,7 +93,8 @@ struct Space {
 
 template <class Type>
 DMDR_INLINE Row<Type> image_row(const dmdr_tensor &image, int64_t plane, int64_t channels, int64_t y) {
-  return Row<Type>(image, plane / channels * image.stride[0] + plane % channels * image.stride[1] + y * image.stride[2]);
+  const int64_t start = plane / channels * image.stride[0] + plane % channels * image.stride[1];
+  return Row<Type>(image, start + y * image.stride[2]);
 }
 
 // to[x] = sum_j weight[j] clamp(image[first + j][x])
@@ -203,10 +204,10 @@ void backward_rows(const Args &args, const Space &space, int64_t plane, int64_t 
     const Row<Type> grad = image_row<Type>(args.image, plane, args.channels, y);
     const uint8_t *const inside = args.inside + (plane * args.height + y) * ((args.width + 7) / 8);
     const float *const weight = back.weight + y * back.width;
+    const char *const rows = reinterpret_cast<const char *>(expanded + (back.first[y] - top) * row);
     for_vectors(0, args.width, [&](auto where) {
       F total = {};
-      for (int64_t j = 0; j < back.count[y]; ++j)
-        total += weight[j] * read<Float32>(reinterpret_cast<const char *>(expanded + (back.first[y] + j - top) * row), where);
+      for (int64_t j = 0; j < back.count[y]; ++j) total += weight[j] * read<Float32>(rows + j * row * 4, where);
       // The vector's bits start within a byte where it has four lanes.
       int32_t mask = inside[where.at / 8] >> (where.at % 8);
       if (kLanes > 8 && where.at + 8 < args.width) mask |= inside[where.at / 8 + 1] << 8;

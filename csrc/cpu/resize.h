@@ -28,7 +28,8 @@ inline void antialiased_row(int64_t i, int64_t size_in, int64_t size_out, const 
   const float support = scale >= 1.f ? 2.f * scale : 2.f;
   const float inverse = scale >= 1.f ? static_cast<float>(1. / scale) : 1.f;
   const float centre = static_cast<float>(scale * (i + 0.5));
-  const int64_t low = static_cast<int64_t>((centre - support) + 0.5), high = static_cast<int64_t>((centre + support) + 0.5);
+  const int64_t low = static_cast<int64_t>((centre - support) + 0.5);
+  const int64_t high = static_cast<int64_t>((centre + support) + 0.5);
   const int64_t first = low > 0 ? low : 0, last = high < size_in ? high : size_in;
   const int64_t count = last - first < band.width ? last - first : band.width;
   float *const weight = band.weight + i * band.width;

@@ -13,6 +13,7 @@ namespace DMDR_LEVEL {
 namespace {
 
 constexpr int64_t kPiece = DMDR_SDE_BLOCK;
+constexpr int64_t kInL1 = 1024;  // elements whose mean and x' are still in L1 when the log-prob reads them back
 
 struct Coefficients {
   double a, b, std;
@@ -61,16 +62,12 @@ template <class Type>
 double sum_square(const dmdr_sde_step_args &args, const Position &at, int64_t first, int64_t count) {
   const Row<Float32> mean(args.mean, at.offset(args.mean));
   const Row<Type> next(args.next_sample, at.offset(args.next_sample));
-  double total = 0.;
-  for (int64_t run = 0; run < count; run += kRun) {
-    F square = {};
-    for_vectors(first + run, count - run < kRun ? count - run : kRun, [&](auto where) {
-      const F apart = next.load(where) - mean.load(where);
-      square += counted(where, apart * apart);
-    });
-    total += sum(square);
-  }
-  return total;
+  F square = {};
+  for_vectors(first, count, [&](auto where) {
+    const F apart = next.load(where) - mean.load(where);
+    square += counted(where, apart * apart);
+  });
+  return sum(square);
 }
 
 }  // namespace
@@ -84,9 +81,14 @@ void sde_step_fwd(const dmdr_sde_step_args &args) {
       const int64_t row = pieces.row(item), first = pieces.first(item), count = pieces.count(item);
       const Position at(args.shape, row);
       const Coefficients step = coefficients(args, at.batch());
-      write_mean<Type>(args, at, step, first, count);
-      if (args.seed != nullptr) draw_next<Type>(args, at, step, row, first, count);
-      args.workspace[item] = sum_square<Type>(args, at, first, count);
+      double square = 0.;
+      for (int64_t done = 0; done < count; done += kInL1) {
+        const int64_t begin = first + done, some = count - done < kInL1 ? count - done : kInL1;
+        write_mean<Type>(args, at, step, begin, some);
+        if (args.seed != nullptr) draw_next<Type>(args, at, step, row, begin, some);
+        square += sum_square<Type>(args, at, begin, some);
+      }
+      args.workspace[item] = square;
     });
   });
   const double elements = batch == 0 ? 0. : static_cast<double>(pieces.elements() / batch);

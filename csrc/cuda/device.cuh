@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #define DMDR_DEVICE __device__ __forceinline__
-#define DMDR_BOTH __host__ __device__ __forceinline__
 
 // Clusters of blocks exist from sm_90 on; an older device runs the same kernels as clusters of one block.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -32,7 +31,7 @@ DMDR_DEVICE T *shared_memory() {
 #endif
 }
 
-DMDR_BOTH uint32_t float_bits(float x) {
+DMDR_DEVICE uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(x);
 #else
@@ -42,7 +41,7 @@ DMDR_BOTH uint32_t float_bits(float x) {
 #endif
 }
 
-DMDR_BOTH float bits_float(uint32_t bits) {
+DMDR_DEVICE float bits_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
 #else
@@ -52,8 +51,19 @@ DMDR_BOTH float bits_float(uint32_t bits) {
 #endif
 }
 
+// The 64-bit product of two 32-bit words in one instruction; written in C it comes with an addition of a zero.
+DMDR_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 // sqrt to 2^-23 relative in one instruction; 0 for the subnormal.
-DMDR_BOTH float fast_sqrt(float x) {
+DMDR_DEVICE float fast_sqrt(float x) {
 #if defined(__CUDA_ARCH__)
   float root;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
@@ -64,7 +74,7 @@ DMDR_BOTH float fast_sqrt(float x) {
 }
 
 // x limited to [low, high]; NaN stays NaN, where fminf and fmaxf would drop it.
-DMDR_BOTH float clamp_nan(float x, float low, float high) {
+DMDR_DEVICE float clamp_nan(float x, float low, float high) {
 #if defined(__CUDA_ARCH__)
   float clamped;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(x), "f"(low));
@@ -77,7 +87,7 @@ DMDR_BOTH float clamp_nan(float x, float low, float high) {
 }
 
 // A product and a sum that are rounded each by itself: the compiler may not contract them.
-DMDR_BOTH float exact_product(float a, float b) {
+DMDR_DEVICE float exact_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
 #else
@@ -86,7 +96,7 @@ DMDR_BOTH float exact_product(float a, float b) {
 #endif
 }
 
-DMDR_BOTH float exact_sum(float a, float b) {
+DMDR_DEVICE float exact_sum(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fadd_rn(a, b);
 #else

@@ -14,24 +14,30 @@ namespace dmdr {
 
 constexpr int kAccessBytes = 16;
 
-// `Word` elements share 32 bits, the first in the lower half.
+template <class Pair>
+DMDR_DEVICE uint32_t as_word(const Pair &pair) {
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+// kPerWord elements share 32 bits, the first in the lower half.
 struct Float32 {
   static constexpr int kBytes = 4, kWidth = 4, kPerWord = 1;
   static constexpr bool kFixed = true;
-  static DMDR_DEVICE void unpack(uint32_t word, float *x) { x[0] = __uint_as_float(word); }
-  static DMDR_DEVICE uint32_t pack(const float *x) { return __float_as_uint(x[0]); }
+  static DMDR_DEVICE void unpack(uint32_t word, float *x) { x[0] = bits_float(word); }
+  static DMDR_DEVICE uint32_t pack(const float *x) { return float_bits(x[0]); }
 };
 
 struct Bfloat16 {
   static constexpr int kBytes = 2, kWidth = 8, kPerWord = 2;
   static constexpr bool kFixed = true;
   static DMDR_DEVICE void unpack(uint32_t word, float *x) {
-    x[0] = __uint_as_float(word << 16);
-    x[1] = __uint_as_float(word & 0xffff0000u);
+    x[0] = bits_float(word << 16);
+    x[1] = bits_float(word & 0xffff0000u);
   }
   static DMDR_DEVICE uint32_t pack(const float *x) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(x[0], x[1]);
-    return *reinterpret_cast<const uint32_t *>(&both);
+    return as_word(__floats2bfloat162_rn(x[0], x[1]));
   }
 };
 
@@ -39,13 +45,14 @@ struct Float16 {
   static constexpr int kBytes = 2, kWidth = 8, kPerWord = 2;
   static constexpr bool kFixed = true;
   static DMDR_DEVICE void unpack(uint32_t word, float *x) {
-    const float2 both = __half22float2(*reinterpret_cast<const __half2 *>(&word));
+    __half2 halves;
+    memcpy(&halves, &word, sizeof word);
+    const float2 both = __half22float2(halves);
     x[0] = both.x;
     x[1] = both.y;
   }
   static DMDR_DEVICE uint32_t pack(const float *x) {
-    const __half2 both = __floats2half2_rn(x[0], x[1]);
-    return *reinterpret_cast<const uint32_t *>(&both);
+    return as_word(__floats2half2_rn(x[0], x[1]));
   }
 };
 

@@ -1,6 +1,7 @@
 // Launching from the host: status codes, and which instance of a kernel a call takes.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "layout.cuh"
@@ -26,38 +27,67 @@ struct Grid {
 constexpr size_t kSharedWithoutAsking = 48 << 10;
 constexpr int kPortableCluster = 8;
 
+// A launch as the runtime wants it; not copied, for `config` points into it.
+class LaunchConfig {
+ public:
+  LaunchConfig(const Grid &grid, void *stream) : config_(), cluster_() {
+    config_.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config_.blockDim = dim3(grid.threads);
+    config_.dynamicSmemBytes = grid.shared;
+    config_.stream = static_cast<cudaStream_t>(stream);
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim.x = grid.cluster;
+    cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
+    config_.attrs = &cluster_;
+    config_.numAttrs = grid.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig &) = delete;
+  const cudaLaunchConfig_t *get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_;
+  cudaLaunchAttribute cluster_;
+};
+
+// What a kernel must be allowed before it may be launched so.
+template <class Params>
+cudaError_t allow(void (*kernel)(Params), const Grid &grid) {
+  cudaError_t error = cudaSuccess;
+  if (grid.shared > kSharedWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
+    // What streams through does not want a cache: room for a second block does more.
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error == cudaSuccess && grid.cluster > kPortableCluster)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
+}
+
+// Does this device have room for one such cluster?
+template <class Params>
+bool has_room(void (*kernel)(Params), const Grid &grid) {
+  int clusters = 0;
+  const LaunchConfig config(grid, nullptr);
+  cudaError_t error = allow(kernel, grid);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, config.get());
+  return status_of(error) == DMDR_OK && clusters > 0;
+}
+
 template <class Params>
 int launch(void (*kernel)(Params), const Grid &grid, void *stream, const Params &params) {
-  if (grid.blocks == 0) return DMDR_OK;
   if (grid.blocks > INT32_MAX) return DMDR_ERROR_ARGUMENT;
-  if (grid.shared > kSharedWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
-    if (error != cudaSuccess) return status_of(error);
-  }
-  if (grid.cluster > kPortableCluster) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return status_of(error);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = grid.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  return status_of(cudaLaunchKernelEx(&config, kernel, params));
+  const LaunchConfig config(grid, stream);
+  cudaError_t error = allow(kernel, grid);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(config.get(), kernel, params);
+  return status_of(error);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int element_bytes(int64_t dtype) { return dtype == DMDR_F32 ? 4 : 2; }
 
-// Does every tensor that is present lie so that vectors start on 16 bytes? `used` says which strides count.
+// Does every tensor that is present lie so that vectors start on 16 bytes? Strides of dimensions of size 1 do not count.
 inline bool all_aligned(std::initializer_list<const dmdr_tensor *> tensors, const int64_t *sizes, int dims) {
   for (const dmdr_tensor *tensor : tensors) {
     if (tensor->data == nullptr) continue;
@@ -94,9 +124,9 @@ int with_type(int64_t dtype, bool whole, Fn fn) {
   return fn(Any());
 }
 
-// An op over [batch, outer..., inner]: fn(Type(), layout). `multiple`: a fixed type also needs inner to be one of it.
+// An op over [batch, outer..., inner]: fn(Type(), layout); Type is Any unless `fixed`.
 template <class Fn>
-int with_layout(const int64_t *shape, std::initializer_list<const dmdr_tensor *> tensors, Fn fn) {
+int with_layout(const int64_t *shape, std::initializer_list<const dmdr_tensor *> tensors, bool fixed, Fn fn) {
   if (!known_dtypes(tensors)) return DMDR_ERROR_DTYPE;
   Layout layout = {};
   layout.batch = shape[0];
@@ -113,7 +143,7 @@ int with_layout(const int64_t *shape, std::initializer_list<const dmdr_tensor *>
   layout.aligned = all_aligned(tensors, shape, DMDR_OUTER);
   const int64_t dtype = common_dtype(tensors);
   const int64_t width = dtype == DMDR_F32 ? Float32::kWidth : Bfloat16::kWidth;
-  const bool whole = rows == 1 && layout.aligned && layout.inner % width == 0;
+  const bool whole = fixed && rows == 1 && layout.aligned && layout.inner % width == 0;
   return with_type(dtype, whole, [&](auto type) {
     const int64_t per_row = ceil_div(layout.inner, decltype(type)::kWidth);
     if (rows * per_row > INT32_MAX) return static_cast<int>(DMDR_ERROR_ARGUMENT);
@@ -121,6 +151,17 @@ int with_layout(const int64_t *shape, std::initializer_list<const dmdr_tensor *>
     layout.vectors = static_cast<uint32_t>(rows * per_row);
     return fn(type, layout);
   });
+}
+
+// Can this device launch clusters? A library built for none of sm_90 and later has kernels that know of none.
+inline bool has_clusters() {
+#if defined(DMDR_CUDA_CLUSTERS)
+  int device = 0, supported = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device) == cudaSuccess && supported != 0;
+#else
+  return false;
+#endif
 }
 
 template <class Args>

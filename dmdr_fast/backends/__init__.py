@@ -138,9 +138,7 @@ def _load(backend: str) -> ModuleType | str:
     return module
 
 
-def _refusal(
-    backend: str, module: ModuleType | str, device: str | None, name: str, args: tuple
-) -> str | None:
+def _refusal(backend: str, module: ModuleType | str, device: str | None, name: str, args: tuple) -> str | None:
     if isinstance(module, str):
         return module
     if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

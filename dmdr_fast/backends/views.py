@@ -46,13 +46,10 @@ def _strided_view(tensors: tuple[Tensor | None, ...]) -> tuple:
     shape, strides = _merge(tuple(present[0].shape), tuple(tensor.stride() for tensor in present))
     each = iter(strides)
     if shape is None:  # then `strides` says which tensors need a copy
-        copied = [
-            None if tensor is None else tensor.contiguous() if next(each) else tensor for tensor in tensors
-        ]
+        copied = [None if tensor is None else tensor.contiguous() if next(each) else tensor for tensor in tensors]
         return shared_view(*copied)
     fields = [
-        ABSENT if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], *next(each))
-        for tensor in tensors
+        ABSENT if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], *next(each)) for tensor in tensors
     ]
     return shape, fields, tensors
 
@@ -82,9 +79,7 @@ def _merge(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tupl
         return None, scattered
     sizes, steps = [shape[0]], [[stride[0]] for stride in strides]
     for dim in kept[1:]:
-        inward = all(
-            step[-1] == stride[dim] * shape[dim] for step, stride in zip(steps, strides, strict=True)
-        )
+        inward = all(step[-1] == stride[dim] * shape[dim] for step, stride in zip(steps, strides, strict=True))
         if len(sizes) > 1 and inward:
             sizes[-1] *= shape[dim]
             for step, stride in zip(steps, strides, strict=True):

@@ -27,7 +27,7 @@ def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor 
 
     Returns:
         [B, ..., out], contiguous, in base_out's dtype; computed in float32 (float64 where any tensor is
-        float64).
+        float64). Where all are bfloat16 a backend may round scale_b (x A) to bfloat16 once, as two matmuls would.
 
     Differentiable in x, base_out, A and B. Sums over rows are in a fixed order. Under autocast nothing is
     cast: the dtypes are those of the tensors.

@@ -47,7 +47,8 @@ typedef struct dmdr_tensor {
 DMDR_EXPORT int64_t dmdr_abi_version(void);
 /* One sentence for a dmdr_status, in static storage. */
 DMDR_EXPORT const char *dmdr_error_string(int status);
-/* libdmdr_cpu: the instruction-set level in use, "baseline", "v3" (x86-64-v3: AVX2) or "v4" (AVX-512). */
+/* libdmdr_cpu: the instruction-set level in use: "baseline", "v3" (AVX2), "v4" (AVX-512) or
+ * "v4_bf16" (and its bf16 products). */
 DMDR_EXPORT const char *dmdr_cpu_level(void);
 /* libdmdr_cpu: asks the system for huge pages where a fresh output of `bytes` bytes will be written. */
 DMDR_EXPORT void dmdr_cpu_expect_writes(void *data, int64_t bytes);
@@ -109,7 +110,8 @@ DMDR_EXPORT int dmdr_dmd_gradient_bwd(const dmdr_dmd_gradient_args *args, void *
  * A sample of scale 0 is not read: its low_rank is 0, its out is base and it adds nothing to a gradient. */
 #define DMDR_LORA_UNIT 64  /* rows that are worked on together */
 #define DMDR_LORA_PAD 16   /* packed matrices have rows of a multiple of so many floats */
-#define DMDR_LORA_PARTS 32 /* at most so many partial sums of the weight gradients */
+/* Partial sums of the weight gradients: at least four units each, for the sums cost memory, and at most 32. */
+#define DMDR_LORA_PARTS(units) ((units) < 8 ? 1 : (units) < 128 ? (units) / 4 : 32)
 typedef struct dmdr_multi_lora_args {
   int64_t size, num_threads;
   int64_t batch, rows, in_features, rank, out_features;
@@ -224,13 +226,14 @@ DMDR_EXPORT int64_t dmdr_sde_step_workspace(int64_t outer_rows, int64_t inner);
 DMDR_EXPORT int dmdr_sde_step_fwd(const dmdr_sde_step_args *args, void *stream);
 DMDR_EXPORT int dmdr_sde_step_bwd(const dmdr_sde_step_args *args, void *stream);
 
-/* ---- grpo_loss: mean of max(-A r, -A clip(r, 1 - low, 1 + high)), r = exp(logprob - old), |A| <= adv_clip ---------- */
+/* ---- grpo_loss: mean of max(-A r, -A clip(r, 1 - low, 1 + high)), r = exp(logprob - old), |A| <= adv_clip ------- */
 typedef struct dmdr_grpo_loss_args {
   int64_t size, num_threads;
   int64_t count;
   const float *logprob, *old_logprob, *advantage; /* [count] */
   double clip_low, clip_high, adv_clip;
-  float *loss, *stats;                            /* fwd: [1], and [4] = mean r, max |r - 1|, clipped part, 0.5 mean (change)^2 */
+  float *loss, *stats;                            /* fwd: [1], and [4] = mean r, max |r - 1|, part clipped and
+                                                     0.5 mean (logprob - old)^2 */
   const float *grad_loss;                         /* bwd: [1] */
   float *grad_logprob;                            /* bwd: [count] */
 } dmdr_grpo_loss_args;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_output, pointer, workspace
+from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_float, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, shared_view
 
 _space = workspace("dmd_gradient", 2, torch.float64)
@@ -44,8 +44,8 @@ def dmd_gradient_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.dmd_gradient_fwd`."""
     grad = new_output(x0.shape, out_dtype)
-    norm = torch.empty(x0.shape[:1], dtype=torch.float32)
-    loss, loss_scale = torch.empty((), dtype=torch.float32), torch.empty((), dtype=torch.float32)
+    norm = new_float(x0.shape[0])
+    loss, loss_scale = new_float(()), new_float(())
     if mask is not None:
         mask = mask.expand(x0.shape)
     per_sample = [contiguous_float(scalar) for scalar in (sigma, alpha, cfg_tensor, weight)]

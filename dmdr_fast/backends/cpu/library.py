@@ -15,6 +15,9 @@ LIBRARY.dmdr_cpu_level.restype = ctypes.c_char_p
 LIBRARY.dmdr_cpu_expect_writes.argtypes = (ctypes.c_void_p, ctypes.c_int64)
 LIBRARY.dmdr_cpu_expect_writes.restype = None
 
+# Named in every allocation: torch.set_default_device must not move what a kernel writes.
+CPU = torch.device("cpu")
+
 # From here on a fresh output is likely to be new pages of the system, and two huge ones fit in.
 _HUGE = 4 << 20
 
@@ -31,7 +34,7 @@ def _no_stream() -> None:
 def workspace(name: str, sizes: int, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
     """``dmdr_<name>_workspace`` as a function of its ``sizes`` that returns that many elements, uninitialised."""
     size = native.count(LIBRARY, f"dmdr_{name}_workspace", sizes)
-    return lambda *values: torch.empty(size(*values), dtype=dtype)
+    return lambda *values: torch.empty(size(*values), dtype=dtype, device=CPU)
 
 
 def new_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
@@ -41,10 +44,15 @@ def new_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tenso
     taking 4 KiB pages anew costs more than the kernel (renoise_bwd of 100 MB: 64 ms, 17 ms with huge pages;
     one thread, Zen 4).
     """
-    output = torch.empty(shape, dtype=dtype)
+    output = torch.empty(shape, dtype=dtype, device=CPU)
     if output.nbytes >= _HUGE:
         LIBRARY.dmdr_cpu_expect_writes(output.data_ptr(), output.nbytes)
     return output
+
+
+def new_float(shape: tuple[int, ...] | torch.Size | int) -> Tensor:
+    """An uninitialised float32 tensor for statistics and small results."""
+    return torch.empty(shape, dtype=torch.float32, device=CPU)
 
 
 def contiguous_float(tensor: Tensor | None) -> Tensor | None:

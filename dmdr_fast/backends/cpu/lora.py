@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_output, pointer, workspace
+from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_float, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, DTYPE_CODE, row_view
 
 _space = workspace("multi_lora", 6)
@@ -16,7 +15,7 @@ _bwd = kernel("multi_lora_bwd", "dmdr_multi_lora_args")
 def multi_lora_fwd(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.multi_lora_fwd`."""
     out = new_output(base_out.shape, base_out.dtype)
-    low_rank = torch.empty((*x.shape[:-1], A.shape[1]), dtype=torch.float32)
+    low_rank = new_float((*x.shape[:-1], A.shape[1]))
     sizes = _sizes(x, A, B)
     space = _space(*sizes, 0)
     a, _a = _matrix(A)
@@ -44,8 +43,8 @@ def multi_lora_bwd(
     """See :func:`dmdr_fast.reference.multi_lora_bwd`; what a sample of scale 0 holds is not read."""
     sizes = _sizes(x, A, B)
     grad_x = new_output(x.shape, x.dtype) if need_x else x.new_empty(0)
-    grad_a = torch.empty(A.shape if need_a else (0,), dtype=torch.float32)
-    grad_b = torch.empty(B.shape if need_b else (0,), dtype=torch.float32)
+    grad_a = new_float(A.shape if need_a else (0,))
+    grad_b = new_float(B.shape if need_b else (0,))
     space = _space(*sizes, 1)
     a, _a = _matrix(A)
     b, _b = _matrix(B)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_output, pointer
+from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_float, new_output, pointer
 from dmdr_fast.backends.views import ABSENT, shared_view
 
 _fwd = kernel("renoise_fwd", "dmdr_renoise_args")
@@ -47,7 +47,7 @@ def renoise_bwd(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def renoise_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
     """See :func:`dmdr_fast.reference.renoise_scale_bwd`."""
-    result = torch.empty(grad.shape[:1], dtype=torch.float32)
+    result = new_float(grad.shape[:1])
     shape, (grad, factor), _held = shared_view(grad, factor)
     _scale_bwd(*shape, *grad, *factor, *ABSENT, 0, 0, 0, 0, result.data_ptr())
     return result

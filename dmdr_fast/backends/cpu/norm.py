@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.cpu.library import kernel, new_output, pointer, workspace
+from dmdr_fast.backends.cpu.library import kernel, new_float, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, row_view
 
 _space = workspace("modulation", 4)
@@ -23,11 +23,9 @@ def layer_norm_modulate_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.layer_norm_modulate_fwd`."""
     y = new_output(x.shape, out_dtype)
-    mean, rstd = (torch.empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    mean, rstd = (new_float(x.shape[:2]) for _ in range(2))
     shape = _shape(x)
-    (x, _x), (shift, _shift), (scale, _scale), (out, _) = (
-        row_view(tensor) for tensor in (x, shift, scale, y)
-    )
+    (x, _x), (shift, _shift), (scale, _scale), (out, _) = (row_view(tensor) for tensor in (x, shift, scale, y))
     _norm_fwd(
         *shape, *x, *shift, *scale, *out, *ABSENT, *ABSENT, *ABSENT, *ABSENT,
         mean.data_ptr(), rstd.data_ptr(), eps, _NONE, 0,
@@ -73,9 +71,7 @@ def gated_residual_layer_norm_modulate_fwd(
     return _gated_residual(x, h, gate, shift, scale, eps, out_dtype)
 
 
-def gated_residual_bwd(
-    grad: Tensor, h: Tensor, gate: Tensor, need_h: bool, need_gate: bool
-) -> tuple[Tensor, Tensor]:
+def gated_residual_bwd(grad: Tensor, h: Tensor, gate: Tensor, need_h: bool, need_gate: bool) -> tuple[Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.gated_residual_bwd`."""
     _, grad_h, grad_gate, _, _ = _gated_gradients(
         grad, None, None, h, gate, None, None, None, None, None, need_h, need_gate, False
@@ -123,7 +119,7 @@ def _gated_residual(
     y = mean = rstd = None
     if shift is not None:
         y = new_output(x.shape, out_dtype)
-        mean, rstd = (torch.empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+        mean, rstd = (new_float(x.shape[:2]) for _ in range(2))
     views = [row_view(tensor) for tensor in (x, h, gate, shift, scale, residual, y)]
     _gated_fwd(
         *_shape(x), *[field for fields, _ in views for field in fields], *ABSENT * 7,
@@ -161,9 +157,7 @@ def _gated_gradients(
     if not through_y:
         modulation.zero()
     space = _space(shape[0], shape[1], shape[5], 3)
-    inputs = [
-        row_view(tensor) for tensor in (None, h, gate, None, scale, residual, None, grad_residual, grad_y)
-    ]
+    inputs = [row_view(tensor) for tensor in (None, h, gate, None, scale, residual, None, grad_residual, grad_y)]
     outputs = [row_view(grad_x if x_dtype is not None else None), row_view(grad_h if need_h else None)]
     _gated_bwd(
         *shape, *[field for fields, _ in inputs + outputs for field in fields],
@@ -180,9 +174,7 @@ class _Vectors:
     the batch are written per row and summed over the batch here.
     """
 
-    def __init__(
-        self, shape: torch.Size, full: tuple[int, ...], dtypes: tuple[torch.dtype, ...], needed: bool
-    ) -> None:
+    def __init__(self, shape: torch.Size, full: tuple[int, ...], dtypes: tuple[torch.dtype, ...], needed: bool) -> None:
         batch, rows = full[0], full[1]
         self._needed = needed
         self._over_batch = needed and shape[0] == 1 != batch and shape[1] == rows != 1
@@ -206,7 +198,4 @@ class _Vectors:
     def gradients(self) -> list[Tensor]:
         if not self._over_batch:
             return self._values
-        return [
-            value.sum(0, keepdim=True).to(dtype)
-            for value, dtype in zip(self._values, self._dtypes, strict=True)
-        ]
+        return [value.sum(0, keepdim=True).to(dtype) for value, dtype in zip(self._values, self._dtypes, strict=True)]

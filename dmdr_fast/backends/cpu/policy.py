@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_output, pointer, workspace
+from dmdr_fast.backends.cpu.library import contiguous_float, kernel, new_float, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, shared_view
 
 _space = workspace("sde_step", 2, torch.float64)
@@ -31,7 +31,7 @@ def sde_step_fwd(
     """See :func:`dmdr_fast.reference.sde_step_fwd`."""
     drawn = x.new_empty(0) if seed is None else new_output(x.shape, x.dtype)
     result = new_output(x.shape, torch.float32)
-    logprob, std = (torch.empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
+    logprob, std = (new_float(x.shape[:1]) for _ in range(2))
     sigma, sigma_next = contiguous_float(sigma), contiguous_float(sigma_next)
     seed = None if seed is None else seed.contiguous()
     shape, fields, _held = shared_view(x, v, drawn if next_sample is None else next_sample, result)
@@ -84,7 +84,7 @@ def grpo_loss_fwd(
     adv_clip: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.grpo_loss_fwd`."""
-    loss, stats = torch.empty((), dtype=torch.float32), torch.empty(4, dtype=torch.float32)
+    loss, stats = new_float(()), new_float(4)
     inputs = [contiguous_float(tensor) for tensor in (logprob, old_logprob, advantage)]
     _loss_fwd(
         logprob.numel(), *[tensor.data_ptr() for tensor in inputs], clip_low, clip_high, adv_clip,
@@ -103,7 +103,7 @@ def grpo_loss_bwd(
     adv_clip: float,
 ) -> Tensor:
     """See :func:`dmdr_fast.reference.grpo_loss_bwd`."""
-    grad = torch.empty(logprob.shape, dtype=torch.float32)
+    grad = new_float(logprob.shape)
     inputs = [contiguous_float(tensor) for tensor in (logprob, old_logprob, advantage)]
     grad_loss = contiguous_float(grad_loss)
     _loss_bwd(

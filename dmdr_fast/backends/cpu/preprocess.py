@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.cpu.library import kernel, new_output, pointer, workspace
+from dmdr_fast.backends.cpu.library import CPU, kernel, new_output, pointer, workspace
 from dmdr_fast.backends.views import DTYPE_CODE
 
 _space = workspace("preprocess_reward", 6, torch.int64)
@@ -28,9 +28,9 @@ def preprocess_reward_fwd(
     batch, channels, in_height, in_width = image.shape
     out = new_output((batch, channels, height, width), image.dtype)
     inside = torch.empty(
-        (batch, channels, in_height, (in_width + 7) // 8) if need_inside else 0, dtype=torch.uint8
+        (batch, channels, in_height, (in_width + 7) // 8) if need_inside else 0, dtype=torch.uint8, device=CPU
     )
-    statistics = torch.tensor((mean, std), dtype=torch.float64)
+    statistics = torch.tensor((mean, std), dtype=torch.float64, device=CPU)
     space = _space(in_height, in_width, height, width, antialias, torch.get_num_threads())
     (source, _image), (result, _) = _plane_view(image), _plane_view(out)
     _fwd(
@@ -56,7 +56,7 @@ def preprocess_reward_bwd(
     height, width = grad.shape[2:]
     grad_image = new_output((batch, channels, in_height, in_width), dtype)
     inside = inside.contiguous()
-    statistics = torch.tensor(std, dtype=torch.float64)
+    statistics = torch.tensor(std, dtype=torch.float64, device=CPU)
     space = _space(in_height, in_width, height, width, antialias, torch.get_num_threads())
     (result, _), (source, _grad) = _plane_view(grad_image), _plane_view(grad)
     _bwd(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dmdr_fast.backends.cpu.library import kernel, new_output, pointer, workspace
+from dmdr_fast.backends.cpu.library import kernel, new_float, new_output, pointer, workspace
 from dmdr_fast.backends.views import ABSENT, DTYPE_CODE, row_view
 
 _space = workspace("qk_norm_rope", 3)
@@ -29,7 +28,7 @@ def qk_norm_rope_fwd(
     sides, results, held = [], [], []
     for x, weight in ((q, q_weight), (k, k_weight)):
         out = new_output(x.shape, x.dtype)
-        rstd = torch.empty(x.shape[:3], dtype=torch.float32)
+        rstd = new_float(x.shape[:3])
         views = [_head_view(x), _vector_view(weight), _head_view(out)]
         sides += [x.shape[2], *[field for fields, _ in views for field in fields], *ABSENT, *ABSENT]
         sides += [rstd.data_ptr(), 0]
@@ -61,7 +60,7 @@ def qk_norm_rope_bwd(
         rstd = rstd.contiguous()
         grad_x = x.new_empty(0) if grad is None else new_output(x.shape, x.dtype)
         sums_weight = need_weights and grad is not None and weight is not None
-        grad_weight = torch.empty(x.shape[3] if sums_weight else 0, dtype=torch.float32)
+        grad_weight = new_float(x.shape[3] if sums_weight else 0)
         views = [_head_view(x), _vector_view(weight), (ABSENT, None), _head_view(grad)]
         views.append((ABSENT, None) if grad is None else _head_view(grad_x))
         sides += [x.shape[2], *[field for fields, _ in views for field in fields]]

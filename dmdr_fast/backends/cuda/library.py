@@ -18,27 +18,31 @@ _OLDEST = (8, 0)
 
 def kernel(name: str, struct_name: str) -> Callable[..., None]:
     """``dmdr_<name>`` as ``call(device, *fields)`` on the device's current stream."""
-    call = native.function(LIBRARY, f"dmdr_{name}", struct_name)
+    call = native.function(LIBRARY, f"dmdr_{name}", struct_name, _no_threads, current_stream)
 
     def run(device: torch.device, *fields: float) -> None:
         # The CUDA runtime launches on the thread's current device, whatever device the pointers are of.
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                call(current_stream(device), 0, *fields)
+                call(*fields)
         else:
-            call(current_stream(device), 0, *fields)
+            call(*fields)
 
     return run
 
 
-def current_stream(device: torch.device) -> int:
-    """The ``cudaStream_t`` that PyTorch's own kernels on ``device`` would take."""
-    return torch.cuda.current_stream(device).cuda_stream
+def current_stream() -> int:
+    """The ``cudaStream_t`` that PyTorch's own kernels would take now."""
+    return torch.cuda.current_stream().cuda_stream
 
 
-def workspace_size(name: str) -> Callable[..., int]:
-    """``dmdr_<name>_workspace`` as a function of its sizes."""
-    return native.count(LIBRARY, f"dmdr_{name}_workspace")
+def _no_threads() -> int:
+    return 0
+
+
+def workspace_size(name: str, sizes: int) -> Callable[..., int]:
+    """``dmdr_<name>_workspace`` as a function of its ``sizes``."""
+    return native.count(LIBRARY, f"dmdr_{name}_workspace", sizes)
 
 
 @lru_cache(maxsize=64)
@@ -51,8 +55,10 @@ def too_old(device: torch.device) -> str | None:
 
 
 def contiguous_float(tensor: Tensor | None) -> Tensor | None:
-    """Per-sample scalars as the ABI wants them; a no-op for what the public ops pass."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    """Per-sample scalars as the ABI wants them."""
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
 
 
 def pointer(tensor: Tensor | None) -> int:

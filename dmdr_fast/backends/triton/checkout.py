@@ -1,7 +1,7 @@
 """Makes ``dmdr_fast.kernels`` importable in a checkout, where the kernels lie beside the package.
 
 An installed package has them inside. They have no ``__init__.py``, and their folder is not put on the import path: a
-package called ``kernels`` exists on the registry.
+package called ``kernels`` exists on the registry. Importing this module does it.
 """
 
 from __future__ import annotations

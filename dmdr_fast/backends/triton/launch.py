@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from dmdr_fast.backends.triton import checkout  # noqa: F401  before anything of dmdr_fast.kernels
 from dmdr_fast.backends.views import shared_view
+from dmdr_fast.kernels.elements import Shape, View
+
+# The kernels run in Triton's interpreter, on CPU tensors: for tests. Triton reads this when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 cdiv = triton.cdiv
 next_power_of_2 = triton.next_power_of_2
@@ -24,35 +30,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
 
 
 class Samples(NamedTuple):
-    """Tensors of one shape [B, ...] as samples of ``count`` elements.
+    """Tensors of one shape [B, ...] as samples.
 
     Attributes:
-        batch, count: samples, and elements of each.
-        inner, outer: contiguous elements of a row, and sizes of the dimensions between batch and row that do not merge
-            with it; () where all tensors are contiguous.
-        tensors: as given, or copies of those whose rows are not contiguous. None stays.
-        strides: per tensor (batch, *outer), in elements.
+        batch: number of samples.
+        shape: their shape for the kernel.
+        views: the tensors for the kernel; None for an absent one. Those whose rows are not contiguous are copies.
     """
 
     batch: int
-    count: int
-    inner: int
-    outer: tuple[int, ...]
-    tensors: tuple[Tensor | None, ...]
-    strides: tuple[tuple[int, ...], ...]
+    shape: Shape
+    views: tuple[View | None, ...]
 
 
 def samples(*tensors: Tensor | None) -> Samples:
     """The tensors as samples; the first is present and not empty."""
-    shape, fields, held = shared_view(*tensors)
-    kept = [dim for dim in range(1, len(shape) - 1) if shape[dim] != 1]
-    strides = tuple(tuple(field[2:][dim] for dim in (0, *kept)) for field in fields)
-    count = held[0].numel() // shape[0]
-    outer = tuple(shape[dim] for dim in kept)
-    spans = [sum((size - 1) * step for size, step in zip(outer, steps[1:], strict=True)) for steps in strides]
-    if max(spans) + shape[-1] >= 2**31:  # the kernels index within a sample in 32 bits
+    sizes, fields, held = shared_view(*tensors)
+    kept = [dim for dim in range(1, len(sizes) - 1) if sizes[dim] != 1]
+    outer = tuple(sizes[dim] for dim in kept)
+    strides = [tuple(field[2:][dim] for dim in (0, *kept)) for field in fields]
+    reach = max(sum((size - 1) * step for size, step in zip(outer, steps[1:], strict=True)) for steps in strides)
+    if reach + sizes[-1] >= 2**31:  # the kernels index within a sample in 32 bits
         return samples(*(tensor if tensor is None else tensor.contiguous() for tensor in tensors))
-    return Samples(shape[0], count, shape[-1], outer, held, strides)
+    views = (None if tensor is None else View(tensor, steps) for tensor, steps in zip(held, strides, strict=True))
+    return Samples(sizes[0], Shape(held[0].numel() // sizes[0], sizes[-1], outer), tuple(views))
 
 
 def block_and_warps(count: int, per_thread: int, most: int) -> tuple[int, int]:

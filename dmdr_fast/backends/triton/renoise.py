@@ -23,9 +23,8 @@ def normal_noise_fwd(size: list[int], seed: Tensor, offset: int, dtype: torch.dt
     noise = seed.new_empty(size, dtype=dtype)
     count = math.prod(size)
     block, warps = seeded_block(count)
-    windows = cdiv(offset % block + count, block)
     launch(
-        normal_noise_kernel, (windows,), seed.contiguous(), noise, count, offset,
+        normal_noise_kernel, (cdiv(offset % block + count, block),), seed.contiguous(), noise, count, offset,
         BLOCK=block, GROUP=group_of(dtype), num_warps=warps,
     )  # fmt: skip
     return noise
@@ -37,22 +36,37 @@ def renoise_fwd(
     """See :func:`dmdr_fast.reference.renoise_fwd`."""
     out = x0.new_empty(x0.shape)
     alpha, sigma = alpha.contiguous(), sigma.contiguous()
-    view = samples(x0, noise)
-    x0, noise = view.tensors
+    batch, shape, views = samples(x0, noise)
     if noise is not None:
-        block, warps = block_and_warps(view.count, 8, 2048)
-        launch(
-            renoise_kernel, (view.batch, cdiv(view.count, block)), x0, noise, alpha, sigma, out,
-            view.count, view.inner, view.outer, *view.strides, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+        block, warps = block_and_warps(shape.count, 8, 2048)
+        grid = batch, cdiv(shape.count, block)
+        launch(renoise_kernel, grid, *views, alpha, sigma, out, shape, BLOCK=block, num_warps=warps)
         return out
-    block, warps = seeded_block(view.count)
+    block, warps = seeded_block(shape.count)
     launch(
-        seeded_renoise_kernel, (view.batch, windows(view.count, offset, block)), x0, seed.contiguous(),
-        alpha, sigma, out, view.count, offset, view.inner, view.outer, view.strides[0],
-        BLOCK=block, GROUP=group_of(x0.dtype), num_warps=warps,
+        seeded_renoise_kernel, (batch, windows(shape.count, offset, block)), views[0], seed.contiguous(),
+        alpha, sigma, out, shape, offset, BLOCK=block, GROUP=group_of(x0.dtype), num_warps=warps,
     )  # fmt: skip
     return out
+
+
+def renoise_bwd(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See :func:`dmdr_fast.reference.renoise_bwd`."""
+    out = grad.new_empty(grad.shape, dtype=dtype)
+    batch, shape, (view,) = samples(grad)
+    block, warps = block_and_warps(shape.count, 8, 2048)
+    grid = batch, cdiv(shape.count, block)
+    launch(scaled_kernel, grid, view, scale.contiguous(), out, shape, BLOCK=block, num_warps=warps)
+    return out
+
+
+def renoise_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
+    """See :func:`dmdr_fast.reference.renoise_scale_bwd`."""
+    batch, shape, views = samples(grad, factor)
+    block, warps = block_and_warps(shape.count, 16, 4096)
+    parts = grad.new_empty((batch, cdiv(shape.count, block)), dtype=torch.float32)
+    launch(product_sums_kernel, tuple(parts.shape), *views, parts, shape, BLOCK=block, num_warps=warps)
+    return sum_rows(parts, torch.float32)
 
 
 def seeded_block(count: int) -> tuple[int, int]:
@@ -68,28 +82,3 @@ def windows(count: int, offset: int, block: int) -> int:
     if count % block == 0 and offset % block == 0:
         return count // block
     return cdiv(count - 1, block) + 1
-
-
-def renoise_bwd(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """See :func:`dmdr_fast.reference.renoise_bwd`."""
-    out = grad.new_empty(grad.shape, dtype=dtype)
-    view = samples(grad)
-    block, warps = block_and_warps(view.count, 8, 2048)
-    launch(
-        scaled_kernel, (view.batch, cdiv(view.count, block)), view.tensors[0], scale.contiguous(), out,
-        view.count, view.inner, view.outer, *view.strides, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    return out
-
-
-def renoise_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
-    """See :func:`dmdr_fast.reference.renoise_scale_bwd`."""
-    view = samples(grad, factor)
-    block, warps = block_and_warps(view.count, 16, 4096)
-    blocks = cdiv(view.count, block)
-    parts = torch.empty((view.batch, blocks), dtype=torch.float32, device=grad.device)
-    launch(
-        product_sums_kernel, (view.batch, blocks), *view.tensors, parts, view.count, view.inner, view.outer,
-        *view.strides, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    return sum_rows(parts, torch.float32)

@@ -25,6 +25,6 @@ def sum_chunks(
     groups, chunks, width = parts.shape
     rows = min(64, next_power_of_2(chunks))
     launch(
-        sum_chunks_kernel, (groups, cdiv(width, 64)), parts, out, second_parts, second_out, chunks, width,
+        sum_chunks_kernel, (groups * cdiv(width, 64),), parts, out, second_parts, second_out, chunks, width,
         ROWS=rows, BLOCK=64, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,122 @@
+"""The DMD gradient on the Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmdr_fast.backends.triton.launch import Samples, block_and_warps, cdiv, launch, next_power_of_2, samples
+from dmdr_fast.kernels.dmd_gradient import (
+    Latents,
+    Options,
+    Scalars,
+    dmd_distance_kernel,
+    dmd_gradient_kernel,
+    dmd_gradient_sample_kernel,
+    dmd_loss_bwd_kernel,
+    dmd_loss_kernel,
+    dmd_norm_kernel,
+    dmd_zero_samples_kernel,
+)
+
+# What 512 threads hold: 32 elements each. 1024 threads of 32 spill.
+_LARGEST_BLOCK = 16384
+_MOST_PARTS = 256
+
+
+def dmd_gradient_fwd(
+    x0: Tensor,
+    x_t: Tensor,
+    pred_fake: Tensor,
+    pred_real: Tensor,
+    pred_real_uncond: Tensor | None,
+    sigma: Tensor,
+    alpha: Tensor | None,
+    cfg_tensor: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    cfg_scale: float,
+    cfg_mode: str,
+    prediction: str,
+    normalizer: str,
+    eps: float,
+    eps_mode: str,
+    nan_policy: str,
+    out_dtype: torch.dtype,
+    reduction: str,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`dmdr_fast.reference.dmd_gradient_fwd`."""
+    grad = x0.new_empty(x0.shape, dtype=out_dtype)
+    norms = x0.new_empty(x0.shape[:1], dtype=torch.float32)
+    if mask is not None:
+        mask = mask.expand(x0.shape)
+    view = samples(x0, x_t, pred_fake, pred_real, pred_real_uncond, mask)
+    per_sample = (None if scalar is None else scalar.contiguous() for scalar in (sigma, alpha, cfg_tensor, weight))
+    scalars = Scalars(*per_sample, cfg_scale)
+    options = Options(prediction, cfg_mode, normalizer, eps_mode, nan_policy, torch.finfo(out_dtype).max)
+    run = _one_reading if normalizer != "global" and view.shape.count <= _LARGEST_BLOCK else _two_readings
+    squares, counts = run(view, scalars, eps, grad, norms, mask is not None, options)
+
+    loss, loss_scale = norms.new_empty(()), norms.new_empty(())
+    launch(
+        dmd_loss_kernel, (1,), squares, counts, loss, loss_scale, squares.numel(), float(x0.numel()), factor,
+        MEAN=reduction == "mean", BLOCK=1024,
+    )  # fmt: skip
+    return grad, norms, loss, loss_scale
+
+
+def _one_reading(
+    view: Samples, scalars: Scalars, eps: float, grad: Tensor, norms: Tensor, masked: bool, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """Write grad and norms; returns the sums of squares, and the counts where there is a mask."""
+    squares = torch.empty_like(norms)
+    counts = torch.empty_like(norms, dtype=torch.int32) if masked else None
+    count = view.shape.count
+    block, warps = block_and_warps(count, 16 if count <= 4096 else 32, _LARGEST_BLOCK)
+    launch(
+        dmd_gradient_sample_kernel, (view.batch,), Latents(*view.views), scalars, eps, grad, norms, squares, counts,
+        view.shape, OPTIONS=options, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return squares, counts
+
+
+def _two_readings(
+    view: Samples, scalars: Scalars, eps: float, grad: Tensor, norms: Tensor, masked: bool, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """As ``_one_reading``, for samples beyond a block and for the normaliser over all samples."""
+    batch, shape, latents = view.batch, view.shape, Latents(*view.views)
+    block, warps = block_and_warps(shape.count, 16, 2048)
+    parts = min(cdiv(shape.count, block), _MOST_PARTS)
+    squares, distances = grad.new_empty((2, batch, parts), dtype=torch.float32).unbind()
+    counts, broken = grad.new_empty((2, batch, parts), dtype=torch.int32).unbind()
+    constants = {"OPTIONS": options, "BLOCK": block, "num_warps": warps}
+    if options.normalizer == "none":
+        norms.fill_(1)
+    else:
+        launch(dmd_distance_kernel, (batch, parts), latents, scalars, distances, counts, shape, **constants)
+        programs = batch if options.normalizer == "per_sample" else 1
+        launch(
+            dmd_norm_kernel, (programs,), distances, counts, norms, batch // programs, batch * parts // programs,
+            eps, OPTIONS=options, BLOCK=256,
+        )  # fmt: skip
+    launch(
+        dmd_gradient_kernel, (batch, parts), latents, scalars, grad, norms, squares, counts, broken, shape,
+        **constants,
+    )  # fmt: skip
+    if options.nan_policy == "zero_sample":
+        launch(
+            dmd_zero_samples_kernel, (batch, parts), grad, squares, broken, shape, PARTS=next_power_of_2(parts),
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return squares, counts if masked else None
+
+
+def dmd_loss_bwd(grad_loss: Tensor, g: Tensor, loss_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See :func:`dmdr_fast.reference.dmd_loss_bwd`."""
+    out = g.new_empty(g.shape, dtype=dtype)
+    batch, shape, (view,) = samples(g)
+    block, warps = block_and_warps(shape.count, 8, 2048)
+    grid = batch, cdiv(shape.count, block)
+    launch(dmd_loss_bwd_kernel, grid, grad_loss, view, loss_scale, out, shape, BLOCK=block, num_warps=warps)
+    return out

@@ -1,0 +1,56 @@
+"""How views of one shape are laid out for the C ABI."""
+
+from __future__ import annotations
+
+import torch
+
+from dmdr_fast.backends.views import ABSENT, row_view, shared_view
+
+
+def strides(fields):
+    return [tuple(field[2:]) for field in fields]
+
+
+def test_contiguous_tensors_are_one_row_per_sample():
+    x = torch.zeros(3, 4, 5, 6)
+    shape, fields, held = shared_view(x, None, x.bfloat16())
+    assert shape == (3, 1, 1, 1, 1, 120)
+    assert strides(fields) == [(120, 0, 0, 0, 0), (0,) * 5, (120, 0, 0, 0, 0)]
+    assert fields[0][:2] == (x.data_ptr(), 0) and fields[1] == ABSENT and fields[2][1] == 1
+    assert held[0] is x
+
+
+def test_dimensions_merge_where_all_strides_allow():
+    # [2, 3, 4, 6] within [2, 3, 4, 10]: rows of 6; a channel slice of [2, 7, 4, 6]: one row of 72 per sample.
+    padded = torch.zeros(2, 3, 4, 10)[..., :6]
+    shape, fields, _ = shared_view(padded, torch.zeros(2, 3, 4, 6))
+    assert shape == (2, 12, 1, 1, 1, 6)
+    assert strides(fields) == [(120, 10, 0, 0, 0), (72, 6, 0, 0, 0)]
+    shape, fields, _ = shared_view(torch.zeros(2, 7, 4, 6)[:, 2:5])
+    assert shape == (2, 1, 1, 1, 1, 72) and strides(fields) == [(168, 0, 0, 0, 0)]
+
+
+def test_a_scattered_last_dimension_is_copied_and_only_that_one():
+    good, scattered = torch.zeros(2, 3, 8)[..., :4], torch.arange(24.0).view(2, 4, 3).mT
+    shape, fields, held = shared_view(good, scattered)
+    assert shape == (2, 3, 1, 1, 1, 4)
+    assert held[0] is good and held[1].is_contiguous() and torch.equal(held[1], scattered)
+    assert strides(fields) == [(24, 8, 0, 0, 0), (12, 4, 0, 0, 0)]
+    expanded = torch.ones(()).expand(2, 3, 4)
+    _, _, held = shared_view(good, expanded)
+    assert held[1].is_contiguous()
+
+
+def test_too_many_dimensions_are_copied():
+    x = torch.zeros(2, 3, 3, 3, 3, 3, 4)[:, :2, :2, :2, :2, :2, :3]
+    shape, _, held = shared_view(x)
+    assert shape == (2, 1, 1, 1, 1, 96) and held[0].is_contiguous()
+
+
+def test_rows_broadcast_by_strides_of_zero():
+    fields, _ = row_view(torch.zeros(1, 7, 5))
+    assert fields[2:4] == (0, 5)
+    fields, _ = row_view(torch.zeros(4, 1, 5).expand(4, 7, 5))
+    assert fields[2:4] == (5, 0)
+    fields, held = row_view(torch.zeros(2, 5, 7).mT)
+    assert fields[2:4] == (35, 5) and held.is_contiguous()
