@@ -1,0 +1,145 @@
+"""base_out + scale_b (x A) B in two kernels, and the gradients of x, A and B.
+
+Rows (tokens of all samples, one after the other) are taken in tiles. A tile whose samples all have scale 0 reads
+neither x nor the matrices; a row of scale 0 in another tile is not read either.
+"""
+
+import triton
+import triton.language as tl
+
+from dmdr_fast.kernels.elements import store_as
+
+
+@triton.jit
+def project_kernel(
+    x, matrix, scale, low_rank, rows, tokens, features, rank, feature_stride, rank_stride,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """low_rank = scale_b (x matrix), float32 [rows, rank]; one program per tile of rows and of the rank."""
+    row, batch, token, factor = _tile_of_rows(scale, tl.program_id(0) * ROWS, rows, tokens, ROWS)
+    column = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    total = tl.zeros([ROWS, RANK], tl.float32)
+    if tl.max((factor != 0).to(tl.int32), 0) != 0:
+        line = x.pointer + (batch * x.batch_stride + token * x.token_stride)[:, None]
+        active = (factor != 0)[:, None]
+        for start in range(0, features, FEATURES):
+            feature = start + tl.arange(0, FEATURES)
+            inside = feature < features
+            left = tl.load(line + feature[None, :], mask=active & inside[None, :], other=0)
+            at = feature[:, None] * feature_stride + column[None, :] * rank_stride
+            right = tl.load(matrix + at, mask=inside[:, None] & (column < rank)[None, :], other=0)
+            total = _dot(left, right, total, PRECISION, WIDE)
+        total = tl.where(active, factor[:, None] * total, 0.0)
+    on = (row < rows)[:, None] & (column < rank)[None, :]
+    tl.store(low_rank + row[:, None] * rank + column[None, :], total, mask=on)
+
+
+@triton.jit
+def expand_kernel(
+    low_rank, matrix, scale, base, out, rows, tokens, features, rank, rank_stride, feature_stride,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """out = base + low_rank matrix, base None being 0; one program per tile of rows and of features."""
+    row, batch, token, factor = _tile_of_rows(scale, tl.program_id(0) * ROWS, rows, tokens, ROWS)
+    column = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    on = (row < rows)[:, None] & (column < features)[None, :]
+    total = tl.zeros([ROWS, FEATURES], tl.float32)
+    if tl.max((factor != 0).to(tl.int32), 0) != 0:
+        for start in range(0, rank, RANK):
+            r = start + tl.arange(0, RANK)
+            inside = r < rank
+            active = (factor != 0)[:, None] & inside[None, :]
+            left = tl.load(low_rank + row[:, None] * rank + r[None, :], mask=active, other=0)
+            at = r[:, None] * rank_stride + column[None, :] * feature_stride
+            right = tl.load(matrix + at, mask=inside[:, None] & (column < features)[None, :], other=0)
+            total = _dot(left, right, total, PRECISION, WIDE)
+    if base is not None:
+        line = base.pointer + (batch * base.batch_stride + token * base.token_stride)[:, None]
+        total += tl.load(line + column[None, :], mask=on, other=0).to(tl.float32)
+    store_as(out + row[:, None] * features + column[None, :], total, on)
+
+
+@triton.jit
+def outer_sums_kernel(
+    left, right, scale, parts, rows, tokens, left_features, right_features, left_stride, right_stride, chunk,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """parts[p] = left^T right over the p-th ``chunk`` rows; one program per chunk and tile of the product."""
+    tiles = tl.cdiv(right_features, RIGHT)
+    i = tl.program_id(0) // tiles * LEFT + tl.arange(0, LEFT)
+    j = tl.program_id(0) % tiles * RIGHT + tl.arange(0, RIGHT)
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, rows)
+    total = tl.zeros([LEFT, RIGHT], tl.float32)
+    if _any_active(scale, first // tokens, (last - 1) // tokens):
+        for start in range(first, last, ROWS):
+            _row, batch, token, factor = _tile_of_rows(scale, start, last, tokens, ROWS)
+            active = (factor != 0)[:, None]
+            at = (batch * left.batch_stride + token * left.token_stride)[:, None] + i[None, :]
+            a = tl.load(left.pointer + at, mask=active & (i < left_features)[None, :], other=0)
+            at = (batch * right.batch_stride + token * right.token_stride)[:, None] + j[None, :]
+            b = tl.load(right.pointer + at, mask=active & (j < right_features)[None, :], other=0)
+            total = _dot(tl.trans(a), b, total, PRECISION, WIDE)
+    to = parts + tl.program_id(1).to(tl.int64) * left_features * right_features
+    on = (i < left_features)[:, None] & (j < right_features)[None, :]
+    tl.store(to + i[:, None] * left_stride + j[None, :] * right_stride, total, mask=on)
+
+
+@triton.jit
+def _tile_of_rows(scale, first, rows, tokens, ROWS: tl.constexpr):
+    """(row, sample, token, scale of the sample) [ROWS]; the scale is 0 beyond the last row."""
+    row = first + tl.arange(0, ROWS).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    return row, batch, token, tl.load(scale + batch, mask=row < rows, other=0)
+
+
+@triton.jit
+def _any_active(scale, first, last):
+    """Whether a sample of first .. last has a scale other than 0."""
+    found = tl.zeros([32], tl.int32)
+    for start in range(first, last + 1, 32):
+        i = start + tl.arange(0, 32)
+        found |= (tl.load(scale + i, mask=i <= last, other=0) != 0).to(tl.int32)
+    return tl.max(found, 0) != 0
+
+
+@triton.jit
+def _dot(left, right, total, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """total + left right, as exact as float32 sums are.
+
+    Two float32 factors are multiplied as PRECISION says, "ieee" or "tf32x3". A float32 factor beside a bfloat16 one
+    is taken as three bfloat16 numbers: three products on the tensor cores, twice as fast as three in TF32 and with a
+    third of the registers. WIDE multiplies in float32, for Triton's interpreter, whose product of bfloat16 numbers
+    is one of their bit patterns.
+    """
+    if left.dtype == tl.bfloat16 and right.dtype == tl.float32:
+        high, middle, low = _three_bfloat16(right)
+        total = _product(left, low, total, PRECISION, WIDE)
+        total = _product(left, middle, total, PRECISION, WIDE)
+        return _product(left, high, total, PRECISION, WIDE)
+    elif left.dtype == tl.float32 and right.dtype == tl.bfloat16:
+        high, middle, low = _three_bfloat16(left)
+        total = _product(low, right, total, PRECISION, WIDE)
+        total = _product(middle, right, total, PRECISION, WIDE)
+        return _product(high, right, total, PRECISION, WIDE)
+    elif left.dtype != right.dtype:
+        # A float16 number, like a bfloat16 one, is exact in TF32.
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="tf32x3")
+    else:
+        return _product(left, right, total, PRECISION, WIDE)
+
+
+@triton.jit
+def _product(left, right, total, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _three_bfloat16(value):
+    """(high, middle, low) whose sum is ``value`` to 2^-24."""
+    high = value.to(tl.bfloat16)
+    rest = value - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
