@@ -1,0 +1,33 @@
+"""layer_norm_modulate: adaLN of a transformer block, one shift and one scale per sample."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import eager
+from benchmarks.case import DTYPES, TOKENS, Case, tensor_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_modulate(bench, dtype):
+    batch, _, width = TOKENS
+
+    def tensors(inputs):
+        return {
+            "x": inputs.normal(*TOKENS),
+            "shift": inputs.normal(batch, width),
+            "scale": inputs.normal(batch, width),
+        }
+
+    bench(
+        Case(
+            "layer_norm_modulate",
+            TOKENS,
+            dtype,
+            tensors,
+            eager.layer_norm_modulate,
+            forward_bytes=tensor_bytes(2, TOKENS, dtype),
+            backward_bytes=tensor_bytes(3, TOKENS, dtype),
+            wrt=("x", "shift", "scale"),
+        )
+    )

@@ -1,0 +1,24 @@
+"""normal_noise: seeded normals that any backend repeats, beside torch.randn's own stream."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import eager
+from benchmarks.case import DTYPES, Case, latent_shapes, tensor_bytes
+
+
+@pytest.mark.parametrize("shape", latent_shapes(), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normal_noise(bench, shape, dtype):
+    bench(
+        Case(
+            "normal_noise",
+            shape,
+            dtype,
+            lambda inputs: {"shape_like": inputs.normal(*shape), "seed": inputs.seed()},
+            eager.normal_noise,
+            forward_bytes=tensor_bytes(1, shape, dtype),
+            own_noise=True,
+        )
+    )

@@ -1,0 +1,37 @@
+"""preprocess_reward: decoded images to a reward model's 224 pixels, forward and backward.
+
+Its ceiling in float32 is wider: it builds its weights in float32 as PyTorch does, so as to agree with PyTorch's resize
+to 1e-6, and both are 1.5e-5 from weights built in float64.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import eager
+from benchmarks.case import DTYPES, Case, tensor_bytes
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("side", [256, 1024])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_preprocess_reward(bench, device, side, dtype):
+    plain = eager.RewardPreprocessing(MEAN, STD).to(device, dtype)
+    shape = (4, 3, side, side)
+    # The image and the result once each, and one bit per pixel that says where the clamp passes a gradient.
+    one_way = tensor_bytes(1, shape, dtype) + tensor_bytes(1, (4, 3, 224, 224), dtype) + 4 * 3 * side * side // 8
+    bench(
+        Case(
+            "preprocess_reward",
+            shape,
+            dtype,
+            lambda inputs: {"image": inputs.normal(*shape)},
+            lambda image, size, mean, std: plain(image, size),
+            forward_bytes=one_way,
+            backward_bytes=one_way,
+            wrt=("image",),
+            options={"size": 224, "mean": MEAN, "std": STD},
+            ceiling=3e-5,
+        )
+    )

@@ -1,0 +1,58 @@
+"""renoise: the noise is drawn inside the kernel (`seed`), beside eager's randn and two products."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import eager
+from benchmarks.case import DTYPES, Case, latent_shapes, tensor_bytes
+
+
+@pytest.mark.parametrize("shape", latent_shapes(), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_renoise(bench, shape, dtype):
+    def tensors(inputs):
+        sigma = inputs.uniform(0.02, 0.98, shape[0])
+        return {"x0": inputs.normal(*shape), "alpha": 1 - sigma, "sigma": sigma, "seed": inputs.seed()}
+
+    bench(
+        Case(
+            "renoise",
+            shape,
+            dtype,
+            tensors,
+            eager.renoise,
+            forward_bytes=tensor_bytes(2, shape, dtype),
+            backward_bytes=tensor_bytes(2, shape, dtype),
+            wrt=("x0",),
+            variant="seed",
+            own_noise=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("shape", latent_shapes(), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_renoise_by_given_noise(bench, shape, dtype):
+    def tensors(inputs):
+        sigma = inputs.uniform(0.02, 0.98, shape[0])
+        return {
+            "x0": inputs.normal(*shape),
+            "alpha": 1 - sigma,
+            "sigma": sigma,
+            "noise": inputs.normal(*shape),
+        }
+
+    bench(
+        Case(
+            "renoise",
+            shape,
+            dtype,
+            tensors,
+            eager.renoise,
+            forward_bytes=tensor_bytes(3, shape, dtype),
+            backward_bytes=tensor_bytes(2, shape, dtype),
+            wrt=("x0",),
+            variant="noise",
+        )
+    )

@@ -1,0 +1,100 @@
+"""`pytest benchmarks`: collects bench_*.py, gathers their rows, prints, saves and compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine, plot, records, report, resources
+from benchmarks.case import Case
+from benchmarks.measure import Row, run_case
+
+ROWS = pytest.StashKey[list[Row]]()
+MACHINE = pytest.StashKey[dict]()
+BEFORE = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("benchmarks")
+    group.addoption("--bench-json", type=Path, metavar="FILE", help="write the results to FILE")
+    group.addoption(
+        "--bench-compare",
+        type=Path,
+        metavar="FILE",
+        help="fail where a line is more than 5 %% slower than in FILE",
+    )
+    group.addoption("--bench-plot", type=Path, metavar="FILE", help="draw the speed-ups to FILE (.png, .svg, .pdf)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    # torch.compile imports what it deprecates itself.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
+    config.stash[ROWS], config.stash[MACHINE] = [], machine.description()
+    before = config.getoption("bench_compare")
+    if before is not None:
+        try:
+            config.stash[BEFORE], then = records.load(before)
+            records.check_same_device(before, then, config.stash[MACHINE])
+        except records.RecordError as error:
+            raise pytest.UsageError(f"--bench-compare: {error}") from None
+
+
+@pytest.fixture
+def device():
+    """The GPU where there is one, else the CPU."""
+    return machine.device()
+
+
+@pytest.fixture
+def record(request) -> Callable[[list[Row]], None]:
+    """Add rows to the table."""
+    return request.config.stash[ROWS].extend
+
+
+@pytest.fixture
+def bench(record, device) -> Callable[[Case], None]:
+    """Gate, time and record a case. A gate that fails is a failed test, and nothing is timed."""
+    return lambda case: record(run_case(case, device))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    stash, option = session.config.stash, session.config.getoption
+    if not stash[ROWS]:
+        return
+    if option("bench_json") is not None:
+        records.save(option("bench_json"), stash[ROWS], stash[MACHINE])
+    if option("bench_plot") is not None:
+        plot.save(option("bench_plot"), stash[ROWS], stash[MACHINE])
+    if BEFORE in stash and records.regressions(stash[ROWS], stash[BEFORE])[0]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    terminalreporter.section("benchmarks")
+    lines = [*report.heading(config.stash[MACHINE]), "", *report.table(rows), "", *report.legend()]
+    for line in [*lines, *report.slower(rows), *report.missing(rows)]:
+        terminalreporter.write_line(line)
+    ahead_of_time = resources.table()
+    if ahead_of_time and config.stash[MACHINE]["device"]["kind"] == "cpu":
+        terminalreporter.section("kernels compiled ahead of time for sm_90")
+        for line in ahead_of_time:
+            terminalreporter.write_line(line)
+    if BEFORE in config.stash:
+        _summarise_comparison(terminalreporter, config)
+
+
+def _summarise_comparison(terminalreporter, config: pytest.Config) -> None:
+    slower, notes = records.regressions(config.stash[ROWS], config.stash[BEFORE])
+    terminalreporter.section(f"compared with {config.getoption('bench_compare')}")
+    for line in slower:
+        terminalreporter.write_line(f"FAILED {line}", red=True)
+    for line in notes:
+        terminalreporter.write_line(line)
+    if not slower:
+        terminalreporter.write_line("no line is more than 5 % slower", green=True)

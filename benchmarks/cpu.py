@@ -1,0 +1,67 @@
+"""Measuring on a CPU: wall time of plain calls, and a copy's bandwidth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Run
+
+_MOST_PAIRS = 64
+_COPIED = 64 << 20  # bytes at most: beyond the caches a larger copy is no slower per byte
+
+
+def cache_bytes() -> int:
+    """Size of the largest cache of the first core; 64 MiB where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=64 << 20)
+
+
+def run(
+    function: Callable[..., tuple[Tensor, ...]],
+    sets: Sequence[dict[str, Tensor]],
+    wrt: tuple[str, ...],
+    incoming: Sequence[tuple[Tensor, ...]],
+) -> Run:
+    """A timed call of ``function`` and its backward on ``sets[i]``, outputs freed outside the clock."""
+
+    def timed(index: int) -> tuple[float, float]:
+        tensors, grads = sets[index % len(sets)], incoming[index % len(sets)]
+        start = time.perf_counter()
+        outputs = function(**tensors)
+        middle = end = time.perf_counter()
+        if wrt:
+            results = torch.autograd.grad(outputs, [tensors[name] for name in wrt], grads)
+            end = time.perf_counter()
+            del results
+        return middle - start, end - start
+
+    return timed
+
+
+def copy(traffic: int, device: torch.device) -> tuple[Run, int]:
+    """A copy that moves about ``traffic`` bytes (read plus written) between buffers rotated past the cache.
+
+    Returns:
+        The run, and the bytes it moves.
+    """
+    size = max(min(traffic // 2, _COPIED), 1)
+    count = min(_MOST_PAIRS, -(-cache_bytes() // size))
+    pairs = [
+        (torch.randn(-(-size // 4), device=device), torch.empty(-(-size // 4), device=device)) for _ in range(count)
+    ]
+    for source, target in pairs:
+        target.copy_(source)
+
+    def timed(index: int) -> tuple[float, float]:
+        source, target = pairs[index % count]
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds = time.perf_counter() - start
+        return seconds, seconds
+
+    return timed, 2 * pairs[0][0].nbytes

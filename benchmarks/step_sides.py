@@ -1,0 +1,211 @@
+"""The two sides of bench_step.py: this package's update and the reference's structure, on the same draws."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import eager
+from benchmarks.eager_step import DenseLora, Draws, EagerUpdate, FakeDraws
+from dmdr_fast import ops
+from dmdr_fast.algorithm.rollout import draw_stop_step
+from dmdr_fast.algorithm.score_pass import shared_scores
+from dmdr_fast.algorithm.step import Batch, Networks, Recipe, RewardModel, dmdr_update
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.models.lora import LoraAdapter, add_lora
+from dmdr_fast.models.sit import SiT
+
+FAKE_UPDATES, FAKE_SCALE, REAL_SCALE, RANK = 5, 2.0, 0.75, 32
+CLIP, LR = 1.0, 2e-5
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LATENT = (4, 32, 32)  # 256 pixels behind an 8x VAE: 256 tokens
+STREAMS = Streams(0)
+
+Optimizers = tuple[torch.optim.Optimizer, torch.optim.Optimizer]  # the generator's, the fake score's
+
+
+@dataclass(frozen=True)
+class Size:
+    """The SiT, the micro-batch, the dtype of the weights, and the width of the decoder before the reward."""
+
+    name: str
+    network: dict[str, int]
+    batch: int
+    dtype: torch.dtype
+    decoder_width: int
+
+
+class Fused:
+    """This package's update: ``Fused(...)(step)``."""
+
+    def __init__(self, size: Size, recipe: Recipe, device: torch.device):
+        generator, base, adapter = _networks(size, device)
+        self.optimizers = _optimizers(generator.parameters(), adapter.parameters())
+        fake = _Trained(base, self.optimizers[1], before=lambda: adapter.set_scale(FAKE_SCALE))
+        scores = shared_scores(base, adapter.set_scale, fake_scale=FAKE_SCALE)
+        self.networks = Networks(_Trained(generator, self.optimizers[0]), fake, scores, generator.null_condition)
+        decoder, classifier = _reward_networks(size, device)
+        self.reward = RewardModel(
+            decoder,
+            lambda images, labels: _log_prob(classifier(ops.preprocess_reward(images, 224, MEAN, STD)), labels),
+        )
+        self.recipe, self.device, self.shard = recipe, device, Shard(0, size.batch, size.batch)
+
+    def __call__(self, step: int) -> None:
+        dmdr_update(self.networks, self._data, self.reward, self.recipe, STREAMS, step, [self.shard], self.device)
+
+    def _data(self, index: tuple[int, int], shard: Shard) -> Batch:
+        labels = _labels(index, shard.size, self.device)
+        return Batch(labels, {"labels": labels})
+
+
+class Eager:
+    """The reference's structure: ``Eager(...)(step)`` for the steps whose draws it was given."""
+
+    def __init__(self, size: Size, recipe: Recipe, device: torch.device, steps: Iterable[int]):
+        generator, base, adapter = _networks(size, device)
+        layers = zip(*[iter(adapter.parameters())] * 4, strict=True)
+        plain = _network(size).to(device, size.dtype)
+        plain.load_state_dict({name: value for name, value in base.state_dict().items() if "lora" not in name})
+        lora = DenseLora(plain, [tuple(tensor.detach() for tensor in layer) for layer in layers])
+        self.optimizers = _optimizers(generator.parameters(), lora.parameters())
+        decoder, classifier = _reward_networks(size, device)
+        preprocess = eager.RewardPreprocessing(MEAN, STD).to(device)
+        self.engine = EagerUpdate(
+            generator,
+            plain,
+            lora,
+            self.optimizers,
+            recipe.grid,
+            fake_scale=FAKE_SCALE,
+            real_scale=REAL_SCALE,
+            cfg_scale=recipe.dmd.cfg_scale,
+            clip=CLIP,
+            reward=lambda x0, labels: _log_prob(classifier(preprocess(decoder(x0), 224)), labels),
+            reward_weight=recipe.reward_weight,
+        )
+        self.draws = {step: _draws(step, size.batch, recipe, device) for step in steps}
+
+    def __call__(self, step: int) -> None:
+        self.engine.update(self.draws[step])
+
+
+def balanced_steps(steps: int) -> tuple[int, int]:
+    """Two step counters whose 2 R stop steps have the mean (N - 1) / 2, each as near to it as R allows."""
+    found: list[int] = []
+    twice = FAKE_UPDATES * (steps - 1)
+    for total in (twice // 2, twice - twice // 2):
+        found.append(next(s for s in itertools.count() if sum(_stops(s, steps)) == total and s not in found))
+    return found[0], found[1]
+
+
+class _Trained:
+    """A network with AdamW and a norm bound, as ``dmdr_fast.algorithm.step.Trained`` asks."""
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
+        self.network, self.optimizer, self.before = network, optimizer, before
+
+    def __call__(self, x_t, t, condition):
+        self.before()
+        return self.network(x_t, t, condition)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+
+def _network(size: Size) -> SiT:
+    return SiT(input_size=LATENT[1], in_channels=LATENT[0], **size.network)
+
+
+def _networks(size: Size, device: torch.device) -> tuple[SiT, SiT, LoraAdapter]:
+    """(generator, base, the base's adapter) from one seed; what starts at zero is drawn, so every gradient is alive."""
+    torch.manual_seed(0)
+    generator, base = _network(size), _network(size)
+    for module in itertools.chain(generator.modules(), base.modules()):
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
+    adapter = add_lora(base, "fake", rank=RANK, targets=["attn.qkv"], form="post_projection", init_std=0.02)
+    for name, parameter in adapter.named_parameters():
+        if ".lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return generator.to(device, size.dtype), base.to(device, size.dtype), adapter
+
+
+def _reward_networks(size: Size, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """(decoder to 8 times the latent's sides, classifier of 224 pixels), frozen, fp32: stand-ins of a VAE and a ViT.
+
+    As in the real ones, a sample's activations at full resolution are the largest of the whole update.
+    """
+    torch.manual_seed(1)
+    width, layers = size.decoder_width, []
+    for channels in (LATENT[0], width, width):
+        layers += [_conv(channels, width), nn.SiLU(), nn.Upsample(scale_factor=2)]
+    decoder = nn.Sequential(*layers, _conv(width, width), nn.SiLU(), _conv(width, 3))
+    patches = nn.Conv2d(3, 256, 16, stride=16)
+    classifier = nn.Sequential(patches, nn.SiLU(), nn.AvgPool2d(14), nn.Flatten(), nn.Linear(256, 1000))
+    return decoder.requires_grad_(False).to(device), classifier.requires_grad_(False).to(device)
+
+
+def _conv(channels: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, 3, padding=1)
+
+
+def _log_prob(logits: Tensor, labels: Tensor) -> Tensor:
+    """The reward [B]: the label's log-probability, DMDR's classifier reward."""
+    return -F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def _optimizers(*roles: Iterable[nn.Parameter]) -> Optimizers:
+    """AdamW for both roles, its moments in place so that no measurement counts them."""
+    optimizers = []
+    for parameters in roles:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # of zero gradients: it moves nothing
+        optimizer.zero_grad()
+        optimizers.append(optimizer)
+    return optimizers[0], optimizers[1]
+
+
+def _draws(step: int, batch: int, recipe: Recipe, device: torch.device) -> Draws:
+    """The very draws that ``dmdr_update`` makes at ``step``."""
+    steps, shard = len(recipe.grid) - 1, Shard(0, batch, batch)
+
+    def noise(purpose: str, *counters: int) -> torch.Tensor:
+        return STREAMS.noise(purpose, *counters, shape=LATENT, shard=shard, device=device)
+
+    def times(purpose: str, *counters: int) -> torch.Tensor:
+        return STREAMS.times(recipe.renoise, purpose, *counters, step=step, shard=shard, device=device)
+
+    fake = [
+        FakeDraws(
+            labels=_labels((step, r), batch, device),
+            rollout=[noise("rollout", step, r, i) for i in range(steps)],
+            stop=stop,
+            t=times("fake_t", step, r),
+            noise=noise("fake_noise", step, r),
+        )
+        for r, stop in enumerate(_stops(step, steps))
+    ]
+    return Draws(fake, times("dmd_t", step), noise("dmd_noise", step))
+
+
+def _stops(step: int, steps: int) -> list[int]:
+    return [draw_stop_step(STREAMS.rng("stop", step, r), steps) for r in range(FAKE_UPDATES)]
+
+
+def _labels(index: tuple[int, int], batch: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(STREAMS.rng("labels", *index).integers(1000, size=batch)).to(device)

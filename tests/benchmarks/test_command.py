@@ -1,0 +1,48 @@
+"""The command: `pytest benchmarks` prints its table, writes its files, and fails on a result that got slower."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "benchmarks" / "bench_grpo_loss.py"  # the quickest to compile
+
+
+def run(*options):
+    environment = os.environ | {"DMDR_FAST_BACKEND": "reference", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(BENCH), "-q", "-p", "no:cacheprovider", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+def test_run_saves_and_comparison_fails_past_five_percent(tmp_path):
+    results, picture = tmp_path / "r.json", tmp_path / "r.png"
+    first = run("--bench-json", results, "--bench-plot", picture)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "x compile" in first.stdout and "grpo_loss" in first.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    record = json.loads(results.read_text())
+    assert record["device"]["kind"] in ("cpu", "cuda") and record["versions"]["torch"]
+    assert {"commit", "date", "uncommitted_changes"} <= record.keys()
+    assert [row["what"] for row in record["rows"]] == ["forward", "forward + backward"]
+    assert all(row["backend"] == "reference" for row in record["rows"])
+
+    for row in record["rows"]:
+        row["eager_ratio"] = {name: 10 * value for name, value in row["eager_ratio"].items()}
+    results.write_text(json.dumps(record))
+    second = run("--bench-compare", results)
+    assert second.returncode == 1
+    assert "FAILED grpo_loss, 256, float32, reference, forward: " in second.stdout
+
+
+def test_missing_file_to_compare_with_is_a_usage_error(tmp_path):
+    done = run("--bench-compare", tmp_path / "none.json")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "none.json: not a file of results" in done.stderr

@@ -1,0 +1,57 @@
+"""What the table says."""
+
+from dataclasses import replace
+
+from benchmarks import plot, report, resources
+from benchmarks.timing import Spread
+
+from .test_records import MACHINE, ROW
+
+
+def test_line_of_the_table():
+    head, line = report.table([ROW])
+    cells = dict(zip(head.split("  "), line.split("  "), strict=False))
+    assert line.split()[:6] == ["gelu_mul", "4x8", "fp32", "forward", "cpu", "1000"]
+    # 100 bytes in a second, the copy had 1e9 a second: none worth a digit. Ratios are eager's and compile's times.
+    assert line.split()[6:] == ["900..1100", "0.0", "0", "2.00", "1.50", "9.54e-06"]
+    assert "launches" not in head and len(cells) > 5
+
+
+def test_gpu_lines_have_launches():
+    head, line = report.table([replace(ROW, launches={"fused": 1, "eager": 20, "compile": 3})])
+    assert head.endswith("launches") and line.endswith("1 / 20 / 3")
+
+
+def test_what_is_slower_is_said_with_its_reason():
+    row = replace(ROW, compile_ratio=Spread(0.8, 0.7, 0.9), note="one core computes")
+    assert report.slower([ROW]) == []
+    assert report.slower([row]) == [
+        "slower than torch.compile (0.80x): gelu_mul, 4x8, float32, cpu, forward: one core computes"
+    ]
+
+
+def test_alternative_that_cannot_run_leaves_its_cell_empty():
+    row = replace(ROW, compile_ratio=None, missing="torch.compile: no compiler")
+    assert report.missing([row, row]) == ["torch.compile: no compiler"]
+    assert report.slower([row]) == []
+    assert len(report.table([row])) == 2
+
+
+def test_plot_is_an_image(tmp_path):
+    machine = {**MACHINE, "versions": {"torch": "2"}}
+    plot.save(
+        tmp_path / "deep" / "p.png",
+        [ROW, replace(ROW, what="forward + backward", compile_ratio=None)],
+        machine,
+    )
+    assert (tmp_path / "deep" / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resources_lists_every_kernel_with_its_numbers(tmp_path):
+    path = tmp_path / "resources.json"
+    path.write_text('{"triton": {"renoise": {"registers": 32, "note": "x"}}, "cuda": {"renoise": {"stack": 0}}}')
+    head, triton, cuda = resources.table(path)
+    assert head.split() == ["kernel", "registers", "stack"]
+    assert triton.split() == ["triton", "renoise", "32"]
+    assert cuda.split() == ["cuda", "renoise", "0"]
+    assert resources.table(tmp_path / "none.json") == []

@@ -1,0 +1,59 @@
+"""The two structures of bench_step.py are the same update: their generator gradients agree."""
+
+import pytest
+import torch
+
+from benchmarks import bench_step
+from benchmarks.gate import GateFailure
+from benchmarks.step_sides import FAKE_UPDATES, REAL_SCALE, Eager, Fused, Size, _stops, balanced_steps
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.algorithm.step import Recipe
+
+CPU = torch.device("cpu")
+SMALL = Size(
+    "small",
+    {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
+    2,
+    torch.float32,
+    decoder_width=4,
+)
+
+
+def sides(steps, cfg_scale, **changes):
+    recipe = Recipe(
+        grid=timestep_grid(steps),
+        latent_shape=(4, 32, 32),
+        cold_start_steps=0,
+        fake_updates=FAKE_UPDATES,
+        real_lora_scale=REAL_SCALE,
+        dynamic_guidance_step=10**9,
+        dmd=DMDOptions(cfg_scale=cfg_scale),
+        **({"reward_weight": 0.05, "reward_chunk": 1} | changes),
+    )
+    counters = balanced_steps(steps)
+    fused = Fused(SMALL, recipe, CPU)
+    return {"fused": fused, "eager": Eager(SMALL, recipe, CPU, counters)}, counters[0], recipe
+
+
+@pytest.mark.parametrize(("steps", "cfg_scale"), [(1, 1.0), (4, 4.0)])
+def test_same_generator_gradient(steps, cfg_scale):
+    both, step, _ = sides(steps, cfg_scale)
+    peak, error = bench_step._first_update(both, step, torch.float32, CPU)
+    assert 0 < error.fused <= error.bound == 1e-3
+    assert peak["fused"] < peak["eager"]
+
+
+def test_another_update_is_stopped():
+    both, step, _ = sides(1, 1.0)
+    both["eager"].engine.reward_weight *= 1.5
+    with pytest.raises(GateFailure, match="nothing is timed"):
+        bench_step._first_update(both, step, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_stop_steps_average_exactly(steps):
+    first, second = balanced_steps(steps)
+    stops = _stops(first, steps) + _stops(second, steps)
+    assert first != second
+    assert sum(stops) / len(stops) == (steps - 1) / 2

@@ -1,0 +1,50 @@
+"""Interleaving, medians, and what is rounded to a reading."""
+
+import pytest
+
+from benchmarks.timing import Readings, Spread, interleave
+
+
+def test_spread_is_median_and_middle_sixty_percent():
+    assert Spread.of(range(11)) == Spread(median=5.0, p20=2.0, p80=8.0)
+
+
+def test_rounds_visit_all_and_rotate_the_order():
+    order = []
+
+    def run(name):
+        def timed(index):
+            order.append(name)
+            return 1.0, 2.0
+
+        return timed
+
+    readings = interleave({name: run(name) for name in "ABC"}, seconds=0, least=4)
+    assert "".join(order) == "ABCBCACABABC"
+    assert readings["B"] == Readings([1.0] * 4, [2.0] * 4)
+
+
+def test_short_calls_are_repeated_to_a_millisecond_and_averaged_over_rotating_inputs():
+    seen = []
+
+    def timed(index):
+        seen.append(index)
+        return 1e-4 * index, 3e-4 if not seen[1:] else 2e-4 * index
+
+    readings = interleave({"A": timed}, seconds=0, least=2)
+    assert seen == [0, 0, 1, 2, 3, 4, 5]  # the first round only says three calls to a reading
+    assert readings["A"].forward == pytest.approx([1e-4, 4e-4])
+    assert readings["A"].total == pytest.approx([2e-4, 8e-4])
+
+
+def test_time_bounds_the_rounds_above_the_least():
+    calls = []
+
+    def timed(index):
+        calls.append(index)
+        return 1.0, 1.0
+
+    interleave({"A": timed}, seconds=3600, least=1, most=7)
+    assert calls == list(range(7))
+    interleave({"A": timed}, seconds=0, least=2)
+    assert len(calls) == 7 + 2
