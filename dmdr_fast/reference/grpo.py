@@ -35,10 +35,7 @@ def sde_step_fwd(
         noise = normal_noise_fwd(x.shape, seed, offset, compute)
         drawn = next_sample = (mean + per_sample(std, x) * noise).to(x.dtype)
     square = (next_sample.to(compute) - mean).square().flatten(1).mean(1)
-    if kind == "cps":
-        logprob = -square
-    else:
-        logprob = -square / (2 * std * std) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    logprob = -square if kind == "cps" else -square / (2 * std * std) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return drawn, logprob, mean, std
 
 

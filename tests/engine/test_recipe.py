@@ -35,10 +35,9 @@ def test_separate_networks_have_no_dynamic_guidance():
 
 
 def test_flags_override_the_file_and_accept_yaml_values():
-    config, shown = cli.parse(
-        ["--config", str(CONFIGS / "digits.yaml"), "--optimizer.fake.betas", "[0.5, 0.9]", "--student.ema", "null"]
-        + ["--optimizer.generator.lr", "1e-5", "--print-config"]
-    )
+    flags = {"optimizer.fake.betas": "[0.5, 0.9]", "student.ema": "null", "optimizer.generator.lr": "1e-5"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    config, shown = cli.parse(["--config", str(CONFIGS / "digits.yaml"), *words, "--print-config"])
     assert config.optimizer.fake.betas == (0.5, 0.9) and config.student.ema is None and shown
     assert config.optimizer.generator.lr == 1e-5
 
