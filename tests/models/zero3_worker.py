@@ -35,6 +35,7 @@ CONFIG = {
 def main(rank: int, world: int, store: str, checkpoint: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at start-up, for inference only
     deepspeed.init_distributed("gloo")
 
     torch.manual_seed(rank)  # ranks draw other values: rank 0's must win

@@ -26,6 +26,7 @@ CONFIG = {
 def main(store: str) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at start-up, for inference only
     deepspeed.init_distributed("gloo")
     family = FAMILIES["flux"]
     torch.manual_seed(0)
