@@ -63,9 +63,10 @@ def test_engine_settings_do_not_change_the_numbers(run, tmp_path, engine):
 
 @pytest.mark.parametrize(("stage", "ranks"), [("2", 2), ("3", 0)])
 def test_bf16_follows_fp32(run, tmp_path, stage, ranks):
-    """bf16 compute over fp32 master weights: losses agree to bf16's precision, and the EMA moves as in fp32.
+    """bf16 compute over fp32 master weights: losses agree to bf16's precision, and the EMA moves as far as in fp32.
 
-    The EMA moves here by a tenth of bf16's rounding of the weights: an average of the bf16 weights would be lost in it.
+    It moves here by a tenth of bf16's rounding of the weights: an average of the bf16 weights would show that rounding.
+    Only the length is compared: at the start F is T, and the DMD gradient is the rounding of their difference.
     (DeepSpeed rounds the weights it is given once, so the move is counted from there.)
     """
     fp32, bf16, start = tmp_path / "fp32", tmp_path / "bf16", tmp_path / "start"
@@ -82,6 +83,5 @@ def test_bf16_follows_fp32(run, tmp_path, stage, ranks):
         assert b["fake_loss"] == pytest.approx(a["fake_loss"], rel=2e-2)
     first, exact, rounded = (result(folder)[1] for folder in (start, fp32, bf16))
     moved = sum((exact[n] - first[n]).square().sum() for n in exact).sqrt()
-    moves = {n: (rounded[n] - first[n].bfloat16().float(), exact[n] - first[n]) for n in exact}
-    apart = sum((a - b).square().sum() for a, b in moves.values()).sqrt()
-    assert apart < 0.2 * moved
+    moved_bf16 = sum((rounded[n] - first[n].bfloat16().float()).square().sum() for n in exact).sqrt()
+    assert 0.5 * moved < moved_bf16 < 2.0 * moved
