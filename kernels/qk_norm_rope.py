@@ -75,20 +75,8 @@ def qk_norm_rope_bwd_kernel(
         _backward(q, cos, sin, block, q_blocks, tokens, width, half, rows, chunk, HEADS, PAIRS, INTERLEAVED)
     else:
         _backward(
-            k,
-            cos,
-            sin,
-            block - q_blocks,
-            k_blocks,
-            tokens,
-            width,
-            half,
-            rows,
-            chunk,
-            HEADS,
-            PAIRS,
-            INTERLEAVED,
-        )
+            k, cos, sin, block - q_blocks, k_blocks, tokens, width, half, rows, chunk, HEADS, PAIRS, INTERLEAVED
+        )  # fmt: skip
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def sde_logprob_kernel(
         i = start + tl.arange(0, BLOCK)
         total += tl.load(parts + sample.to(tl.int64) * blocks + i, mask=i < blocks, other=0)
     _a, _b, s = coefficients(sigma, sigma_next, sample, eta, cosine, sine, KIND)
-    square = tl.sum(total) / count
+    square = tl.sum(total) / tl.cast(count, tl.float64)
     if KIND == "cps":
         value = -square
     else:

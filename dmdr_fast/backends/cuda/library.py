@@ -10,7 +10,12 @@ from torch import Tensor
 
 from dmdr_fast.backends import native
 
-LIBRARY = native.load("dmdr_cuda")
+try:
+    LIBRARY = native.load("dmdr_cuda")
+except ImportError as error:
+    raise ImportError(
+        f"{error}. The CUDA kernels are built where nvcc is found; DMDR_CUDA=ON insists on them"
+    ) from error
 
 # What the kernels are compiled for begins with this compute capability.
 _OLDEST = (8, 0)

@@ -44,7 +44,7 @@ def sde_step_fwd(
         KIND=kind, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     launch(
-        sde_logprob_kernel, (batch,), parts, sigma, sigma_next, logprob, std, blocks, float(shape.count), *_angles(eta),
+        sde_logprob_kernel, (batch,), parts, sigma, sigma_next, logprob, std, blocks, shape.count, *_angles(eta),
         KIND=kind, BLOCK=256,
     )  # fmt: skip
     return drawn, logprob, mean, std
