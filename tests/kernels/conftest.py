@@ -1,0 +1,26 @@
+"""The device that kernel tests run on: a GPU, or the CPU where the process is Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["cpu"] if INTERPRETED else [_ON_GPU])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; test_interpreter.py runs this test in Triton's interpreter")
+    pytest.importorskip("triton")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    """What a kernel does not write shows: fresh memory is NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
