@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 # nvcc would add minutes that no target needs: on a GPU `auto` runs the Triton kernels until a committed benchmark
 # favours the CUDA ones. DMDR_CUDA=AUTO builds those too.
 export DMDR_CUDA ?= OFF
-BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+# An editable install knows the package's files by name: one that is new or has moved asks for another install.
+MODULES := $(shell find dmdr_fast kernels -name '*.py' -o -name '*.j2' | LC_ALL=C sort)
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/modules
 
 .PHONY: quickstart test bench lint install
 
@@ -24,6 +26,13 @@ lint: install
 	$(BIN)/ruff format --check .
 
 install: $(VENV)/installed
+
+# Touched when the list of modules differs from that of the last install.
+$(VENV)/modules: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(MODULES)' | cmp -s - $@ || echo '$(MODULES)' > $@
+
+FORCE:
 
 $(VENV)/locked: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,0 +1,86 @@
+"""The whole configuration as typed models. Unknown keys and wrong types are errors that name the key's full path.
+
+Every leaf is a YAML key and a command-line flag of the same dotted name; the descriptions below are its ``--help``.
+Reading a configuration imports neither torch nor deepspeed, so a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from dmdr_fast.config.base import Count, Section, key
+from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
+from dmdr_fast.config.networks import Decoder, LoRA, Model, Student, Teacher, TeacherTraining
+from dmdr_fast.config.problems import problems
+from dmdr_fast.config.rl import Reward
+from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Log, Optimizer, Train
+
+__all__ = [
+    "DMD",
+    "AdamW",
+    "Checkpoint",
+    "Config",
+    "Decoder",
+    "DeepSpeed",
+    "DynaDG",
+    "DynaRS",
+    "Evaluation",
+    "LoRA",
+    "Log",
+    "Model",
+    "Optimizer",
+    "Renoise",
+    "Reward",
+    "Student",
+    "Teacher",
+    "TeacherTraining",
+    "Train",
+]
+
+
+class Config(Section):
+    """dmdr_fast: distil a multi-step diffusion transformer into a 1-4 step generator by DMD and RL at once."""
+
+    run_dir: Path = key(Path("runs/dmdr"), "Where checkpoints, logs, the final weights and the report go.")
+    seed: Count = key(0, "Seed of everything that is drawn.")
+    resume: str = key(
+        "auto", "auto: the newest good checkpoint in run_dir; never: start anew; or a path. Newer ones are dropped."
+    )
+    sharing: Literal["separate", "shared_score"] = key(
+        "shared_score", "separate: three networks; shared_score: teacher and fake score are one frozen base and a LoRA."
+    )
+    model: Model = key(Model(), "The network.")
+    teacher: Teacher = key(Teacher(), "The teacher.")
+    decoder: Decoder = key(Decoder(), "The decoder.")
+    student: Student = key(Student(), "The student.")
+    train: Train = key(Train(), "The run.")
+    dyna_dg: DynaDG = key(DynaDG(), "DynaDG.")
+    dyna_rs: DynaRS = key(DynaRS(), "DynaRS.")
+    renoise: Renoise = key(Renoise(), "Renoise time.")
+    lora: LoRA = key(LoRA(), "LoRA of the fake score.")
+    dmd: DMD = key(DMD(), "DMD gradient.")
+    reward: Reward = key(Reward(), "Reward.")
+    optimizer: Optimizer = key(Optimizer(), "Optimizers.")
+    deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")
+    checkpoint: Checkpoint = key(Checkpoint(), "Checkpoints.")
+    log: Log = key(Log(), "Logs.")
+    eval: Evaluation = key(Evaluation(), "Evaluation.")
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent, in latent pixels."""
+        return self.model.resolution // self.decoder_factor
+
+    @property
+    def decoder_factor(self) -> int:
+        """Image pixels per latent pixel: 8 for the AutoencoderKL of Stable Diffusion, 1 without a decoder."""
+        return 8 if self.decoder.kind == "vae" else 1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        for problem in problems(self):
+            raise ValueError(problem)
+        return self

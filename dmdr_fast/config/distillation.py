@@ -1,0 +1,47 @@
+"""Distribution matching: DynaDG, DynaRS, the renoise time, the DMD gradient."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dmdr_fast.config.base import Count, Fraction, NonNegative, PositiveFloat, Section, key
+
+
+class DynaDG(Section):
+    """Dynamic distribution guidance: the real score wears the fake score's LoRA, less and less. shared_score only."""
+
+    fake_scale: NonNegative = key(2.0, "s_f, LoRA scale of the fake score.")
+    real_scale: NonNegative = key(0.75, "s_r0, LoRA scale of the real score at step 0; 0 turns DynaDG off.")
+    dynamic_step: Count = key(200, "Generator updates over which s_r falls to 0 by a cosine.")
+
+
+class DynaRS(Section):
+    """Dynamic renoise sampling: t ~ Beta(alpha, beta), from high noise to uniform."""
+
+    alpha0: PositiveFloat = key(4.0, "alpha at step 0; falls to 1.")
+    beta0: PositiveFloat = key(1.5, "beta at step 0; falls to 1.")
+    dynamic_step: Count = key(200, "Generator updates over which both reach 1 by a cosine; 0 turns DynaRS off.")
+
+
+class Renoise(Section):
+    """The law of the renoise time."""
+
+    kind: Literal["dyna_rs", "uniform", "logit_normal"] = key("dyna_rs", "Law of t before range and shift.")
+    mean: float = key(0.0, "Mean of the logit-normal law.")
+    std: PositiveFloat = key(1.0, "Standard deviation of the logit-normal law.")
+    t_min: Fraction = key(0.001, "Smallest t.")
+    t_max: Fraction = key(0.999, "Largest t.")
+    shift: PositiveFloat = key(1.0, "Timestep shift applied to t.")
+    per: Literal["sample", "batch"] = key("sample", "One t per sample, or one per micro-batch.")
+
+
+class DMD(Section):
+    """The DMD gradient; the table in docs names the value each public code base uses."""
+
+    normalizer: Literal["per_sample", "global", "none"] = key("per_sample", "Over what mean|x0 - x0_real| is taken.")
+    eps: NonNegative = key(1e-8, "Added to the normaliser, or its lower bound.")
+    eps_mode: Literal["add", "clamp", "none"] = key("add", "What eps does.")
+    nan_policy: Literal["keep", "zero", "torch", "zero_sample"] = key(
+        "keep", "Non-finite elements of g: keep lets the update be skipped; zero hides them; torch is nan_to_num."
+    )
+    reduction: Literal["mean", "sum"] = key("mean", "mean: gradient g / numel; sum: rCM's 2 g / batch.")

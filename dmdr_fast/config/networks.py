@@ -1,0 +1,75 @@
+"""The networks: what they are, where their weights come from, what the student is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, key
+
+
+class Model(Section):
+    """The network that teacher, fake score and generator share: SiT, class-conditional, in latent or pixel space."""
+
+    family: Literal["sit"] = key("sit", "Model family.")
+    resolution: Positive = key(8, "Image side in pixels; a multiple of the decoder's factor times patch_size.")
+    channels: Positive = key(1, "Latent channels (4 for sd-vae, the image's own without a decoder).")
+    patch_size: Positive = key(2, "Side of a patch in latent pixels.")
+    hidden_size: Positive = key(96, "Width.")
+    depth: Positive = key(4, "Transformer blocks.")
+    num_heads: Positive = key(4, "Attention heads; divides hidden_size.")
+    num_classes: Positive = key(10, "Classes; class number num_classes is the null class.")
+    learn_sigma: bool = key(False, "The checkpoint predicts 2x channels (public SiT); only the velocity half is used.")
+    time_reversed: bool = key(False, "The checkpoint's time runs from noise at 0 to data at 1 (public SiT, not REPA).")
+
+
+class TeacherTraining(Section):
+    """Flow-matching training of the teacher, where the recipe says that it is trained first (digits)."""
+
+    data: Literal["digits"] | None = key(None, "Data set to train a missing teacher on; null: the teacher must exist.")
+    steps: Positive = key(3000, "Training steps.")
+    batch_size: Positive = key(128, "Samples per step.")
+    lr: PositiveFloat = key(2e-3, "Peak learning rate, cosine to zero.")
+    ema: Fraction = key(0.995, "EMA decay of the weights that are kept.")
+    seed: Count = key(0, "Seed of the teacher; not the run's, so that runs share the cached teacher.")
+    label_dropout: Fraction = key(0.1, "Share of labels replaced by the null class, for CFG.")
+
+
+class Teacher(Section):
+    """The multi-step teacher: real score, and the start of the generator and the fake score."""
+
+    weights: str | None = key(None, "Weights: a .safetensors or .pt path, or hf://ORG/REPO/FILE. null: see train.data.")
+    cfg_scale: NonNegative = key(1.0, "CFG scale w of the real score; standard: u + w (c - u), so 1 is no CFG.")
+    cfg_mode: Literal["standard", "offset"] = key("standard", "standard u + w (c - u), offset c + w (c - u).")
+    sample_cfg_scale: NonNegative = key(1.0, "Standard CFG scale of the teacher's own samples in the evaluation.")
+    train: TeacherTraining = key(TeacherTraining(), "How a missing teacher is trained.")
+
+
+class Decoder(Section):
+    """From latents to images."""
+
+    kind: Literal["identity", "vae"] = key("identity", "identity: latents are images; vae: diffusers' AutoencoderKL.")
+    path: str | None = key(None, "Folder or hub id of the VAE.")
+
+
+class Student(Section):
+    """The few-step generator."""
+
+    steps: Positive = key(1, "Student steps N.")
+    shift: PositiveFloat = key(1.0, "Timestep shift of the grid, t' = s t / (1 + (s - 1) t).")
+    grid_points: Positive = key(1000, "Distinct times that the teacher was trained on; N cannot exceed them.")
+    rollout: Literal["backward_simulation", "same_step"] = key(
+        "backward_simulation",
+        "Input of the graded step: x at t_i of the full rollout; same_step (the reference's): x0_i renoised to t_i.",
+    )
+    ema: Fraction | None = key(0.99, "EMA decay of the generator that is evaluated and saved; null: none.")
+
+
+class LoRA(Section):
+    """The fake score's LoRA (sharing: shared_score)."""
+
+    rank: Positive = key(32, "Rank.")
+    targets: tuple[str, ...] = key(("attn.qkv",), "Module-name suffixes of the Linear layers that get an adapter.")
+    form: Literal["standard", "post_projection"] = key(
+        "standard", "standard: W x + s (x A) B, PEFT-exportable; post_projection: the reference's, on qkv's output."
+    )
+    init_std: PositiveFloat | None = key(None, "Standard deviation of A at the start; null: the form's own.")

@@ -1,0 +1,71 @@
+"""How a run goes: lengths, optimizers, engines, checkpoints, logs, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, key
+
+
+class Train(Section):
+    """Lengths and batch."""
+
+    cold_start_steps: Count = key(300, "Generator updates before reinforcement learning starts.")
+    generator_steps: Positive = key(600, "Generator updates in all.")
+    fake_updates: Positive = key(5, "R, fake-score updates per generator update.")
+    micro_batch_size: Positive = key(64, "Samples per rank and micro-step.")
+    gradient_accumulation: Positive = key(1, "Micro-steps per update.")
+    max_skipped: Positive = key(10, "Skipped updates (non-finite gradients) in a row that end the run.")
+    activation_checkpointing: bool = key(False, "Recompute each block's activations in the backward pass.")
+
+
+class AdamW(Section):
+    """AdamW of one role."""
+
+    lr: PositiveFloat = key(2e-5, "Learning rate in the cold start.")
+    rl_lr: PositiveFloat | None = key(None, "Learning rate after the cold start; null: the same.")
+    decay: Fraction = key(0.0, "Last share of each phase in which the learning rate falls linearly to a tenth.")
+    betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "Moment decays.")
+    weight_decay: NonNegative = key(0.0, "Decoupled weight decay.")
+    eps: PositiveFloat = key(1e-8, "Denominator term.")
+
+
+class Optimizer(Section):
+    """Optimizers of the trained roles."""
+
+    generator: AdamW = key(AdamW(), "The generator's.")
+    fake: AdamW = key(AdamW(), "The fake score's.")
+    clip: NonNegative = key(1.0, "Gradient-norm bound per role; 0: none.")
+
+
+class DeepSpeed(Section):
+    """How the engines run."""
+
+    stage: Literal[0, 2, 3] = key(0, "ZeRO stage: 0 replicates, 2 shards gradients and optimizer, 3 weights too.")
+    dtype: Literal["fp32", "bf16"] = key("fp32", "Compute type of the networks; master weights are fp32.")
+    config: Path | None = key(None, "A DeepSpeed JSON whose keys come on top (offload, buckets, optimizer, ...).")
+
+
+class Checkpoint(Section):
+    """Checkpoints."""
+
+    every: Positive = key(100, "Generator updates between checkpoints.")
+    keep: Positive = key(2, "How many stay.")
+
+
+class Log(Section):
+    """Logs."""
+
+    every: Positive = key(10, "Generator updates between log lines; metrics stay on the device in between.")
+    wandb: str | None = key(None, "Weights & Biases project, when installed; null: none.")
+
+
+class Evaluation(Section):
+    """The honest table at the end: metrics.json."""
+
+    samples: Count = key(2000, "Samples per row; 0: no evaluation.")
+    data: str | None = key(None, "Real images: digits, or a folder of images. null: no evaluation.")
+    features: str | None = key(None, "Feature classifier: digits, or folder or hub id of an image classifier.")
+    teacher_steps: Positive = key(50, "Euler steps of the multi-step teacher.")
+    batch_size: Positive = key(128, "Samples per rank and forward.")
