@@ -89,11 +89,13 @@ def digits_classifier(
     seed: int,
     steps: int,
     noise: float,
+    on_held_out: bool = False,
     root: Path | None = None,
 ) -> tuple[nn.Module, float]:
-    """``architecture()`` fitted on the digits not held out: (frozen model on the CPU, held-out accuracy).
+    """``architecture()`` fitted on the digits not held out: (frozen model on the CPU, accuracy on the held-out ones).
 
-    Fitted once and cached under ``kind``; the key holds the architecture, the recipe, seed, steps and noise,
+    With ``on_held_out`` the two parts change places: a judge that has seen none of the other classifiers' data.
+    Fitted once and cached under ``kind``; the key holds the architecture, the recipe, seed, steps, noise and part,
     the data's checksum and torch's version. The process's random state is left as it was, cached or not.
     """
     from safetensors.torch import load_file, save_file
@@ -102,10 +104,10 @@ def digits_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = architecture()
-    held = held_out(labels)
+    fitted = held_out(labels) if on_held_out else ~held_out(labels)
 
     def build(directory: Path) -> None:
-        fit_classifier(model, images[~held], labels[~held], seed=seed, steps=steps, noise=noise)
+        fit_classifier(model, images[fitted], labels[fitted], seed=seed, steps=steps, noise=noise)
         save_file(model.state_dict(), directory / "model.safetensors")
 
     key = {
@@ -114,12 +116,13 @@ def digits_classifier(
         "seed": seed,
         "steps": steps,
         "noise": noise,
+        "on_held_out": on_held_out,
         "data": hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest(),
         "torch": torch.__version__,
     }
     model.load_state_dict(load_file(cached(kind, key, build, root) / "model.safetensors"))
     model.eval().requires_grad_(False)
-    return model, accuracy(model, images[held], labels[held])
+    return model, accuracy(model, images[~fitted], labels[~fitted])
 
 
 @contextlib.contextmanager

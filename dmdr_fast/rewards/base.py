@@ -8,7 +8,21 @@ from torch import Tensor
 
 
 class Reward(Protocol):
-    """A score per image, higher is better. ``differentiable`` ones serve ReFL, any serves GRPO and DPO."""
+    """A score per image, higher is better. ``differentiable`` ones serve ReFL, any serves GRPO and DPO.
+
+    One of your own is a class in a file of your own, named in the configuration as ``path/file.py:Brightness``::
+
+        class Brightness:
+            name = "brightness"
+            differentiable = True
+
+            def __call__(self, images, *, labels=None, prompts=None):
+                return images.flatten(1).mean(1)
+
+    ``options`` and ``path`` of its entry go to its constructor. An ``nn.Module`` is moved to the run's device. One
+    that is not differentiable runs in a process of its own, without gradient, on CPU tensors, within
+    ``reward.timeout`` seconds a batch. Scores must depend on each image alone, not on the batch that it comes in.
+    """
 
     name: str
     differentiable: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,10 +58,18 @@ class DigitsReward(nn.Module):
         Raises:
             ValueError: images of another shape, or not one label each (``prompts`` are not read).
         """
-        if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
-            raise ValueError(f"images: expected [B, 1, 8, 8], got {list(images.shape)}")
-        if labels is None or labels.shape != images.shape[:1]:
-            got = "None" if labels is None else str(list(labels.shape))
-            raise ValueError(f"labels: expected one class per image, [{len(images)}], got {got}")
-        logits = self.classifier(images.to(torch.float32))
-        return -F.cross_entropy(logits, labels, reduction="none")
+        return label_log_probability(self.classifier, images, labels)
+
+
+def label_log_probability(classifier: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+    """log softmax(classifier(image))[label], fp32 [B], of images [B, 1, 8, 8] and labels int64 [B].
+
+    Raises:
+        ValueError: images of another shape, or not one label each.
+    """
+    if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
+        raise ValueError(f"images: expected [B, 1, 8, 8], got {list(images.shape)}")
+    if labels is None or labels.shape != images.shape[:1]:
+        got = "None" if labels is None else str(list(labels.shape))
+        raise ValueError(f"labels: expected one class per image, [{len(images)}], got {got}")
+    return -F.cross_entropy(classifier(images.float()), labels, reduction="none")

@@ -1,0 +1,157 @@
+"""From a reward's name in the configuration to the reward: the built-in kinds, and a user's own class."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from dmdr_fast.rewards.base import Reward
+
+# Modules are imported when a reward is built: the kinds, and whether they suit ReFL, are known without torch.
+KINDS = {
+    "digits": "dmdr_fast.rewards.digits:DigitsReward",
+    "digits_held_out": "dmdr_fast.rewards.digits_held_out:DigitsHeldOutReward",
+    "classifier": "dmdr_fast.rewards.classifier:TransformersClassifierReward",
+}
+NEEDS_PATH = ("classifier",)
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def build_reward(
+    kind: str,
+    path: str | None = None,
+    name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Reward:
+    """The reward of one entry of ``reward.terms``, on ``device``.
+
+    Args:
+        kind: a key of :data:`KINDS`, or a class as ``package.module:Name`` or ``path/file.py:Name`` (relative to
+            the working directory).
+        path: folder or hub id of its weights, given to the constructor as ``path``; None: not given.
+        name: its name in logs and errors; None: its own, or for a class without one the class's.
+        options: further keyword arguments of the constructor. For built-in kinds ``dtype`` is fp32, bf16 or fp16.
+        num_classes: given to constructors that take ``num_classes``.
+        device: where it goes, if it is an ``nn.Module``; another class places itself.
+
+    Raises:
+        ValueError: unknown kind, class or option, or a class that is no reward; the constructor's own.
+        FileNotFoundError: no file, or nothing that loads at ``path``.
+    """
+    where = f"reward.terms: {name or kind}"
+    reward_class = _reward_class(kind)
+    arguments = {**(options or {}), **({} if path is None else {"path": path})}
+    if kind in KINDS:
+        if kind in NEEDS_PATH and path is None:
+            raise ValueError(f"{where}: expected path, the folder or hub id of its weights, got none: set path")
+        arguments = _with_dtype(arguments, where)
+    signature = inspect.signature(reward_class)
+    if num_classes is not None and "num_classes" in signature.parameters:
+        arguments.setdefault("num_classes", num_classes)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        known = ", ".join(p for p in signature.parameters if p not in ("name", "args", "kwargs")) or "none"
+        raise ValueError(
+            f"{where}: its constructor does not take what is given ({error}): it takes {known}; change path or options"
+        ) from None
+    reward = reward_class(**arguments)
+    if name is not None or getattr(reward, "name", None) is None:
+        reward.name = name or kind.rpartition(":")[2]
+    return reward.to(device) if hasattr(reward, "to") else reward
+
+
+def is_differentiable(kind: str) -> bool:
+    """Whether the kind can serve ReFL. All of :data:`KINDS` can; of a user's class the attribute says it.
+
+    Loads no weights.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`build_reward` for the kind.
+    """
+    return kind in KINDS or _reward_class(kind).differentiable
+
+
+def _reward_class(kind: str) -> type:
+    if kind in KINDS:
+        module, _, name = KINDS[kind].rpartition(":")
+        return getattr(importlib.import_module(module), name)
+    source, colon, name = kind.rpartition(":")
+    if not colon:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"reward.terms: kind: unknown {kind!r}; did you mean {near}? Expected one of {', '.join(KINDS)}, "
+            "or a class of your own as package.module:Name or path/file.py:Name"
+        )
+    module = _module_of_file(source, kind) if source.endswith(".py") else _module_of_name(source, kind)
+    reward_class = getattr(module, name, None)
+    if not inspect.isclass(reward_class):
+        classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
+        raise ValueError(
+            f"reward.terms: kind: {kind}: expected a class {name} in {source}, which has "
+            f"{', '.join(classes) or 'no class'}: change the name behind the colon"
+        )
+    if not isinstance(getattr(reward_class, "differentiable", None), bool) or not callable(
+        getattr(reward_class, "__call__", None)  # noqa: B004 - of the class: instances must have it
+    ):
+        raise ValueError(
+            f"reward.terms: kind: {kind}: expected a reward, a class with `differentiable = True` or `= False` in "
+            "its body and __call__(images, *, labels=None, prompts=None) -> [B]: add what is missing"
+        )
+    return reward_class
+
+
+def _module_of_file(source: str, kind: str):
+    file = Path(source).expanduser().resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"reward.terms: kind: {kind}: no file {file}: change the path before the colon")
+    name = f"dmdr_fast_reward:{file}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up while it runs
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ValueError(f"reward.terms: kind: {kind}: {file} does not run: {_said(error)}") from error
+    return sys.modules[name]
+
+
+def _module_of_name(source: str, kind: str):
+    if (here := str(Path.cwd())) not in sys.path:  # the launcher puts the script's folder there, not this one
+        sys.path.append(here)
+    try:
+        return importlib.import_module(source)
+    except Exception as error:
+        raise ValueError(
+            f"reward.terms: kind: {kind}: cannot import {source}: {_said(error)}: expected a module on PYTHONPATH or "
+            "in the working directory, or path/file.py:Name"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _with_dtype(arguments: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments whose ``dtype``, if any, is torch's."""
+    import torch
+
+    if "dtype" not in arguments or isinstance(arguments["dtype"], torch.dtype):
+        return arguments
+    if arguments["dtype"] not in DTYPES:
+        raise ValueError(f"{where}: options.dtype: expected one of {', '.join(DTYPES)}, got {arguments['dtype']!r}")
+    return {**arguments, "dtype": getattr(torch, DTYPES[arguments["dtype"]])}

@@ -1,0 +1,74 @@
+"""Rewards by name: the built-in kinds, a user's own class, and the errors that say what to change."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmdr_fast.rewards.registry import KINDS, build_reward, is_differentiable
+
+OWN = str(Path(__file__).with_name("own_rewards.py"))
+
+
+@pytest.mark.parametrize("kind", [f"{OWN}:Brightness", "tests.rewards.own_rewards:Brightness"])
+def test_a_user_s_class_by_file_and_by_module(kind):
+    images = torch.rand(3, 1, 4, 4)
+    reward = build_reward(kind, options={"scale": 2.0}, num_classes=10)
+    torch.testing.assert_close(reward(images), 2 * images.mean((1, 2, 3)))
+    assert reward.name == "brightness" and is_differentiable(kind)
+    assert build_reward(kind, name="mine").name == "mine"
+
+
+def test_a_class_without_a_name_gets_its_own(monkeypatch):
+    monkeypatch.chdir(Path(OWN).parent)
+    assert build_reward("own_rewards.py:PromptLength").name == "PromptLength"
+    assert build_reward("own_rewards:PromptLength").name == "PromptLength"
+    assert not is_differentiable("own_rewards.py:PromptLength")
+
+
+def test_built_in_kinds_are_known_without_torch():
+    code = (
+        "import sys; from dmdr_fast.rewards.registry import KINDS, is_differentiable; "
+        "assert all(map(is_differentiable, KINDS)); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    for place in KINDS.values():
+        module, _, name = place.partition(":")
+        assert getattr(__import__(module, fromlist=[name]), name).differentiable is True
+
+
+@pytest.mark.parametrize(
+    "kind,said",
+    [
+        ("digit", r"unknown 'digit'; did you mean digits\? .*path/file.py:Name"),
+        (f"{OWN}:Bright", r"expected a class Bright in .*, which has Brightness, PromptLength"),
+        (f"{OWN}:NoReward", r"expected a reward, a class with `differentiable"),
+        ("no_such_package.rewards:Name", r"cannot import no_such_package.rewards: ModuleNotFoundError"),
+    ],
+)
+def test_a_kind_that_is_not_there(kind, said):
+    for ask in (build_reward, is_differentiable):
+        with pytest.raises(ValueError, match=said):
+            ask(kind)
+
+
+def test_a_file_that_is_not_there_or_does_not_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"reward.terms: kind: .*no file .*gone.py"):
+        is_differentiable(f"{tmp_path}/gone.py:Name")
+    (tmp_path / "broken.py").write_text("import torch\n1 / 0\n")
+    for _ in range(2):  # a module that failed half-way is not kept
+        with pytest.raises(ValueError, match=r"broken.py does not run: ZeroDivisionError"):
+            is_differentiable(f"{tmp_path}/broken.py:Name")
+
+
+def test_constructor_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"reward.terms: digits: .*unexpected keyword argument 'path'.*it takes cache"):
+        build_reward("digits", path="somewhere")
+    with pytest.raises(ValueError, match=r"reward.terms: cls: expected path, the folder or hub id"):
+        build_reward("classifier", name="cls")
+    with pytest.raises(ValueError, match=r"options.dtype: expected one of fp32, bf16, fp16, got 'double'"):
+        build_reward("classifier", path="x", options={"dtype": "double"})
+    with pytest.raises(FileNotFoundError, match=r"no folder /nowhere"):
+        build_reward("classifier", path="/nowhere", options={"dtype": "bf16"}, num_classes=10)
