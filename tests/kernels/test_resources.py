@@ -1,0 +1,97 @@
+"""The machine code for sm_90, compiled without a GPU: no stack, no spills, 16-byte accesses, and recorded numbers.
+
+``DMDR_RECORD_RESOURCES=1 pytest tests/kernels/test_resources.py`` records them anew in tests/resources.json, under
+the version of Triton that is installed: each has a compiler of its own. For a version without a record only what must
+always hold is checked, and the comparison is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.kernels.conftest import INTERPRETED
+
+triton = pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from tests.kernels import ahead_of_time  # noqa: E402
+from tests.kernels.resource_cases import cases  # noqa: E402
+
+RECORD = Path(__file__).parents[1] / "resources.json"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+CASES = cases()
+
+# What reads or writes latents, tokens or pixels in other pieces than 16 bytes, and why.
+_BY_COLUMN = {"resize_columns_kernel", "resize_columns_bwd_kernel"}  # neighbouring threads take neighbouring outputs
+_WRITES_ONLY = {"normal_noise_kernel", "dmd_zero_samples_kernel"}
+_SUMS_ONLY = {"product_sums_kernel", "dmd_distance_kernel"}
+LOADS_NOTHING_WIDE = _BY_COLUMN | _WRITES_ONLY
+STORES_NOTHING_WIDE = _BY_COLUMN | _SUMS_ONLY
+
+# Instructions per element that a kernel may take: an H100 has 9.5 for each byte at 3 TB/s.
+MOST_INSTRUCTIONS = {"seeded_renoise_kernel": 40, "renoise_kernel": 57, "scaled_kernel": 38, "normal_noise_kernel": 38}
+
+
+@lru_cache(maxsize=1)
+def measured(case: str) -> dict[str, dict[str, float]]:
+    """Kernel to numbers: the tests of one case follow each other."""
+    call, elements = CASES[case]
+    kernels = {}
+    for name, taken in ahead_of_time.kernels_of(call).items():
+        kernels[name] = taken.as_dict()
+        if name in elements:
+            kernels[name]["instructions_per_element"] = round(taken.instructions * taken.threads / elements[name], 2)
+    return kernels
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_machine_code(case):
+    kernels = measured(case)
+    assert kernels.keys() >= CASES[case][1].keys()
+    for name, taken in kernels.items():
+        assert taken["stack"] == 0 and taken["spills"] == 0, f"{name}: {taken}"
+        if name in CASES[case][1]:
+            assert (taken["wide_loads"] > 0) != (name in LOADS_NOTHING_WIDE), f"{name}: {taken}"
+            assert (taken["wide_stores"] > 0) != (name in STORES_NOTHING_WIDE), f"{name}: {taken}"
+        if name in MOST_INSTRUCTIONS:
+            assert taken["instructions_per_element"] <= MOST_INSTRUCTIONS[name], f"{name}: {taken}"
+    if os.environ.get("DMDR_RECORD_RESOURCES") == "1":
+        record(case, kernels)
+    recorded = json.loads(RECORD.read_text())["triton"]
+    if VERSION not in recorded:
+        pytest.skip(f"numbers are recorded for Triton {', '.join(recorded)}, this is {triton.__version__}")
+    assert kernels == recorded[VERSION]["kernels"][case]
+
+
+def test_the_record_has_these_cases():
+    recorded = json.loads(RECORD.read_text())["triton"]
+    for version in recorded.values():
+        assert version["kernels"].keys() == CASES.keys()
+
+
+def test_the_decoder_agrees_with_cuobjdump():
+    compiled = ahead_of_time.compiled_by(CASES["multi_lora_fwd"][0])
+    cubin = compiled[-1].asm["cubin"]
+    ours, theirs = ahead_of_time.instructions(cubin), ahead_of_time.disassembled(cubin)
+    accesses = {name for name, _ in ours} - {"", "NOP"}
+    assert accesses >= {"LDG", "LDGSTS", "STG"}
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    assert [wide for name, wide in ours if name in accesses] == [wide for name, wide in theirs if name in accesses]
+
+
+def record(case: str, kernels: dict) -> None:
+    """Write one case of this version of Triton; the rest is not this function's."""
+    with FileLock(RECORD.with_suffix(".lock")):
+        everything = json.loads(RECORD.read_text())
+        version = everything.setdefault("triton", {}).setdefault(VERSION, {"architecture": "sm_90", "kernels": {}})
+        version["kernels"] = {name: kept for name, kept in version["kernels"].items() if name in CASES}
+        version["kernels"][case] = kernels
+        RECORD.write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n")
+    RECORD.with_suffix(".lock").unlink(missing_ok=True)
