@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.dmd import DMDOptions, dmd_leaf_gradient, fake_loss
+from dmdr_fast.algorithm.rl.options import ReFLOptions
 from dmdr_fast.algorithm.rl.refl import Decode, refl_leaf_gradient
 from dmdr_fast.algorithm.rollout import Rollout, clean_sample, draw_stop_step, truncated_rollout
 from dmdr_fast.algorithm.schedules import RenoiseLaw, real_score_lora_scale
@@ -170,7 +171,8 @@ def leaf_gradient(
     )
     metrics = {"dmd_loss": loss}
     if reward is not None and recipe.rl_active(step):
-        g_reward, rewards = refl_leaf_gradient(x0, reward.decode, reward.of(sample.batch), chunk=recipe.reward_chunk)
+        refl = ReFLOptions(chunk=recipe.reward_chunk)
+        g_reward, rewards = refl_leaf_gradient(x0, reward.decode, reward.of(sample.batch), refl)
         metrics |= {"reward": rewards.mean(), "reward_grad_ratio": recipe.reward_weight * g_reward.norm() / g.norm()}
         g = g + recipe.reward_weight * g_reward
     return g, metrics

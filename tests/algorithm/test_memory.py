@@ -5,6 +5,8 @@ import gc
 import torch
 
 from dmdr_fast import ops
+from dmdr_fast.algorithm.rl.options import ReFLOptions
+from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
 from dmdr_fast.algorithm.rollout import clean_sample
 from dmdr_fast.algorithm.score_pass import shared_scores
 from dmdr_fast.algorithm.step import Batch, Networks, RewardModel, generator_update, simulate
@@ -77,3 +79,42 @@ def test_leaf_gradients_peak_below_the_joint_loss():
         peaks[name] = memory.peak
     print(f"peak of the generator update: leaf {peaks['leaf'] / 2**20:.1f} MiB, joint {peaks['joint'] / 2**20:.1f} MiB")
     assert peaks["leaf"] < 0.75 * peaks["joint"]
+
+
+def peak_of(function):
+    """(result, peak bytes) of a call."""
+    gc.collect()
+    with PeakMemory() as memory:
+        result = function()
+    return result, memory.peak
+
+
+def test_refl_by_the_sample_peaks_at_one_samples_reward_and_the_generators_own_graph():
+    nets, generator, reward = setup()
+    rows = torch.arange(8)
+    noise, t, y = torch.randn(8, 4, 16, 16), torch.ones(8), rows % 10
+
+    def score(images, rows):
+        return reward.score(images, labels=y[rows])
+
+    def sample():
+        return clean_sample(noise, t, generator(noise, t, y))
+
+    def update(chunk):
+        with torch.no_grad():
+            x0 = sample()
+        gradient, _ = refl_leaf_gradient(x0, reward.decode, score, ReFLOptions(chunk=chunk))
+        nets.generator.backward((sample() * gradient).sum())
+
+    update(1)  # the gradients' own buffers are there from now on
+    leaf = torch.randn(1, 4, 16, 16, requires_grad=True)
+    _, one = peak_of(lambda: torch.autograd.grad(score(reward.decode(leaf), slice(0, 1)).sum(), leaf))
+    _, own = peak_of(lambda: nets.generator.backward(sample().sum()))
+    _, by_one = peak_of(lambda: update(1))
+    _, whole = peak_of(lambda: update(8))
+    print(
+        f"ReFL, batch 8: {by_one / 2**20:.1f} MiB by the sample, {whole / 2**20:.1f} at once; {one / 2**20:.1f} + "
+        f"{own / 2**20:.1f} for one sample's decode and reward and for the generator"
+    )
+    assert by_one <= 1.25 * (one + own)
+    assert whole > 1.25 * (one + own)  # what the chunks save

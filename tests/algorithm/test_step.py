@@ -5,7 +5,6 @@ import torch
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions, score_matching_loss
-from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
 from dmdr_fast.algorithm.schedules import RenoiseLaw
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.algorithm.step import RewardModel, dmdr_update, generator_update, simulate
@@ -178,16 +177,3 @@ def test_shared_pass_equals_separate_calls_with_a_scale_per_sample():
     torch.testing.assert_close(separate.real_uncond, network(x, t, null))
     with pytest.raises(ValueError, match="real_scale must be 0"):
         separate_scores(network, network)(x, t, y, null, real_scale=0.5)
-
-
-def test_refl_gradient_and_rewards_do_not_depend_on_the_chunk():
-    x0 = torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    y = torch.tensor([0, 1, 2, 0, 1])
-    leaf = x0.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(-reward_score(decode(leaf), y).mean(), leaf)
-    for chunk in (1, 2, 5, 9):
-        gradient, rewards = refl_leaf_gradient(
-            x0, decode, lambda images, rows: reward_score(images, y[rows]), chunk=chunk
-        )
-        torch.testing.assert_close(gradient, expected)
-        torch.testing.assert_close(rewards, reward_score(decode(x0), y).float())

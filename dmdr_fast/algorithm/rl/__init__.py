@@ -1,1 +1,1 @@
-"""Reinforcement learning inside DMD: each method turns rewards into a gradient on the generator's output."""
+"""Reinforcement learning inside DMD: each method turns rewards into a gradient on x0 or a loss of the generator."""

@@ -9,24 +9,40 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dmdr_fast.algorithm.rl.options import ReFLOptions
 
 Decode = Callable[[Tensor], Tensor]  # latent [B, ...] -> image [B, C, H, W] in about [-1, 1]
 
 
 def refl_leaf_gradient(
-    x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], *, chunk: int
+    x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFLOptions
 ) -> tuple[Tensor, Tensor]:
-    """d(-mean R)/d(x0) on the leaf x0 [B, ...], and the rewards fp32 [B], both detached.
+    """d(loss)/d(x0) on the leaf x0 [B, ...], and the rewards fp32 [B], both detached.
+
+    linear: loss = -mean R;  hinge: loss = mean max(0, margin - R), which leaves a sample above the margin alone.
 
     ``reward(images, rows)`` gets the images of ``rows`` of the batch and returns [rows] rewards, higher is better.
-    The graph of one chunk is freed before the next is built: peak memory is that of ``chunk`` samples.
+    The graph of one chunk is freed before the next is built: peak memory is that of ``options.chunk`` samples. With
+    ``options.checkpoint`` it is the larger of the decoder's graph and the reward's, not their sum: the decoder runs
+    again once the reward's backward has freed its own. The gradient is the same, to the bit where the decoder's
+    kernels are deterministic.
+
+    Raises:
+        ValueError: the objective is not one of the two.
     """
+    if options.objective not in ("linear", "hinge"):
+        raise ValueError(f"refl_leaf_gradient: objective must be 'linear' or 'hinge', got {options.objective!r}")
     gradient, rewards = torch.empty_like(x0), x0.new_empty(x0.shape[0], dtype=torch.float32)
-    for start in range(0, x0.shape[0], chunk):
-        rows = slice(start, min(start + chunk, x0.shape[0]))
+    for start in range(0, x0.shape[0], options.chunk):
+        rows = slice(start, min(start + options.chunk, x0.shape[0]))
         with torch.enable_grad():
             leaf = x0[rows].detach().requires_grad_()
-            values = reward(decode(leaf), rows)
-            (gradient[rows],) = torch.autograd.grad(-values.sum() / x0.shape[0], leaf)
+            images = checkpoint(decode, leaf, use_reentrant=False) if options.checkpoint else decode(leaf)
+            values = reward(images, rows)
+            losses = -values if options.objective == "linear" else torch.relu(options.margin - values)
+            (gradient[rows],) = torch.autograd.grad(losses.sum() / x0.shape[0], leaf)
         rewards[rows] = values.detach()
+        del images, values, losses  # else their storage lives on while the next chunk's graph is built
     return gradient, rewards

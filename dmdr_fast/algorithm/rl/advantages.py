@@ -1,0 +1,68 @@
+"""What a group of samples of one condition says about each of them: advantages, and the best and the worst.
+
+Rewards come as those of the global batch [B], gathered over ranks, groups contiguous: group g is the rows
+g * group_size .. (g + 1) * group_size - 1. So the numbers do not depend on how many ranks share the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmdr_fast.algorithm.rl.options import GRPOOptions
+
+
+def group_advantages(rewards: Tensor, options: GRPOOptions) -> tuple[Tensor, Tensor]:
+    """A = (R - mean of its group) / (std + eps), in rewards' dtype [B], and which samples are trained, bool [B].
+
+    std ``group``: of the sample's group; ``global``: of all B rewards; ``none``: A = R - mean. It divides by n, with
+    ``unbiased`` by n - 1 (which needs two). Computed in fp64. In a group whose rewards are all alike A is exactly 0,
+    and with ``drop_zero_variance`` its samples are not trained.
+
+    Raises:
+        ValueError: rewards are not whole groups of at least two, or ``std`` is none of the three.
+
+    Source: Flow-GRPO (arXiv 2505.05470): group or global, population, eps 1e-4; DanceGRPO (arXiv 2505.07818): group,
+    unbiased, eps 1e-8.
+    """
+    groups = _grouped("group_advantages", rewards, options.group_size).double()
+    centred = groups - groups.mean(1, keepdim=True)
+    alike = (groups.amax(1) == groups.amin(1)).repeat_interleave(options.group_size)
+    correction = int(options.unbiased)
+    if options.std == "group":
+        advantages = centred / (groups.std(1, correction=correction, keepdim=True) + options.eps)
+    elif options.std == "global":
+        advantages = centred / (groups.std(correction=correction) + options.eps)
+    elif options.std == "none":
+        advantages = centred
+    else:
+        raise ValueError(f"group_advantages: std must be 'group', 'global' or 'none', got {options.std!r}")
+    advantages = torch.where(alike, 0.0, advantages.flatten())
+    return advantages.to(rewards.dtype), ~alike if options.drop_zero_variance else torch.ones_like(alike)
+
+
+def best_and_worst(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of the G groups: row of the best sample and of the worst, int64 [G], and their gap in reward [G].
+
+    Among equals the first. A group whose rewards are all alike gives one sample twice (gap 0): such a pair has no
+    gradient under :func:`~dmdr_fast.algorithm.rl.dpo.dpo_loss`.
+
+    Raises:
+        ValueError: rewards are not whole groups of at least two.
+    """
+    groups = _grouped("best_and_worst", rewards, group_size)
+    best, winner = groups.max(1)
+    worst, loser = groups.min(1)
+    first = torch.arange(len(groups), device=rewards.device) * group_size
+    return first + winner, first + loser, best - worst
+
+
+def _grouped(name: str, rewards: Tensor, group_size: int) -> Tensor:
+    """[B] -> [G, group_size]."""
+    if group_size < 2:
+        raise ValueError(f"{name}: group_size must be at least 2 (samples are compared), got {group_size}")
+    if rewards.ndim != 1 or len(rewards) % group_size:
+        raise ValueError(
+            f"{name}: rewards must be [B] with B a multiple of group_size {group_size}, got {list(rewards.shape)}"
+        )
+    return rewards.view(-1, group_size)
