@@ -1,0 +1,80 @@
+"""Stable Diffusion 3 and 3.5: MM-DiT on [B, 16, H, W], three text encoders, time times 1000."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from dmdr_fast.models.families.base import Condition, Family, token_counts
+
+
+class SD3(Family):
+    """``StableDiffusion3Pipeline``: prompt_embeds [B, 77 + length, D] (CLIP twice, then T5), pooled_embeds [B, P]."""
+
+    name = "sd3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    network = "SD3Transformer2DModel"
+    block_names = ("transformer_blocks",)
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+    default_length = 256
+    published: ClassVar = {
+        "stabilityai/stable-diffusion-3-medium-diffusers": {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+        "stabilityai/stable-diffusion-3.5-medium": {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": tuple(range(13)),
+        },
+        "stabilityai/stable-diffusion-3.5-large": {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    }
+
+    @property
+    def patch(self) -> int:
+        return self.network_config["patch_size"]
+
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return network(
+            hidden_states=x_t,
+            timestep=1000.0 * t,
+            encoder_hidden_states=condition["prompt_embeds"].to(x_t.dtype),
+            pooled_projections=condition["pooled_embeds"].to(x_t.dtype),
+            return_dict=False,
+        )[0]
+
+    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return decode_shifted(vae, latents)
+
+    def encode_arguments(self) -> dict[str, Any]:
+        separate = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
+        return separate | super().encode_arguments()
+
+    def read_encoded(self, encoded: Any, index: int) -> dict[str, Tensor]:
+        return {"prompt_embeds": encoded[0][index], "pooled_embeds": encoded[2][index]}
+
+    def count_tokens(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
+        """T5's; CLIP reads the first 77 of its own. Without T5 (text_encoder_3 may be left out) CLIP's."""
+        return token_counts(pipeline.tokenizer_3 or pipeline.tokenizer, prompts)
+
+
+def decode_shifted(vae: nn.Module, latents: Tensor) -> Tensor:
+    """D(z / scaling_factor + shift_factor): AutoencoderKL in SD3, FLUX.1 and Z-Image."""
+    z = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(z.to(vae.dtype), return_dict=False)[0]
