@@ -75,7 +75,10 @@ def _merge(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tupl
     if len(kept) == 1:
         return (shape[0], *_NO_SIZES, 1), tuple((stride[0], *_NO_STRIDES) for stride in strides)
     scattered = tuple(stride[kept[-1]] != 1 for stride in strides)
-    if any(scattered):
+    if any(scattered) and shape[-1] == 1:  # a row is one element, wherever the next one lies
+        kept.append(len(shape) - 1)
+        strides = tuple((*stride[:-1], 1) for stride in strides)
+    elif any(scattered):
         return None, scattered
     sizes, steps = [shape[0]], [[stride[0]] for stride in strides]
     for dim in kept[1:]:

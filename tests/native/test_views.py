@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dmdr_fast import reference
+from dmdr_fast.backends import cpu
 from dmdr_fast.backends.views import ABSENT, row_view, shared_view
 
 
@@ -45,6 +47,21 @@ def test_too_many_dimensions_are_copied():
     x = torch.zeros(2, 3, 3, 3, 3, 3, 4)[:, :2, :2, :2, :2, :2, :3]
     shape, _, held = shared_view(x)
     assert shape == (2, 1, 1, 1, 1, 96) and held[0].is_contiguous()
+
+
+def test_rows_of_one_element_are_never_copied():
+    packed = torch.zeros(2, 3, 4, 2)
+    shape, fields, held = shared_view(*packed.chunk(2, -1))
+    assert shape == (2, 12, 1, 1, 1, 1)
+    assert strides(fields) == [(24, 2, 0, 0, 0)] * 2 and held[0].data_ptr() == packed.data_ptr()
+
+
+def test_gradients_of_packed_halves_are_written_in_place_however_many_dimensions():
+    packed = torch.randn(2, 2, 3, 2, 3, 2, 4).permute(0, 5, 4, 3, 2, 1, 6)
+    grad = torch.randn(2, 2, 3, 2, 3, 2, 2)
+    for operands in ((grad, packed), (grad[..., :1], packed[..., ::2])):
+        ours, truth = (backend.gated_activation_bwd(*operands, "silu", False) for backend in (cpu, reference))
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_broadcast_by_strides_of_zero():

@@ -69,6 +69,14 @@ def test_opcheck(recorded):
         opcheck(operator, with_gradients(name, args), test_utils=("test_aot_dispatch_dynamic",))
 
 
+def test_opcheck_on_the_cpu_kernels(recorded, monkeypatch):
+    monkeypatch.setenv("DMDR_FAST_BACKEND", "cpu")
+    for name, calls in recorded.items():
+        args = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in calls[-1])
+        operator = getattr(torch.ops.dmdr_fast, name).default
+        opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def with_gradients(name, args):
     """Float latents that require grad, for the forwards; scalars and gradients themselves have none."""
     if not name.endswith("_fwd") or name == "dmd_gradient_fwd":
@@ -110,7 +118,8 @@ def run_with_gradients(function, call):
 
 
 @pytest.mark.parametrize("op", sorted(valid_calls()))
-def test_compiles_to_one_graph_with_dynamic_shapes(op):
+def test_compiles_to_one_graph_with_dynamic_shapes(op, monkeypatch):
+    monkeypatch.setenv("DMDR_FAST_BACKEND", "auto")  # the kernels that run without a GPU
     torch._dynamo.reset()
     function = getattr(ops, op)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")

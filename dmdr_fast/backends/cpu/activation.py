@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmdr_fast.backends.cpu.library import kernel, new_output
+from dmdr_fast.backends.native import OUTER
 from dmdr_fast.backends.views import ABSENT, shared_view
 
 _fwd = kernel("gated_activation_fwd", "dmdr_gated_activation_args")
@@ -25,6 +26,8 @@ def gated_activation_fwd(packed: Tensor, activation: str, gate_first: bool) -> T
 def gated_activation_bwd(grad: Tensor, packed: Tensor, activation: str, gate_first: bool) -> Tensor:
     """See :func:`dmdr_fast.reference.gated_activation_bwd`."""
     result = new_output(packed.shape, packed.dtype)
+    if packed.dim() > OUTER + 1:  # views of the result, which must not be copied, have to merge
+        grad, packed = grad.contiguous(), packed.contiguous()
     views = *_halves(packed, gate_first), _at_least_2d(grad), *_halves(result, gate_first)
     shape, (value, gate, grad, grad_value, grad_gate), _held = shared_view(*views)
     _bwd(*shape, *value, *gate, *ABSENT, *grad, *grad_value, *grad_gate, _ACTIVATION[activation])
