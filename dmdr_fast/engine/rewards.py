@@ -170,7 +170,10 @@ def build_reward_set(
     """
     built = {}
     for key, entries in (("reward.terms", terms), ("reward.held_out", held_out)):
-        built[key] = [_build(entry, timeout=timeout, num_classes=num_classes, device=device) for entry in entries]
+        try:
+            built[key] = [_build(entry, timeout=timeout, num_classes=num_classes, device=device) for entry in entries]
+        except (ValueError, FileNotFoundError) as error:  # its text takes the entry for one of reward.terms
+            raise type(error)(str(error).replace("reward.terms", key)) from error
         names = [reward.name for reward in built[key]]
         if repeated := next((n for n in names if names.count(n) > 1), None):
             raise ValueError(f"{key}: expected a name of its own for each, got {repeated!r} twice: set name of one")

@@ -47,3 +47,18 @@ def check_reward(values: Tensor, images: Tensor, name: str) -> Tensor:
             "return such a tensor from __call__"
         )
     return values
+
+
+def check_prompts(prompts: list[str] | None, images: Tensor, name: str) -> list[str]:
+    """``prompts``, if there is one for each image.
+
+    Raises:
+        ValueError: there are none, or another number.
+    """
+    if prompts is None or len(prompts) != len(images):
+        got = "none" if prompts is None else str(len(prompts))
+        raise ValueError(
+            f"reward {name!r}: expected one prompt per image, {len(images)}, got {got}: it needs a model that is "
+            "trained on prompts"
+        )
+    return list(prompts)

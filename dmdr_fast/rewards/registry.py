@@ -21,6 +21,11 @@ KINDS = {
     "digits": "dmdr_fast.rewards.digits:DigitsReward",
     "digits_held_out": "dmdr_fast.rewards.digits_held_out:DigitsHeldOutReward",
     "classifier": "dmdr_fast.rewards.classifier:TransformersClassifierReward",
+    "clip_score": "dmdr_fast.rewards.clip_score:CLIPScoreReward",
+    "pickscore": "dmdr_fast.rewards.pickscore:PickScoreReward",
+    "hps": "dmdr_fast.rewards.hps:HPSReward",
+    "image_reward": "dmdr_fast.rewards.image_reward:ImageRewardReward",
+    "aesthetic": "dmdr_fast.rewards.aesthetic:AestheticReward",
 }
 NEEDS_PATH = ("classifier",)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -66,17 +66,17 @@ def test_bf16_weights_and_evaluation_mode(saved):
 
 def test_what_does_not_fit_is_refused(saved, tmp_path):
     path, model = saved
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: set reward.path"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: set path of its reward.terms entry"):
         TransformersClassifierReward(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"cannot load .*set reward.path"):
+    with pytest.raises(ValueError, match=r"cannot load .*set path of"):
         TransformersClassifierReward(tmp_path)
     (tmp_path / "config.json").write_text((path / "config.json").read_text())
-    with pytest.raises(FileNotFoundError, match=r"cannot load .*set reward.path"):
+    with pytest.raises(FileNotFoundError, match=r"cannot load .*set path of"):
         TransformersClassifierReward(tmp_path)
     with pytest.raises(ValueError, match=r"expected a classifier of 1000 classes, got 5 .*model.num_classes to 5"):
         TransformersClassifierReward(path, num_classes=1000)
     model.dinov2.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks classifier.*a backbone without its head"):
+    with pytest.raises(ValueError, match=r"lacks classifier.*expected all weights.*with its head"):
         TransformersClassifierReward(tmp_path)
 
 
