@@ -58,7 +58,8 @@ class CLIP(nn.Module):
                 return_tensors="pt",
             ).input_ids
             embedded = _unit(self.model.get_text_features(input_ids=tokens.to(self.model.device)))
-            self._prompts.update(zip(batch, embedded, strict=False))
+            rows = (row.clone() for row in embedded[: len(batch)])  # a view would keep all the batch
+            self._prompts.update(zip(batch, rows, strict=True))
         embeddings = torch.stack([self._prompts[p] for p in prompts])
         for old in list(self._prompts)[: max(0, len(self._prompts) - CACHED_PROMPTS)]:
             del self._prompts[old]

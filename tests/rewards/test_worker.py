@@ -22,7 +22,7 @@ def label(value):
 
 @pytest.fixture(scope="module")
 def fails():
-    reward = WorkerReward(f"{OWN}:Fails", timeout=1.0)
+    reward = WorkerReward(f"{OWN}:Fails", timeout=60.0)
     yield reward
     reward.close()
 
@@ -48,10 +48,11 @@ def test_an_exception_is_passed_on_and_the_worker_goes_on(fails):
 
 
 def test_a_hang_ends_after_the_timeout(fails):
+    fails.timeout = 0.5
     began = time.monotonic()
-    with pytest.raises(RewardTimeout, match=r"'Fails': a batch of 2 took longer than 1 s .*raise reward.timeout"):
+    with pytest.raises(RewardTimeout, match=r"'Fails': a batch of 2 took longer than 0.5 s .*raise reward.timeout"):
         fails(IMAGES, labels=label(1))
-    assert 1.0 <= time.monotonic() - began < 10 and not psutil.pid_exists(fails._process.pid)
+    assert 0.5 <= time.monotonic() - began < 30 and not psutil.pid_exists(fails._process.pid)
     with pytest.raises(RuntimeError, match="worker process has ended"):
         fails(IMAGES, labels=label(9))
 
