@@ -37,3 +37,19 @@ def test_an_unknown_cuda_choice_is_refused(tmp_path):
     run = configure(tmp_path, "-DDMDR_CUDA=maybe")
     assert run.returncode != 0
     assert "DMDR_CUDA must be AUTO, ON or OFF; got 'maybe'" in one_line(run.stderr)
+
+
+@pytest.mark.parametrize("architectures", ["native", "80;all"])
+def test_only_named_architectures_are_built(tmp_path, architectures):
+    run = configure(tmp_path, f"-DDMDR_CUDA_ARCHITECTURES={architectures}")
+    assert run.returncode != 0
+    message = one_line(run.stderr)
+    assert f"must be a list of compute capabilities such as 80;90, got '{architectures}'" in message
+
+
+def test_cuda_that_is_asked_for_and_missing_is_an_error(tmp_path):
+    run = configure(tmp_path, "-DDMDR_CUDA=ON", CUDACXX=str(tmp_path / "no-such-nvcc"))
+    assert run.returncode != 0
+    message = one_line(run.stderr)
+    assert "DMDR_CUDA=ON, but no CUDA compiler was found. Put nvcc on PATH" in message
+    assert "DMDR_CUDA=OFF builds the CPU kernels alone" in message
