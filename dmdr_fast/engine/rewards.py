@@ -138,15 +138,20 @@ class RewardSet:
                 self.failure = RewardError(f"reward {flag!r}, {self._batches[-1]}: {_text(error, reward.name)}")
                 self.failure.__cause__ = error
             else:
-                self._note_nonfinite(flag, scores, images)
-                return scores.float()
-        return images.flatten(1).float().sum(1) * torch.nan
+                bad = ~scores.detach().isfinite()
+                self._note_nonfinite(flag, bad & images.detach().flatten(1).isfinite().all(1))
+                # A score can be NaN with a gradient that is none: only NaN gradients skip the update on all ranks.
+                return scores.float() + torch.where(bad, torch.nan, 0.0) * _sums(images)
+        return torch.nan * _sums(images)
 
-    @torch.no_grad()
-    def _note_nonfinite(self, flag: str, scores: Tensor, images: Tensor) -> None:
-        bad = (~scores.isfinite() & images.flatten(1).isfinite().all(1)).any()
+    def _note_nonfinite(self, flag: str, bad: Tensor) -> None:
         first = self.nonfinite[flag]
-        first += torch.where(bad & (first == 0), len(self._batches), 0)
+        first += torch.where(bad.any() & (first == 0), len(self._batches), 0)
+
+
+def _sums(images: Tensor) -> Tensor:
+    """fp32 [B], connected to the images: what times NaN makes their gradient NaN."""
+    return images.flatten(1).sum(1, dtype=torch.float32)
 
 
 def _text(error: Exception, name: str) -> str:

@@ -57,7 +57,7 @@ class CLIP(nn.Module):
                 max_length=self.model.config.text_config.max_position_embeddings,
                 return_tensors="pt",
             ).input_ids
-            embedded = _unit(self.model.get_text_features(input_ids=tokens.to(self.model.device)))
+            embedded = _unit(self.model.get_text_features(input_ids=tokens.to(self.model.device, non_blocking=True)))
             rows = (row.clone() for row in embedded[: len(batch)])  # a view would keep all the batch
             self._prompts.update(zip(batch, rows, strict=True))
         embeddings = torch.stack([self._prompts[p] for p in prompts])

@@ -74,10 +74,10 @@ class ImageRewardReward(FrozenReward):
         seen = self.vision(pixel_values=pixels).last_hidden_state
         tokens = self._tokenizer(
             prompts, padding="max_length", truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
-        ).to(images.device)
+        )
         states = self.text(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
+            input_ids=tokens.input_ids.to(images.device, non_blocking=True),
+            attention_mask=tokens.attention_mask.to(images.device, non_blocking=True),
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
         ).last_hidden_state

@@ -166,6 +166,18 @@ def test_scores_that_are_not_finite_are_flagged_with_their_batch(odd):
     assert rewards.score(zeros, {}, batch="update 4")[0].isnan().all()
 
 
+def test_an_odd_score_makes_its_image_s_gradient_nan_and_no_other_s():
+    def score(x):
+        mean = x.flatten(1).mean(1)
+        return torch.where(mean > 0.9, torch.inf, mean)  # constant where it is odd: its own gradient is 0
+
+    x = torch.stack([torch.zeros(1, 3, 3), torch.ones(1, 3, 3)]).requires_grad_()
+    total, _ = RewardSet([(Given("odd", score), 2.0, "none")]).score(x, {}, batch="")
+    (gradient,) = torch.autograd.grad(total.sum(), x)
+    torch.testing.assert_close(gradient[0], torch.full((1, 3, 3), 2 / 9))
+    assert gradient[1].isnan().all() and total[1].isnan()
+
+
 def test_a_set_from_the_configuration_runs_score_only_rewards_in_workers():
     rewards = build_reward_set(
         [Entry(f"{OWN}:Brightness", weight=0.5, options={"scale": 2.0}), Entry(f"{OWN}:Fails", name="hangs")],
