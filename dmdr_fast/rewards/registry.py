@@ -52,7 +52,7 @@ def build_reward(
         device: where it goes, if it is an ``nn.Module``; another class places itself.
 
     Raises:
-        ValueError: unknown kind, class or option, or a class that is no reward; the constructor's own.
+        ValueError: unknown kind, class or option, a class that is no reward, or a constructor that raises.
         FileNotFoundError: no file, or nothing that loads at ``path``.
     """
     where = f"reward.terms: {name or kind}"
@@ -72,7 +72,12 @@ def build_reward(
         raise ValueError(
             f"{where}: its constructor does not take what is given ({error}): it takes {known}; change path or options"
         ) from None
-    reward = reward_class(**arguments)
+    try:
+        reward = reward_class(**arguments)
+    except Exception as error:
+        if kind in KINDS:  # these say themselves what to change
+            raise
+        raise ValueError(f"{where}: its constructor raised {_said(error)}") from error
     if name is not None or getattr(reward, "name", None) is None:
         reward.name = name or kind.rpartition(":")[2]
     return reward.to(device) if hasattr(reward, "to") else reward

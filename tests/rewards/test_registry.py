@@ -70,5 +70,7 @@ def test_constructor_arguments_are_checked():
         build_reward("classifier", name="cls")
     with pytest.raises(ValueError, match=r"options.dtype: expected one of fp32, bf16, fp16, got 'double'"):
         build_reward("classifier", path="x", options={"dtype": "double"})
+    with pytest.raises(ValueError, match=r"reward.terms: gone: its constructor raised OSError: weights are gone"):
+        build_reward(f"{OWN}:Unbuildable", name="gone")
     with pytest.raises(FileNotFoundError, match=r"no folder /nowhere"):
         build_reward("classifier", path="/nowhere", options={"dtype": "bf16"}, num_classes=10)
