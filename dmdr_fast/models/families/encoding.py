@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dmdr_fast.models.families import loading
@@ -108,7 +109,7 @@ class TextEncoder:
             log.info("loading the text encoders of %s (%s)", path, ", ".join(folders))
         try:
             return DiffusionPipeline.from_pretrained(path, torch_dtype=self.dtype, **absent)
-        except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"pipeline {path}: its text encoders and tokenizers cannot be loaded ({loading.first_line(error)})"
             ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -75,7 +76,7 @@ def load_module(path: str, folder: str, kind: str, dtype: torch.dtype, **from_pr
         )
     except OSError as error:
         raise FileNotFoundError(f"pipeline {path}: {folder} cannot be loaded ({first_line(error)})") from error
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"pipeline {path}: {folder} is no readable {kind} ({first_line(error)})") from error
     if missing := report["missing_keys"]:
         raise ValueError(
