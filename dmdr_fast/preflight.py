@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,8 +17,10 @@ def check(config: Config) -> None:
     """Look at what the configuration names on disk.
 
     Raises:
-        UserError: run_dir cannot be written, the teacher's weights are missing, or the DeepSpeed JSON is unreadable.
+        UserError: run_dir cannot be written, the teacher's weights are missing, the DeepSpeed JSON is unreadable, or a
+            package that the configuration asks for is not installed.
     """
+    _check_packages(config)
     _check_run_dir(config.run_dir)
     _check_weights(config.teacher.weights)
     if config.deepspeed.config is not None:
@@ -36,6 +39,26 @@ def read_deepspeed_json(path: Path) -> dict:
                 f"deepspeed.config: remove {name}; train.micro_batch_size and train.gradient_accumulation set it"
             )
     return values
+
+
+# Packages that a choice needs: any one of them will do.
+PACKAGES = {
+    "optimizer.kind": {"adamw_8bit": ("bitsandbytes", "torchao"), "paged_adamw_8bit": ("bitsandbytes",)},
+    "memory.frozen": {"float8": ("torchao",)},
+    "memory.attention": {"flash_attn": ("flash_attn",), "flash_attn_3": ("flash_attn_interface",)},
+}
+
+
+def _check_packages(config: Config) -> None:
+    for name, choices in PACKAGES.items():
+        section, leaf = name.split(".")
+        chosen = getattr(getattr(config, section), leaf)
+        packages = choices.get(chosen, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise UserError(
+                f"{name}: {chosen} needs {' or '.join(packages)}, which is not installed; "
+                f"install it, or choose another {name}"
+            )
 
 
 def _check_run_dir(path: Path) -> None:

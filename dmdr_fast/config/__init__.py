@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from dmdr_fast.config.base import Count, Section, key
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
+from dmdr_fast.config.memory import Memory
 from dmdr_fast.config.networks import Decoder, LoRA, Model, Student, Teacher, TeacherTraining
 from dmdr_fast.config.problems import problems
 from dmdr_fast.config.rl import Reward
@@ -30,6 +31,7 @@ __all__ = [
     "Evaluation",
     "LoRA",
     "Log",
+    "Memory",
     "Model",
     "Optimizer",
     "Renoise",
@@ -63,6 +65,7 @@ class Config(Section):
     lora: LoRA = key(LoRA(), "LoRA of the fake score.")
     dmd: DMD = key(DMD(), "DMD gradient.")
     reward: Reward = key(Reward(), "Reward.")
+    memory: Memory = key(Memory(), "Memory levers.")
     optimizer: Optimizer = key(Optimizer(), "Optimizers.")
     deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")
     checkpoint: Checkpoint = key(Checkpoint(), "Checkpoints.")

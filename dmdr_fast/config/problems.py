@@ -54,5 +54,7 @@ def problems(config: Config) -> Iterator[str]:
         yield "decoder.path: missing; decoder.kind=vae needs the folder or hub id of an AutoencoderKL"
     if config.reward.kind == "classifier" and config.reward.path is None:
         yield "reward.path: missing; reward.kind=classifier needs the folder or hub id of an image classifier"
+    if config.memory.frozen == "float8" and config.deepspeed.stage == 3:
+        yield "memory.frozen: float8 weights cannot be partitioned; use int8, or deepspeed.stage 0 or 2"
     if config.eval.data is not None and config.eval.features is None:
         yield "eval.features: missing; eval.data needs a feature classifier (digits, or a folder or hub id)"

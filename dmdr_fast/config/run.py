@@ -17,7 +17,6 @@ class Train(Section):
     micro_batch_size: Positive = key(64, "Samples per rank and micro-step.")
     gradient_accumulation: Positive = key(1, "Micro-steps per update.")
     max_skipped: Positive = key(10, "Skipped updates (non-finite gradients) in a row that end the run.")
-    activation_checkpointing: bool = key(False, "Recompute each block's activations in the backward pass.")
 
 
 class AdamW(Section):
@@ -34,6 +33,10 @@ class AdamW(Section):
 class Optimizer(Section):
     """Optimizers of the trained roles."""
 
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = key(
+        "adamw",
+        "adamw: torch's; adamw_8bit: moments in 8 bits (bitsandbytes or torchao); paged_adamw_8bit: paged to the host.",
+    )
     generator: AdamW = key(AdamW(), "The generator's.")
     fake: AdamW = key(AdamW(), "The fake score's.")
     clip: NonNegative = key(1.0, "Gradient-norm bound per role; 0: none.")

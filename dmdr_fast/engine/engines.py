@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast.config import AdamW, Config
+from dmdr_fast.engine.optimizers import build_optimizer
 from dmdr_fast.models.lora import LoraAdapter
 from dmdr_fast.preflight import read_deepspeed_json
 
@@ -48,20 +49,13 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
 def trained_engine(module: nn.Module, config: Config, optimizer: AdamW) -> deepspeed.DeepSpeedEngine:
     """An engine that trains the parameters of ``module`` that require grad; the rest is frozen and sharded alike.
 
-    The optimizer is torch's fused AdamW, or the one of ``deepspeed.config`` where that names one.
+    The optimizer is the one of ``optimizer.kind``, or of ``deepspeed.config`` where that names one.
     """
     settings = engine_config(config, trained=True)
     parameters = [p for p in module.parameters() if p.requires_grad]
     client = None
     if "optimizer" not in settings:
-        client = torch.optim.AdamW(
-            parameters,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        client = build_optimizer(parameters, optimizer, config.optimizer.kind)
     return deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=settings)[0]
 
 

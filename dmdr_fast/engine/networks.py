@@ -13,6 +13,7 @@ from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.algorithm.step import Networks
 from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import DTYPES, Role, TrainedRole, frozen_network, trained_engine
+from dmdr_fast.engine.memory import check_levers, class_probe, quantise_frozen, set_levers
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.sit import SiT, load_sit_weights
@@ -22,7 +23,7 @@ from dmdr_fast.preflight import HUB_PREFIX
 def build_network(config: Config) -> SiT:
     """The network of ``model``, untrained."""
     m = config.model
-    network = SiT(
+    return SiT(
         input_size=config.latent_size,
         patch_size=m.patch_size,
         in_channels=m.channels,
@@ -33,8 +34,6 @@ def build_network(config: Config) -> SiT:
         learn_sigma=m.learn_sigma,
         time_reversed=m.time_reversed,
     )
-    network.activation_checkpointing = config.train.activation_checkpointing
-    return network
 
 
 def load_network(config: Config, weights: Path) -> SiT:
@@ -75,14 +74,20 @@ class Roles:
     teacher: Callable[[Tensor, Tensor, Tensor], Tensor]  # the plain teacher, without LoRA
     trained_parameters: dict[str, int]
     total_parameters: dict[str, int]
+    notes: tuple[str, ...] = ()  # what the memory levers took, and why
 
 
 def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: int) -> Roles:
     """Engines for the trained roles over the teacher's weights, with the sharing of ``config``."""
+    check_levers(config, device)
     dtype = DTYPES[config.deepspeed.dtype]
     generator_net = load_network(config, teacher).to(device)
     fake_net = load_network(config, teacher).to(device)
+    attention, _ = (set_levers(net, config, dtype, device) for net in (generator_net, fake_net))
+    notes = [f"attention  {attention}"]
     adapter = _lora(fake_net, config, lora_seed) if config.sharing == "shared_score" else None
+    if adapter is not None and config.memory.frozen != "native":
+        notes.append(quantise_frozen(fake_net.to(dtype), class_probe(fake_net, config, device), config))
     counts = [_counts(net) for net in (generator_net, fake_net)]
     generator = TrainedRole(trained_engine(generator_net, config, config.optimizer.generator), config)
     fake = TrainedRole(
@@ -96,7 +101,11 @@ def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: 
             adapter.set_scale(None)
             return shared(x_t, t, condition)
     else:
-        plain_teacher = Role(frozen_network(load_network(config, teacher), config, device), dtype)
+        teacher_net = load_network(config, teacher).to(device, dtype)
+        set_levers(teacher_net, config, dtype, device)
+        if config.memory.frozen != "native":
+            notes.append(quantise_frozen(teacher_net, class_probe(teacher_net, config, device), config))
+        plain_teacher = Role(frozen_network(teacher_net, config, device), dtype)
         score = separate_scores(fake, plain_teacher)
         counts.append(counts[0])
     names = ("generator", "fake", "teacher")
@@ -107,6 +116,7 @@ def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: 
         teacher=plain_teacher,
         trained_parameters={n: c[0] for n, c in zip(names, counts, strict=False) if n != "teacher"},
         total_parameters={n: c[1] for n, c in zip(names, counts, strict=False)},
+        notes=tuple(notes),
     )
 
 

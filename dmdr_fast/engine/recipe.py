@@ -66,6 +66,7 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         f"{config.reward.kind} reward x {recipe.reward_weight:g}; R = {recipe.fake_updates}, batch {batch}",
         f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
         f"on {ranks.device.type}",
+        *roles.notes,
     ]
     return "\n".join(lines)
 

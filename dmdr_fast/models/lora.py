@@ -42,8 +42,12 @@ class LoraLinear(nn.Linear):
 
     adapters: dict[str, LoraAdapter]
 
+    def base(self, x: Tensor) -> Tensor:
+        """The plain layer."""
+        return F.linear(x, self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        base = F.linear(x, self.weight, self.bias)
+        base = self.base(x)
         out = base
         for adapter in self.adapters.values():
             if adapter.scale is None:
@@ -192,7 +196,7 @@ def add_lora(
         model.requires_grad_(False)
     adapter = LoraAdapter(model, role, rank, form, layers)
     for layer in layers.values():
-        if type(layer) is nn.Linear:
+        if not isinstance(layer, LoraLinear):
             layer.__class__, layer.adapters = LoraLinear, {}
         layer.adapters[role] = adapter
         sizes = (layer.in_features, layer.out_features) if form == "standard" else (layer.out_features // 3,) * 2
@@ -210,19 +214,23 @@ def recompute_contexts(model: nn.Module) -> tuple[AbstractContextManager, Abstra
     By the time the backward pass recomputes, the caller may have set other scales; without this the gradients
     would be those of another forward.
     """
-    scales = [(adapter, adapter.scale) for adapter in getattr(model, "lora_adapters", {}).values()]
-    return nullcontext(), _scales(scales)
+    return nullcontext(), _Scales(model)
 
 
-@contextmanager
-def _scales(scales: list[tuple[LoraAdapter, Tensor | None]]) -> Iterator[None]:
-    before = [adapter.scale for adapter, _ in scales]
-    for adapter, scale in scales:
-        adapter.scale = scale
-    try:
-        yield
-    finally:
-        for (adapter, _), scale in zip(scales, before, strict=True):
+class _Scales(AbstractContextManager):
+    """The adapters' scales as they were when this was made; entered once per backward pass through the block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.then = [(adapter, adapter.scale) for adapter in getattr(model, "lora_adapters", {}).values()]
+        self.before: list[Tensor | None] = []
+
+    def __enter__(self) -> None:
+        self.before = [adapter.scale for adapter, _ in self.then]
+        for adapter, scale in self.then:
+            adapter.scale = scale
+
+    def __exit__(self, *error: object) -> None:
+        for (adapter, _), scale in zip(self.then, self.before, strict=True):
             adapter.scale = scale
 
 
@@ -250,7 +258,7 @@ def _target_layers(model: nn.Module, role: str, targets: Sequence[str]) -> dict[
             kinds = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in linears})
             raise ValueError(f"LoRA {role!r}: target {target!r} matches no nn.Linear; the model has {', '.join(kinds)}")
     for name, module in found.items():
-        if type(module) not in (nn.Linear, LoraLinear):
+        if type(module) is not nn.Linear and not isinstance(module, LoraLinear):
             raise ValueError(
                 f"LoRA {role!r}: {name} is a {type(module).__name__} with a forward of its own, expected "
                 "nn.Linear: take it out of the targets, or add the adapters before whatever replaced it"

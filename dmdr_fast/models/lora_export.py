@@ -18,9 +18,11 @@ def merge(adapter: LoraAdapter, scale: float = 1.0) -> dict[str, Tensor]:
     No LoRA name is left: it loads into the plain model. Other tensors share memory with the adapter's model.
 
     Raises:
-        ValueError: a post_projection adapter, or weights that ZeRO-3 has partitioned.
+        ValueError: a post_projection adapter, or weights that ZeRO-3 has partitioned or that are int8.
     """
     _require_standard(adapter, "merged into the weights")
+    if any(layer.weight.dtype == torch.int8 for layer in adapter.layers.values()):
+        raise ValueError(f"LoRA {adapter.role!r}: its base is in int8 and cannot take it up; merge into the base's own")
     adapters = getattr(adapter.model, "lora_adapters", {})
     foreign = {id(parameter) for other in adapters.values() for parameter in other.parameters()}
     state = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -27,3 +27,42 @@ def whole_parameters(parameters: Iterable[nn.Parameter], *, write: bool) -> Abst
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's shape when gathered: a partitioned one reports ``[0]`` as its own."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+# A gather makes one flat copy of its parameters besides them: half a GB of bf16 at a time.
+GATHER_ELEMENTS = 1 << 28
+KEPT = "kept_whole"  # in ds_active_sub_modules, where DeepSpeed notes who still needs a parameter
+
+
+@contextmanager
+def kept_whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The ``parameters`` in full inside the block, however many forwards run in it; all ranks must enter together.
+
+    Without it every forward of a ZeRO-3 model gathers each module's parameters and lets them go: N student steps
+    gather the model N times. Reading only: weights changed inside are lost. Ordinary parameters are left alone.
+    """
+    absent = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
+    for bucket in _buckets(absent):
+        bucket[0].all_gather_coalesced(bucket).wait()
+    for parameter in absent:
+        parameter.ds_active_sub_modules.add(KEPT)
+    try:
+        yield
+    finally:
+        for parameter in absent:
+            parameter.ds_active_sub_modules.discard(KEPT)
+        if absent:
+            absent[0].partition(param_list=absent, has_been_updated=False)
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Runs of one dtype of at most ``GATHER_ELEMENTS`` elements, or of one parameter."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        size = sum(p.ds_numel for p in bucket) + parameter.ds_numel
+        if bucket and (size > GATHER_ELEMENTS or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

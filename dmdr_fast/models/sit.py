@@ -7,13 +7,11 @@ Checkpoints of both are read by ``load_sit_weights``.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dmdr_fast.models.lora import recompute_contexts
 from dmdr_fast.models.partitioned import whole_parameters
 from dmdr_fast.models.sit_layers import (
     FinalLayer,
@@ -48,11 +46,13 @@ class SiT(nn.Module):
             (the published SiT ones; REPA's do not): it is evaluated at 1 - t and negated, so callers see one
             convention.
 
-    ``activation_checkpointing`` (an attribute, off) recomputes each block in the backward pass. The weights
-    may be of any floating-point dtype; the output has ``x``'s. It may be built under ``deepspeed.zero.Init``.
+    The weights may be of any floating-point dtype; the output has ``x``'s. It may be built under
+    ``deepspeed.zero.Init``. Activation checkpointing is switched as in diffusers' models: see
+    ``dmdr_fast.models.recompute``.
     """
 
     prediction = "flow"
+    _supports_gradient_checkpointing = True
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class SiT(nn.Module):
         _check_sizes(input_size, patch_size, hidden_size, num_heads, num_classes)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.learn_sigma, self.time_reversed = num_classes, learn_sigma, time_reversed
-        self.activation_checkpointing = False
+        self.disable_gradient_checkpointing()
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -96,17 +96,19 @@ class SiT(nn.Module):
         self._check_inputs(x, t, y)
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
         c = self.t_embedder(1 - t if self.time_reversed else t) + self.y_embedder(y)
+        recompute = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
         for block in self.blocks:
-            tokens = self._run_block(block, tokens, c)
+            tokens = block(tokens, c) if recompute is None else recompute(block, tokens, c)
         v = self._unpatchify(self.final_layer(tokens, c)).to(x.dtype)
         return -v if self.time_reversed else v
 
-    def _run_block(self, block: SiTBlock, tokens: Tensor, c: Tensor) -> Tensor:
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return block(tokens, c)
-        # torch.compile traces the recomputation with the scales of the forward, and knows no such contexts.
-        contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(recompute_contexts, self)}
-        return checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False, **contexts)
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Tensor]) -> None:
+        """Run each block of a graded forward as ``gradient_checkpointing_func(block, tokens, c)``."""
+        self._gradient_checkpointing_func = gradient_checkpointing_func
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Run the blocks as they are."""
+        self._gradient_checkpointing_func = None
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         grid, p = self.input_size // self.patch_size, self.patch_size

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmdr_fast.models.attention import AttentionKernel, attend
+
 TIME_FREQUENCIES = 128  # cos and sin of each: the 256-wide embedding that the time MLP reads
 
 
@@ -80,7 +82,12 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv projection (bias, no QK-norm)."""
+    """Multi-head self-attention with one fused qkv projection (bias, no QK-norm).
+
+    ``attention_kernel`` is switched by ``dmdr_fast.models.attention``.
+    """
+
+    attention_kernel: AttentionKernel = "sdpa"
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -91,9 +98,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, width / heads]
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        out = attend(*qkv.unbind(2), self.attention_kernel)
+        return self.proj(out.reshape(batch, tokens, width))
 
 
 class Mlp(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dmdr_fast.models.lora import LoraLinear, add_lora
+from dmdr_fast.models.recompute import MODES, set_recompute
 from dmdr_fast.models.sit import SiT
 
 SMALL = {
@@ -150,25 +151,24 @@ def test_checkpointed_gradients_are_those_of_the_forwards_scale(form):
     x, t, y = batch()
     gradients = {}
     for after in (None, torch.full((4,), 0.1)):
-        for model.activation_checkpointing in (False, True):
+        for mode in MODES:
+            set_recompute(model, mode)
             with adapter.scaled(torch.tensor([2.0, 0.75, 0.0, 1.0])):
                 loss = model(x, t, y).square().mean()
             adapter.set_scale(after)
-            gradients[after is None, model.activation_checkpointing] = torch.autograd.grad(
-                loss, list(adapter.parameters())
-            )
+            gradients[after is None, mode] = torch.autograd.grad(loss, list(adapter.parameters()))
             assert adapter.scale is after
-    want = gradients[True, False]
+    want = gradients[True, "none"]
     for got in gradients.values():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("form", ["standard", "post_projection"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiles_without_a_graph_break_for_any_scale(form, checkpointing):
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_compiles_without_a_graph_break_for_any_scale(form, mode):
     torch.compiler.reset()
     model, adapter = sit_with_lora("fake", form=form, depth=1)
-    model.activation_checkpointing = checkpointing
+    set_recompute(model, mode)
     inputs = batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

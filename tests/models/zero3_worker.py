@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.lora_export import merge
+from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.models.sit import SiT, load_sit_weights
 
 SMALL = {
@@ -54,7 +55,6 @@ def main(rank: int, world: int, store: str, checkpoint: str) -> None:
     load_sit_weights(plain, checkpoint)
     adapters = []
     for network in (model, plain):
-        network.activation_checkpointing = True
         adapters.append(add_lora(network, "fake", rank=4, targets=["attn.qkv"], generator=torch.Generator()))
     adapter, plain_adapter = adapters
     start = {name: 0.3 * torch.randn(p.shape) for name, p in plain_adapter.named_parameters()}
@@ -69,7 +69,8 @@ def main(rank: int, world: int, store: str, checkpoint: str) -> None:
 
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
     scale = torch.tensor([2.0, 0.75])
-    for _ in range(2):
+    for mode in ("selective", "full"):
+        set_recompute(model, mode)
         with adapter.scaled(scale), plain_adapter.scaled(scale):
             out, want = engine(x, t, y), plain(x, t, y)
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,125 @@
+"""The memory levers of ``memory`` put on the networks of a run, with a line for each that says what was taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmdr_fast import ops
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.rollout import Network
+from dmdr_fast.algorithm.score_pass import join
+from dmdr_fast.config import Config
+from dmdr_fast.engine.engines import DTYPES, Role
+from dmdr_fast.engine.optimizers import check_device
+from dmdr_fast.errors import UserError
+from dmdr_fast.models.attention import Choice, choose_attention, set_attention
+from dmdr_fast.models.eight_bit import float8_refusal, quantise_blocks
+from dmdr_fast.models.recompute import set_recompute
+
+
+def check_levers(config: Config, device: torch.device) -> None:
+    """Raise a UserError where a lever cannot work on ``device``: before any weights are read."""
+    check_device(config.optimizer.kind, device)
+    if config.memory.frozen == "float8":
+        refusal = float8_refusal(device)
+        if refusal is not None:
+            raise UserError(f"memory.frozen: float8 {refusal}; use int8")
+
+
+def set_levers(network: nn.Module, config: Config, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Activation checkpointing and the attention kernel of a network that will compute in ``dtype`` on ``device``."""
+    set_recompute(network, config.memory.activation)
+    try:
+        choice = choose_attention(config.memory.attention, network, dtype=dtype, device=device)
+    except ValueError as error:
+        raise UserError(f"memory.attention: {error}") from None
+    set_attention(network, choice)
+    return choice
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few samples on which the effect of 8-bit weights is measured."""
+
+    x0: Tensor  # fp32 [B, ...]
+    noise: Tensor  # like x0
+    t: Tensor  # fp32 [B] in (0, 1)
+    condition: Any
+    null: Any
+
+    @property
+    def x_t(self) -> Tensor:
+        return ops.renoise(self.x0, 1.0 - self.t, self.t, noise=self.noise)
+
+
+def class_probe(network: nn.Module, config: Config, device: torch.device, batch: int = 8) -> Probe:
+    """Gaussian latents, times over the whole range, and the first classes: the same on every rank."""
+    rng = torch.Generator().manual_seed(config.seed)
+    shape = (batch, config.model.channels, config.latent_size, config.latent_size)
+    x0, noise = (torch.randn(shape, generator=rng).to(device) for _ in range(2))
+    classes = (torch.arange(batch) % config.model.num_classes).to(device)
+    t = ((torch.arange(batch) + 0.5) / batch).to(device)
+    return Probe(x0, noise, t, classes, network.null_condition(classes))
+
+
+@torch.no_grad()
+def predictions(network: Network, probe: Probe) -> tuple[Tensor, Tensor]:
+    """The conditional and the unconditional prediction at the probe's x_t, in one batch."""
+    twice = torch.cat([probe.x_t] * 2)
+    conditional, unconditional = network(twice, probe.t.repeat(2), join(probe.condition, probe.null)).chunk(2)
+    return conditional, unconditional
+
+
+def dmd_gradient_change(
+    native: tuple[Tensor, Tensor], eight_bit: tuple[Tensor, Tensor], probe: Probe, options: DMDOptions, *, shared: bool
+) -> float:
+    """|g_8 - g| / |g|: how far the DMD gradient moves when the frozen base goes from its own to 8-bit weights.
+
+    At the start the fake score is the teacher and there is no gradient to compare: the base's unconditional prediction
+    stands in for the fake score. With ``shared`` the fake score rests on the 8-bit base too, and what both scores get
+    wrong alike cancels. NaN where the two predictions are the same.
+    """
+
+    def gradient(fake: Tensor, real: Tensor, uncond: Tensor) -> Tensor:
+        return ops.dmd_gradient(
+            probe.x0,
+            probe.x_t,
+            fake,
+            real,
+            uncond if options.uses_cfg else None,
+            sigma=probe.t,
+            cfg_scale=options.cfg_scale if options.uses_cfg else None,
+            cfg_mode=options.cfg_mode,
+            prediction=options.prediction,
+            normalizer=options.normalizer,
+            eps=options.eps,
+            eps_mode=options.eps_mode,
+            nan_policy=options.nan_policy,
+        ).grad.double()
+
+    g = gradient(native[1], *native)
+    g8 = gradient(eight_bit[1] if shared else native[1], *eight_bit)
+    return ((g8 - g).norm() / g.norm()).item()
+
+
+def quantise_frozen(module: nn.Module, probe: Probe, config: Config) -> str:
+    """Give the blocks of a frozen base 8-bit weights; returns the line that says so, with the measured effect.
+
+    The module is whole (not yet partitioned), in the compute dtype, on its device. Its adapters are off.
+    """
+    kind, role = config.memory.frozen, Role(module, DTYPES[config.deepspeed.dtype])
+    before = predictions(role, probe)
+    try:
+        layers = quantise_blocks(module, kind)
+    except ValueError as error:
+        raise UserError(f"memory.frozen: {error}") from None
+    options = DMDOptions(
+        cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()
+    )
+    shared = config.sharing != "separate"
+    change = dmd_gradient_change(before, predictions(role, probe), probe, options, shared=shared)
+    return f"frozen base in {kind} ({layers} layers): DMD gradient differs by {100 * change:.2g} %"

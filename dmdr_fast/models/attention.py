@@ -1,0 +1,105 @@
+"""Which attention kernel a model runs: torch's own, or FlashAttention where it is installed and fits.
+
+``sdpa`` is torch's scaled_dot_product_attention, which picks among its own kernels (FlashAttention 2 among them on
+CUDA). ``flash_attn`` is the flash-attn package, ``flash_attn_3`` its kernels for Hopper.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AttentionKernel = Literal["sdpa", "flash_attn", "flash_attn_3"]
+# What diffusers' ModelMixin.set_attention_backend calls them; the variable-length forms take the masks of padded texts.
+DIFFUSERS = {"sdpa": "native", "flash_attn": "flash", "flash_attn_3": "_flash_3"}
+DIFFUSERS_MASKED = {"sdpa": "native", "flash_attn": "flash_varlen", "flash_attn_3": "_flash_varlen_3"}
+PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}
+INSTALL = {
+    "flash_attn": "pip install flash-attn --no-build-isolation",
+    "flash_attn_3": "build hopper/ of github.com/Dao-AILab/flash-attention",
+}
+# Models of diffusers whose attention takes a mask: prompts of several lengths are padded.
+MASKED = {"QwenImageTransformer2DModel", "ZImageTransformer2DModel"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that was taken, and why not a faster one ("" where there is none to explain)."""
+
+    kernel: AttentionKernel
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.reason})" if self.reason else self.kernel
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: AttentionKernel) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q, k, v [B, T, H, D] of one dtype -> [B, T, H, D]."""
+    if kernel == "sdpa":
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    if kernel == "flash_attn":
+        from flash_attn import flash_attn_func
+    else:
+        from flash_attn_interface import flash_attn_func
+    out = flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out  # FlashAttention 3 of 2025 returns the log-sum-exp beside it
+
+
+def choose_attention(
+    wanted: Literal["auto"] | AttentionKernel, model: nn.Module, *, dtype: torch.dtype, device: torch.device
+) -> Choice:
+    """The kernel for ``model`` computing in ``dtype`` on ``device``. ``auto``: the fastest that runs, else sdpa.
+
+    Raises:
+        ValueError: a kernel that was asked for by name cannot run; the message says why, and what to do.
+    """
+    if wanted == "sdpa":
+        return Choice("sdpa")
+    refusals = {}
+    for kernel in ("flash_attn_3", "flash_attn") if wanted == "auto" else (wanted,):
+        refusal = _refusal(kernel, model, dtype, device)
+        if refusal is None and wanted == "auto" and type(model).__name__ in MASKED:
+            # The variable-length kernels read the longest text back to the host in every call.
+            refusal = "its mask costs a wait for the device in every layer"
+        if refusal is None:
+            return Choice(kernel)
+        refusals[kernel] = refusal
+    if wanted == "auto":
+        return Choice("sdpa", "; ".join(f"{kernel}: {why}" for kernel, why in refusals.items()))
+    raise ValueError(f"{wanted} cannot run: {refusals[wanted]}; set memory.attention to auto or sdpa")
+
+
+def set_attention(model: nn.Module, choice: Choice) -> None:
+    """Let every attention of ``model`` run ``choice.kernel``: SiT's by its attribute, diffusers' by its backend."""
+    for module in model.modules():
+        if hasattr(module, "attention_kernel"):
+            module.attention_kernel = choice.kernel
+    backends = {m.processor._attention_backend for m in model.modules() if _switchable(m)}
+    if backends - {None} or (backends and choice.kernel != "sdpa"):
+        names = DIFFUSERS_MASKED if type(model).__name__ in MASKED else DIFFUSERS
+        model.set_attention_backend(names[choice.kernel])
+
+
+def _refusal(kernel: AttentionKernel, model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why ``kernel`` cannot run here; None when it can."""
+    if not any(_switchable(m) or hasattr(m, "attention_kernel") for m in model.modules()):
+        return f"{type(model).__name__} calls torch's attention by name"
+    if importlib.util.find_spec(PACKAGES[kernel]) is None:
+        return f"not installed ({INSTALL[kernel]})"
+    if device.type != "cuda":
+        return f"needs a CUDA device, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bf16 and fp16, the networks compute in {str(dtype).removeprefix('torch.')}"
+    if kernel == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return f"is for Hopper, this is {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def _switchable(module: nn.Module) -> bool:
+    """Whether diffusers can switch the kernel of this layer; the processors of SD3 and SDXL call torch's own."""
+    return hasattr(getattr(module, "processor", None), "_attention_backend")
