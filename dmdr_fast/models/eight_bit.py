@@ -119,6 +119,4 @@ def _float8(model: nn.Module, layers: list[nn.Linear]) -> None:
 
 def _in_a_list(model: nn.Module, name: str) -> bool:
     parents = name.split(".")[:-1]
-    return any(
-        isinstance(model.get_submodule(".".join(parents[:i])), nn.ModuleList) for i in range(1, len(parents) + 1)
-    )
+    return any(isinstance(model.get_submodule(".".join(parents[:i])), nn.ModuleList) for i in range(len(parents) + 1))
