@@ -52,6 +52,8 @@ class Family(ABC):
     default_length: ClassVar[int]
     default_guidance: ClassVar[float | None] = None
     encode_batch: ClassVar[int] = 8  # prompts in one pass of the encoders, always as many
+    passes_sigmas: ClassVar[bool] = True  # its pipeline gives the scheduler the sigmas 1 - i / N
+    sized: ClassVar[bool] = False  # its pipeline's default image size is the network's sample_size
 
     path: str
     network_config: Mapping[str, Any]
@@ -125,6 +127,14 @@ class Family(ABC):
         _, rows, columns = self.latent_shape(height, width)
         return (rows // self.patch) * (columns // self.patch)
 
+    def to_pipeline(self, x_t: Tensor) -> Tensor:
+        """x_t in the layout that the pipeline keeps its latents in (tokens where it packs them)."""
+        return x_t
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of ``to_pipeline``, for x_t of ``height`` x ``width`` latent pixels."""
+        return latents
+
     @abstractmethod
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Images [B, 3, height, width] in about [-1, 1], in the VAE's dtype, of x0; differentiable."""
@@ -171,6 +181,11 @@ class Family(ABC):
     @abstractmethod
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's prediction at (x_t, t): see the top of this file."""
+
+    def fold_guidance(self, network: nn.Module) -> nn.Module:
+        """``network``, changed where it is guidance-distilled: with the pipeline's ``guidance_scale=0`` it then
+        computes what it does now with ``guidance``."""
+        return network
 
     def guidance_of(self, t: Tensor) -> Tensor | None:
         """The guidance scale per sample for a guidance-distilled network, None for any other."""

@@ -37,11 +37,17 @@ class Flux(Family):
     def channels(self) -> int:
         return self.network_config["in_channels"] // 4
 
+    def to_pipeline(self, x_t: Tensor) -> Tensor:
+        return pack(x_t)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return unpack(latents, height, width)
+
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         height, width = x_t.shape[-2:]
         text = condition["prompt_embeds"].to(x_t.dtype)
         prediction = network(
-            hidden_states=pack(x_t),
+            hidden_states=self.to_pipeline(x_t),
             timestep=t,
             guidance=self.guidance_of(t),
             pooled_projections=condition["pooled_embeds"].to(x_t.dtype),
@@ -50,7 +56,21 @@ class Flux(Family):
             img_ids=grid_ids(height // 2, width // 2, 3, x_t.device),
             return_dict=False,
         )[0]
-        return unpack(prediction, height, width)
+        return self.from_pipeline(prediction, height, width)
+
+    def fold_guidance(self, network: nn.Module) -> nn.Module:
+        """The guidance's embedding is one vector, added to the time's: it goes into that one's bias."""
+        if not self.network_config.get("guidance_embeds", False):
+            return network
+        embed = network.time_text_embed
+        with torch.no_grad():
+            scale = torch.tensor([1000.0 * self.guidance])
+            bias = embed.timestep_embedder.linear_2.bias
+            vector = embed.guidance_embedder.float()(embed.time_proj(scale))[0]
+            bias.copy_(bias.float() + vector)
+        del embed.guidance_embedder
+        network.register_to_config(guidance_embeds=False)
+        return network
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         return decode_shifted(vae, latents)

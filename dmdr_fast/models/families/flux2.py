@@ -47,13 +47,19 @@ class Flux2(Family):
 
         return math.exp(compute_empirical_mu(self.tokens(height, width), 50))
 
+    def to_pipeline(self, x_t: Tensor) -> Tensor:
+        return x_t.flatten(2).transpose(1, 2)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return latents.transpose(1, 2).unflatten(2, (height, width))
+
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         height, width = x_t.shape[-2:]
         text = condition["prompt_embeds"].to(x_t.dtype)
         text_ids = torch.zeros(text.shape[1], 4, device=x_t.device)
         text_ids[:, 3] += torch.arange(text.shape[1], device=x_t.device)
         prediction = network(
-            hidden_states=x_t.flatten(2).transpose(1, 2),
+            hidden_states=self.to_pipeline(x_t),
             timestep=t,
             guidance=self.guidance_of(t),
             encoder_hidden_states=text,
@@ -61,7 +67,22 @@ class Flux2(Family):
             img_ids=grid_ids(height, width, 4, x_t.device),
             return_dict=False,
         )[0]
-        return prediction.transpose(1, 2).unflatten(2, (height, width))
+        return self.from_pipeline(prediction, height, width)
+
+    def fold_guidance(self, network: nn.Module) -> nn.Module:
+        """W1 of the guidance's embedding changes by one rank, so that p(0) is mapped to where p(guidance) was.
+
+        No layer there has a bias to take a constant. p is the sinusoidal projection, and |p(0)|^2 half its length.
+        """
+        if not self.network_config.get("guidance_embeds", False):
+            return network
+        embed = network.time_guidance_embed
+        with torch.no_grad():
+            none, now = embed.time_proj(torch.tensor([0.0, 1000.0 * self.guidance]))
+            weight = embed.guidance_embedder.linear_1.weight
+            change = torch.outer(weight.float() @ (now - none), none / none.square().sum())
+            weight.copy_(weight.float() + change)
+        return network
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.dtype)

@@ -40,17 +40,23 @@ class QwenImage(Family):
     def factor(self) -> int:
         return 2 ** len(self.vae_config["temperal_downsample"])
 
+    def to_pipeline(self, x_t: Tensor) -> Tensor:
+        return pack(x_t)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return unpack(latents, height, width)
+
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         batch, _, height, width = x_t.shape
         prediction = network(
-            hidden_states=pack(x_t),
+            hidden_states=self.to_pipeline(x_t),
             timestep=t,
             encoder_hidden_states=condition["prompt_embeds"].to(x_t.dtype),
             encoder_hidden_states_mask=condition["mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
             return_dict=False,
         )[0]
-        return unpack(prediction, height, width)
+        return self.from_pipeline(prediction, height, width)
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         mean, std = (

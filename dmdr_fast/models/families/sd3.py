@@ -22,6 +22,8 @@ class SD3(Family):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     default_length = 256
+    passes_sigmas = False
+    sized = True
     published: ClassVar = {
         "stabilityai/stable-diffusion-3-medium-diffusers": {
             "num_layers": 24,

@@ -15,7 +15,7 @@ from dmdr_fast.models.families.base import Condition, Family, token_counts
 class SDXL(Family):
     """``StableDiffusionXLPipeline``: prompt_embeds [B, 77, D], pooled_embeds [B, P] (two CLIP encoders).
 
-    t in [0, 1] is step round(1000 t) - 1 of the DDPM, so t = 1 is step 999; x_t = sqrt(abar) x0 + sqrt(1 - abar) eps.
+    t in [0, 1] is step ceil(1000 t) - 1 of the DDPM, so t = 1 is step 999; x_t = sqrt(abar) x0 + sqrt(1 - abar) eps.
     Size and crop embeddings are those of an uncropped image of x_t's size.
     """
 
@@ -30,6 +30,7 @@ class SDXL(Family):
     )
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
     default_length = 77
+    sized = True
     published: ClassVar = {
         "stabilityai/stable-diffusion-xl-base-1.0": {
             "sample_size": 128,
@@ -53,7 +54,8 @@ class SDXL(Family):
 
     def steps(self, t: Tensor) -> Tensor:
         """The DDPM step of each t: int64 [B] in 0..999."""
-        return (1000.0 * t).round().long().sub(1).clamp(0, 999)
+        # a thousandth of a step below: 1000 t of fp32 may lie one rounding above its whole number
+        return (1000.0 * t - 1e-3).ceil().long().sub(1).clamp(0, 999)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar), sqrt(1 - abar) of the step, fp32 [B]."""

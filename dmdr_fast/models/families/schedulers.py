@@ -1,0 +1,86 @@
+"""The student's timesteps inside the config of one of diffusers' own schedulers.
+
+A pipeline calls ``set_timesteps`` its own way: SD3's with the number of steps, which the scheduler spreads evenly from
+sigma = 1 down to 0.001; FLUX.1's, FLUX.2's, Qwen-Image's and Z-Image's with sigmas 1 - i/N and a shift exp(mu) for the
+image's size; SDXL's with the number of steps. What is saved here makes of that exactly the student's grid at
+``num_inference_steps=N``, and its steps are the student's rollout: x0, then fresh noise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dmdr_fast.models.families.base import Family
+
+TRAIN_STEPS = 1000
+
+
+def student_scheduler(family: Family, grid: tuple[float, ...]) -> Any:
+    """A scheduler whose own config makes the pipeline of ``family`` sample on ``grid`` = (1, ..., t_{N-1}, 0).
+
+    Flow matching: FlowMatchEulerDiscreteScheduler with stochastic_sampling, x_{t'} = (1 - t') x0 + t' noise. It draws
+    from the global random state: diffusers' pipelines do not hand it their generator. Eps (SDXL): LCMScheduler, whose
+    boundary terms timestep_scaling drives to zero.
+
+    Raises:
+        ValueError: the grid is none of these: shift_time(1 - i/N) for some shift, or 1 - i/N for SDXL.
+    """
+    shift = grid_shift(grid)
+    if family.prediction == "eps":
+        if abs(shift - 1.0) > 1e-6:
+            raise ValueError(f"{family.name}: the exported scheduler needs an even grid (shift 1), got {_shown(grid)}")
+        return _lcm(family)
+    return _flow(shift, grid, family.passes_sigmas)
+
+
+def grid_shift(grid: tuple[float, ...]) -> float:
+    """The shift s of grid t_i = s u / (1 + (s - 1) u), u = 1 - i/N; 1 for one step. ValueError where there is none."""
+    steps = len(grid) - 1
+    expected = "expected 1 = t_0 > ... > t_N = 0 with t_i = shift_time(1 - i/N, shift)"
+    if steps < 1 or grid[0] != 1.0 or grid[-1] != 0.0:
+        raise ValueError(f"student grid: {expected}, got {_shown(grid)}")
+    if steps == 1:
+        return 1.0
+    first, u = grid[1], 1.0 - 1.0 / steps
+    if not 0.0 < first < 1.0:
+        raise ValueError(f"student grid: {expected}, got {_shown(grid)}")
+    shift = first * (1.0 - u) / (u * (1.0 - first))
+    even = [1.0 - i / steps for i in range(steps + 1)]
+    if any(abs(t - shift * e / (1.0 + (shift - 1.0) * e)) > 1e-6 for t, e in zip(grid, even, strict=True)):
+        raise ValueError(f"student grid: {expected}, got {_shown(grid)}; no shift makes it")
+    return shift
+
+
+def _flow(shift: float, grid: tuple[float, ...], passes_sigmas: bool) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    steps = len(grid) - 1
+    settings: dict[str, Any] = {"num_train_timesteps": TRAIN_STEPS, "stochastic_sampling": True}
+    if passes_sigmas or steps == 1:
+        return FlowMatchEulerDiscreteScheduler(shift=shift, **settings)
+    # The scheduler spreads z from 1 to 1/1000, shifts by s' and stretches the last to shift_terminal. Both that and
+    # the grid are 1 - c u / (1 - k u) in u = i/(N-1), equal where k = (s-1)/s (N-1)/N = (s'-1)/s' (1 - 1/1000).
+    k = (shift - 1.0) / shift * (steps - 1.0) / steps
+    mu = -math.log(1.0 - k / (1.0 - 1.0 / TRAIN_STEPS))
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=mu, max_shift=mu, shift_terminal=grid[-2], **settings
+    )
+
+
+def _lcm(family: Family) -> Any:
+    from diffusers import LCMScheduler
+
+    config = family.scheduler_config
+    kept = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    return LCMScheduler(
+        num_train_timesteps=TRAIN_STEPS,
+        original_inference_steps=TRAIN_STEPS,
+        timestep_scaling=1e6,
+        clip_sample=False,
+        **{name: config[name] for name in kept if name in config},
+    )
+
+
+def _shown(grid: tuple[float, ...]) -> str:
+    return ", ".join(f"{t:.6g}" for t in grid)

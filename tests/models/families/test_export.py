@@ -1,0 +1,174 @@
+"""Exported pipelines draw the student's images: diffusers' own call against our rollout, with the same noise."""
+
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from dmdr_fast.algorithm.rollout import sample
+from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.models.export import LORA_FOLDER, export_pipeline, load_weights
+from dmdr_fast.models.families import Denoiser
+from dmdr_fast.models.families.schedulers import student_scheduler
+from dmdr_fast.models.lora import add_lora
+from tests.families import PROMPTS, randomised
+
+SIZE = 16
+
+
+def trained_weights(case):
+    network = randomised(case.family.build_from_config(case.family.network_config), 9)
+    return network, {f"transformer.{name}": p.detach() for name, p in network.named_parameters()}
+
+
+def trained_lora(case):
+    network = case.family.load_transformer(torch.float32)
+    adapter = add_lora(network, "generator", rank=2, targets=case.family.lora_targets)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    adapter.set_scale(0.7)
+    return network, adapter.state_dict()
+
+
+def rollout(case, network, condition, grid, noises):
+    """Our own sampler; SDXL's path is the variance-preserving one."""
+    if case.family.prediction == "flow":
+        return sample(network, lambda i: noises[i], condition, grid)
+    x = noises[0]
+    for i, t in enumerate(grid[:-1]):
+        alpha, sigma = case.family.alpha_sigma(torch.tensor([t]))
+        x0 = (x - sigma * network(x, torch.full((len(x),), t), condition)) / alpha
+        if grid[i + 1] > 0:
+            alpha, sigma = case.family.alpha_sigma(torch.tensor([grid[i + 1]]))
+            x = alpha * x0 + sigma * noises[i + 1]
+    return x0
+
+
+@torch.no_grad()
+def assert_same_images(case, out, network, grid, guidance, **size):
+    family = replace(case.family, guidance=guidance)
+    prompts = list(PROMPTS[:2])
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    images = pipeline(
+        prompt=list(prompts),
+        num_inference_steps=len(grid) - 1,
+        guidance_scale=0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        **size,
+    ).images
+    shape = (2, *family.latent_shape(SIZE, SIZE))
+    draw = torch.Generator().manual_seed(3)
+    noises = [torch.randn(shape, generator=draw)]
+    torch.manual_seed(5)
+    for _ in grid[2:]:  # flow pipelines: the global state, in the pipeline's layout; SDXL's: its generator
+        if family.prediction == "eps":
+            noises.append(torch.randn(shape, generator=draw))
+        else:
+            noises.append(family.from_pipeline(torch.randn(family.to_pipeline(noises[0]).shape), *shape[2:]))
+    x0 = rollout(case, Denoiser(family, network), family.condition(case.entries[:2]), grid, noises)
+    ours = (family.decode(case.pipeline.vae, x0) / 2 + 0.5).clamp(0, 1)
+    assert images.std() > 0.05
+    torch.testing.assert_close(images, ours, rtol=0, atol=1e-4)
+
+
+def test_two_steps_of_trained_weights(case, tmp_path):
+    guidance = 2.5 if case.family.guidance is not None else None
+    grid = timestep_grid(2, shift=1.0 if case.name == "sdxl" else 3.0)
+    network, weights = trained_weights(case)
+    out = export_pipeline(
+        replace(case.family, guidance=guidance),
+        tmp_path / "out",
+        grid=grid,
+        weights=weights,
+        dtype=torch.float32,
+        resolution=SIZE,
+    )
+    size = {} if case.family.sized else {"height": SIZE, "width": SIZE}
+    assert_same_images(case, out, network, grid, guidance, **size)
+    assert not (out / LORA_FOLDER).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_step_of_a_lora(case, tmp_path):
+    network, lora = trained_lora(case)
+    out = export_pipeline(
+        case.family, tmp_path / "out", grid=(1.0, 0.0), lora=lora, lora_scale=0.7, dtype=torch.float32
+    )
+    assert_same_images(case, out, network, (1.0, 0.0), case.family.guidance, height=SIZE, width=SIZE)
+    plain = case.family.load_transformer(torch.float32)
+    worn = peft.PeftModel.from_pretrained(plain, out / LORA_FOLDER).base_model.model
+    condition = case.family.condition(case.entries[:1])
+    x_t = torch.randn(1, *case.family.latent_shape(SIZE, SIZE), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = (case.family.forward(n, x_t, torch.tensor([0.6]), condition) for n in (network, worn))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 6.0])
+def test_the_saved_config_makes_the_grid(cases, tmp_path, steps, shift):
+    """At the sizes of a teacher, called as its pipeline calls it, from the config on disk."""
+    grid = timestep_grid(steps, shift=shift)
+    for name in ("sd3", "flux"):
+        student_scheduler(cases(name).family, grid).save_pretrained(tmp_path / name)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / name)
+        if name == "flux":
+            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=1.15)
+        elif scheduler.config.use_dynamic_shifting:  # SD3 asks the config, and gives the line's value at its size
+            assert scheduler.config.base_shift == scheduler.config.max_shift
+            scheduler.set_timesteps(steps, mu=scheduler.config.base_shift)
+        else:
+            scheduler.set_timesteps(steps)
+        torch.testing.assert_close(scheduler.sigmas, torch.tensor(grid), rtol=0, atol=1e-6)
+        torch.testing.assert_close(scheduler.timesteps, 1000 * torch.tensor(grid[:-1]), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 10])
+def test_sdxls_steps_are_those_of_the_grid(cases, steps):
+    family = cases("sdxl").family
+    scheduler = student_scheduler(family, timestep_grid(steps))
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == family.steps(torch.tensor(timestep_grid(steps)[:-1])).tolist()
+
+
+def test_grids_that_no_scheduler_makes(cases):
+    with pytest.raises(ValueError, match=r"student grid: expected .* got 1, 0\.9, 0\.3, 0; no shift makes it"):
+        student_scheduler(cases("flux").family, (1.0, 0.9, 0.3, 0.0))
+    with pytest.raises(ValueError, match=r"student grid: expected 1 = t_0"):
+        student_scheduler(cases("flux").family, (0.9, 0.0))
+    with pytest.raises(ValueError, match=r"needs an even grid \(shift 1\), got 1, 0\.75, 0"):
+        student_scheduler(cases("sdxl").family, timestep_grid(2, shift=3.0))
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(cases, tmp_path):
+    case = cases("z_image")
+    _, weights = trained_weights(case)
+    some = dict(list(weights.items())[1:])
+    with pytest.raises(ValueError, match=rf"expected {len(weights)} tensors, got {len(some)}; first that differs: "):
+        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0), weights=some)
+    wrong = weights | {"transformer.x_pad_token": torch.zeros(1, 3)}
+    with pytest.raises(ValueError, match=r"x_pad_token expected \[1, 16\], got \[1, 3\]"):
+        load_weights(case.family.load_transformer(torch.float32), wrong)
+    with pytest.raises(ValueError, match="matches no nn"):
+        lora = {"absent.lora_A": torch.zeros(3, 2), "absent.lora_B": torch.zeros(2, 3)}
+        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0), lora=lora)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="is there already"):
+        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0))
+
+
+def test_arguments_that_the_pipeline_still_needs_are_said(cases, tmp_path, caplog):
+    family = replace(cases("flux").family, length=64)
+    out = export_pipeline(family, tmp_path / "out", grid=(1.0, 0.0), resolution=512)
+    assert "call it with height=512, width=512" in caplog.text
+    assert "call it with max_sequence_length=64" in caplog.text
+    config = json.loads((out / "transformer/config.json").read_text())
+    assert config["guidance_embeds"] is False
