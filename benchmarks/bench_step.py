@@ -22,8 +22,9 @@ from benchmarks.step_sides import FAKE_UPDATES, LATENT, REAL_SCALE, Eager, Fused
 from benchmarks.timing import Run, Spread, interleave
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.recipe import Recipe
+from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import timestep_grid
-from dmdr_fast.algorithm.step import Recipe
 from dmdr_fast.models.sit import SIT_CONFIGS
 
 # Relative L2 difference of the generator's gradients, after five fake updates. Rounding in the networks decides it:
@@ -46,12 +47,13 @@ def test_update(record, device, steps, cfg_scale):
         grid=timestep_grid(steps),
         latent_shape=LATENT,
         cold_start_steps=0,
+        generator_steps=10**9,
         fake_updates=FAKE_UPDATES,
         real_lora_scale=REAL_SCALE,
         dynamic_guidance_step=10**9,  # the scale stays where it starts
         dmd=DMDOptions(cfg_scale=cfg_scale),
         reward_weight=0.05,
-        reward_chunk=max(1, size.batch // 4),
+        rl=RLOptions(refl=ReFLOptions(chunk=max(1, size.batch // 4))),
     )
     counters = balanced_steps(steps)
     sides = {"fused": Fused(size, recipe, device), "eager": Eager(size, recipe, device, counters)}

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from benchmarks import eager
 from benchmarks.eager_step import DenseLora, Draws, EagerUpdate, FakeDraws
 from dmdr_fast import ops
+from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe, RewardModel
 from dmdr_fast.algorithm.rollout import draw_stop_step
 from dmdr_fast.algorithm.score_pass import shared_scores
-from dmdr_fast.algorithm.step import Batch, Networks, Recipe, RewardModel, dmdr_update
+from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.sit import SiT
@@ -48,20 +49,22 @@ class Fused:
         self.optimizers = _optimizers(generator.parameters(), adapter.parameters())
         fake = _Trained(base, self.optimizers[1], before=lambda: adapter.set_scale(FAKE_SCALE))
         scores = shared_scores(base, adapter.set_scale, fake_scale=FAKE_SCALE)
-        self.networks = Networks(_Trained(generator, self.optimizers[0]), fake, scores, generator.null_condition)
+        self.networks = Networks(_Trained(generator, self.optimizers[0]), fake, scores)
+        self.null = generator.null_condition
         decoder, classifier = _reward_networks(size, device)
-        self.reward = RewardModel(
-            decoder,
-            lambda images, labels: _log_prob(classifier(ops.preprocess_reward(images, 224, MEAN, STD)), labels),
-        )
+
+        def score(images: Tensor, given: dict[str, Tensor], batch: str) -> tuple[Tensor, dict[str, Tensor]]:
+            return _log_prob(classifier(ops.preprocess_reward(images, 224, MEAN, STD)), given["labels"]), {}
+
+        self.reward = RewardModel(decoder, score)
         self.recipe, self.device, self.shard = recipe, device, Shard(0, size.batch, size.batch)
 
     def __call__(self, step: int) -> None:
         dmdr_update(self.networks, self._data, self.reward, self.recipe, STREAMS, step, [self.shard], self.device)
 
-    def _data(self, index: tuple[int, int], shard: Shard) -> Batch:
+    def _data(self, index: tuple[int, int], shard: Shard, group: int = 1) -> Batch:
         labels = _labels(index, shard.size, self.device)
-        return Batch(labels, {"labels": labels})
+        return Batch(labels, self.null(labels), labels, {"labels": labels})
 
 
 class Eager:
@@ -105,7 +108,7 @@ def balanced_steps(steps: int) -> tuple[int, int]:
 
 
 class _Trained:
-    """A network with AdamW and a norm bound, as ``dmdr_fast.algorithm.step.Trained`` asks."""
+    """A network with AdamW and a norm bound, as ``dmdr_fast.algorithm.recipe.Trained`` asks."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
         self.network, self.optimizer, self.before = network, optimizer, before
@@ -114,7 +117,7 @@ class _Trained:
         self.before()
         return self.network(x_t, t, condition)
 
-    def backward(self, loss):
+    def backward(self, loss, *, last):
         loss.backward()
 
     def step(self):

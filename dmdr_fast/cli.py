@@ -42,6 +42,8 @@ def accepted(field: FieldInfo) -> str:
 
 def _type_words(annotation: Any) -> str:
     args = get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     if get_origin(annotation) is tuple:
         return "[" + ", ".join("..." if a is Ellipsis else _type_words(a) for a in args) + "]"
     if hasattr(annotation, "__metadata__"):  # Annotated[type, bounds]
@@ -180,6 +182,8 @@ def _problem(problem: dict, source: Path) -> str:
     words = [str(w) for w in problem["loc"]]
     prefixes = [".".join(words[:n]) for n in range(len(words), 0, -1)]  # a fault inside a tuple or union is the key's
     path = next((p for p in prefixes if p in fields), ".".join(words))
+    if problem["type"] == "extra_forbidden" and path in fields:  # inside a list of groups
+        return f"{'.'.join(words)}: unknown key ({source}); {path} takes {accepted(fields[path])}"
     if problem["type"] == "extra_forbidden":
         return _unknown_key(".".join(words), str(source))
     if not words:  # raised by Config itself: the message names its key

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message says what was wrong, what was expected and what to change. The command line prints it as one line
     on stderr and exits with code 2; it never shows a traceback.
     """
+
+
+class RunEnded(Exception):
+    """A run ended early, its checkpoint written; the message says why and how to go on. Exit code 1."""

@@ -18,13 +18,45 @@ def check(config: Config) -> None:
 
     Raises:
         UserError: run_dir cannot be written, the teacher's weights are missing, the DeepSpeed JSON is unreadable, or a
-            package that the configuration asks for is not installed.
+            package that the configuration asks for is not installed, or a reward is unknown or not of the kind that
+            the RL method needs.
     """
     _check_packages(config)
     _check_run_dir(config.run_dir)
     _check_weights(config.teacher.weights)
     if config.deepspeed.config is not None:
         read_deepspeed_json(config.deepspeed.config)
+    _check_rewards(config)
+    _check_groups(config)
+
+
+def _check_groups(config: Config) -> None:
+    """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
+    name = config.rl.method
+    group = {"grpo": config.rl.grpo.group_size, "dpo": config.rl.dpo.group_size}.get(name, 1)
+    batch = config.train.micro_batch_size * config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    if batch % group:
+        raise UserError(
+            f"rl.{name}.group_size: {group} does not divide the global batch of {batch} "
+            "(train.micro_batch_size x train.gradient_accumulation x ranks); change one of them"
+        )
+
+
+def _check_rewards(config: Config) -> None:
+    """Whether every reward exists, and ReFL's are differentiable; a user's file is read, no weights are loaded."""
+    from dmdr_fast.rewards.registry import is_differentiable
+
+    for where, terms in (("reward.terms", config.reward.terms), ("reward.held_out", config.reward.held_out)):
+        for term in terms:
+            try:
+                graded = is_differentiable(term.kind)
+            except (ValueError, FileNotFoundError) as error:
+                raise UserError(str(error)) from None
+            if config.rl.method == "refl" and where == "reward.terms" and not graded:
+                raise UserError(
+                    f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method refl "
+                    "needs; set rl.method to grpo or dpo, or take a differentiable reward"
+                )
 
 
 def read_deepspeed_json(path: Path) -> dict:

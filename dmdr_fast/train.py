@@ -17,21 +17,22 @@ _HERE = str(Path(__file__).resolve().parent)
 sys.path[:] = [p for p in sys.path if str(Path(p or ".").resolve()) != _HERE] + [str(Path(_HERE).parent)]
 
 from dmdr_fast.cli import dump, parse, run_user_command  # noqa: E402
+from dmdr_fast.errors import RunEnded  # noqa: E402
 from dmdr_fast.preflight import check  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
-    """Parse, build, run. 0 when done or stopped on request, 1 when the run diverged; mistakes exit with 2."""
+    """Parse, build, run. 0 when done or stopped on request, 1 when the run had to end early; mistakes exit with 2."""
     config, print_only = parse(argv)
     if print_only:
         print(dump(config), end="")
         return 0
     check(config)
-    from dmdr_fast.engine.trainer import Diverged, train  # torch and deepspeed: after the configuration is known good
+    from dmdr_fast.engine.trainer import train  # torch and deepspeed: after the configuration is known good
 
     try:
         train(config)
-    except Diverged as error:
+    except RunEnded as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

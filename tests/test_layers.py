@@ -19,7 +19,7 @@ ALLOWED = {
     "models": {"ops", "errors"},
     "rewards": {"ops", "data", "errors"},
     "data": {"cache", "errors"},
-    "eval": {"data", "ops", "errors"},
+    "eval": {"algorithm", "data", "ops", "errors"},
     "patch": {"ops", "models", "errors"},
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast import ops
+from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.score_pass import ScorePass
 
 
@@ -34,6 +35,12 @@ class DMDOptions:
         """Whether the unconditional prediction matters: not at standard scale 1 or offset scale 0."""
         return self.cfg_scale != (1.0 if self.cfg_mode == "standard" else 0.0)
 
+    def guided_scale(self, guidance: Tensor | None) -> Tensor | float:
+        """The CFG scale, fp32 [B] where a factor per sample weighs the guidance part."""
+        if guidance is None:
+            return self.cfg_scale
+        return self.cfg_scale * guidance if self.cfg_mode == "offset" else 1.0 + (self.cfg_scale - 1.0) * guidance
+
 
 def dmd_leaf_gradient(
     x0: Tensor,
@@ -46,13 +53,19 @@ def dmd_leaf_gradient(
     *,
     real_scale: float,
     noise_offset: int = 0,
+    path: Path = FLOW,
+    guidance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """d(DMD loss)/d(x0) for the leaf x0 [B, ...], and the loss 1/2 mean g^2 (0-d), both detached.
 
-    g = (x0_fake - x0_real) / w at x_t = (1 - t) x0 + t noise; t fp32 [B]. The noise is drawn inside the renoise
+    g = (x0_fake - x0_real) / w at x_t = alpha x0 + sigma noise; t fp32 [B]. The noise is drawn inside the renoise
     kernel from ``noise_seed`` and never stored. See :func:`dmdr_fast.ops.dmd_gradient`.
+
+    ``guidance`` fp32 [B] multiplies the teacher's guidance, real - cond, sample by sample: a CFG scale of
+    1 + (w - 1) f in standard form. It needs ``uncond``.
     """
-    x_t = ops.renoise(x0, 1.0 - t, t, seed=noise_seed, offset=noise_offset)
+    alpha, sigma = path.alpha_sigma(t)
+    x_t = ops.renoise(x0, alpha, sigma, seed=noise_seed, offset=noise_offset)
     scores = score(x_t, t, cond, uncond, real_scale=real_scale)
     out = ops.dmd_gradient(
         x0,
@@ -60,8 +73,9 @@ def dmd_leaf_gradient(
         scores.fake,
         scores.real,
         scores.real_uncond,
-        sigma=t,
-        cfg_scale=None if scores.real_uncond is None else options.cfg_scale,
+        sigma=sigma,
+        alpha=alpha,
+        cfg_scale=None if scores.real_uncond is None else options.guided_scale(guidance),
         cfg_mode=options.cfg_mode,
         prediction=options.prediction,
         normalizer=options.normalizer,
@@ -74,7 +88,7 @@ def dmd_leaf_gradient(
 
 
 def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: str = "flow") -> Tensor:
-    """The fake score's loss at x_t = (1 - t) x0 + t noise, mean over all elements (0-d), computed in fp32 or fp64.
+    """The fake score's loss at x_t = alpha x0 + sigma noise, mean over all elements (0-d), computed in fp32 or fp64.
 
     ``flow`` mean |v - (noise - x0)|^2; ``eps`` mean |eps_hat - noise|^2; ``x0`` mean |x0_hat - x0|^2.
     """
@@ -85,8 +99,8 @@ def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: str
     return (prediction.to(dtype) - targets[kind]().to(dtype)).square().mean()
 
 
-def fake_loss(fake, x0: Tensor, t: Tensor, noise: Tensor, cond: Any, kind: str = "flow") -> Tensor:
+def fake_loss(fake, x0: Tensor, t: Tensor, noise: Tensor, cond: Any, kind: str = "flow", path: Path = FLOW) -> Tensor:
     """One denoising loss of the fake score (graded) on the generator's samples x0, renoised to t."""
-    x_t = ops.renoise(x0.detach(), 1.0 - t, t, noise=noise)
+    x_t = ops.renoise(x0.detach(), *path.alpha_sigma(t), noise=noise)
     with torch.enable_grad():
         return score_matching_loss(fake(x_t, t, cond), x0, noise, kind)

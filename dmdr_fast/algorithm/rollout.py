@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast import ops
+from dmdr_fast.algorithm.paths import FLOW, Path, clean_sample
 from dmdr_fast.algorithm.schedules import timestep_grid
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]  # (x_t [B, ...], t fp32 [B], condition) -> prediction, x_t's shape
@@ -38,19 +39,6 @@ def draw_stop_step(rng: np.random.Generator, steps: int) -> int:
     return int(rng.integers(steps))
 
 
-def clean_sample(x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "flow") -> Tensor:
-    """The generator's sample x0_hat: ``flow`` x_t - t v, ``x0`` the prediction itself.
-
-    x_t [B, ...], t fp32 [B], prediction like x_t -> x_t's shape and dtype. (An eps prediction has no x0_hat at t = 1,
-    where the student starts.)
-    """
-    if kind == "flow":
-        return x_t - t.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) * prediction
-    if kind == "x0":
-        return prediction
-    raise ValueError(f"clean_sample: kind must be 'flow' or 'x0' on a flow-matching path, got {kind!r}")
-
-
 @torch.no_grad()
 def truncated_rollout(
     generator: Network,
@@ -61,6 +49,7 @@ def truncated_rollout(
     *,
     variant: str = "backward_simulation",
     kind: str = "flow",
+    path: Path = FLOW,
 ) -> Rollout:
     """Run the generator from pure noise up to grid step ``stop``.
 
@@ -73,32 +62,57 @@ def truncated_rollout(
     x = noise(0)
     for i in range(stop + 1):
         t = torch.full((x.shape[0],), grid[i], device=x.device)
-        x0 = clean_sample(x, t, generator(x, t, condition), kind)
+        x0 = clean_sample(x, t, generator(x, t, condition), kind, path)
         if i < stop:
-            x = renoised(x0, grid[i + 1], noise(i + 1))
+            x = renoised(x0, grid[i + 1], noise(i + 1), path)
     if variant == "backward_simulation":
         return Rollout(x, t, x0, reuse=True)
     if variant == "same_step":
-        return Rollout(renoised(x0, grid[stop], noise(stop + 1)), t, x0, reuse=False)
+        return Rollout(renoised(x0, grid[stop], noise(stop + 1), path), t, x0, reuse=False)
     raise ValueError(f"rollout variant: expected backward_simulation or same_step, got {variant!r}")
 
 
-def renoised(x0: Tensor, t: float, noise: Tensor) -> Tensor:
-    """x_t = (1 - t) x0 + t noise at one time for the whole batch."""
-    sigma = torch.full((x0.shape[0],), t, device=x0.device)
-    return ops.renoise(x0, 1.0 - sigma, sigma, noise=noise)
+def renoised(x0: Tensor, t: float, noise: Tensor, path: Path = FLOW) -> Tensor:
+    """x_t = alpha x0 + sigma noise at one time for the whole batch."""
+    return ops.renoise(x0, *path.alpha_sigma(torch.full((x0.shape[0],), t, device=x0.device)), noise=noise)
 
 
 @torch.no_grad()
-def sample(generator: Network, noise: Noise, condition: Any, grid: tuple[float, ...], *, kind: str = "flow") -> Tensor:
+def sample(
+    generator: Network, noise: Noise, condition: Any, grid: tuple[float, ...], *, kind: str = "flow", path: Path = FLOW
+) -> Tensor:
     """The full N-step rollout: what the trained generator is used as."""
-    return truncated_rollout(generator, noise, condition, grid, len(grid) - 2, kind=kind).x0
+    return truncated_rollout(generator, noise, condition, grid, len(grid) - 2, kind=kind, path=path).x0
 
 
 @torch.no_grad()
-def euler_sample(network: Network, x: Tensor, condition: Any, steps: int, *, shift: float = 1.0) -> Tensor:
-    """Euler integration of dx/dt = v(x, t) from t = 1 to 0 on a shifted uniform grid: the multi-step teacher."""
+def ode_sample(
+    network: Network,
+    x: Tensor,
+    condition: Any,
+    steps: int,
+    *,
+    shift: float = 1.0,
+    kind: str = "flow",
+    path: Path = FLOW,
+) -> Tensor:
+    """The multi-step teacher: the probability-flow ODE from t = 1 to 0 on a shifted uniform grid.
+
+    A flow prediction takes Euler steps of dx/dt = v; any other the DDIM step (arXiv 2010.02502), which is the same
+    where both exist: x' = alpha' x0_hat + sigma' eps_hat.
+    """
     grid = timestep_grid(steps, shift=shift)
     for t, t_next in pairwise(grid):
-        x = x + (t_next - t) * network(x, torch.full((x.shape[0],), t, device=x.device), condition)
+        times = torch.full((x.shape[0],), t, device=x.device)
+        prediction = network(x, times, condition)
+        if kind == "flow":
+            x = x + (t_next - t) * prediction
+            continue
+        x0 = clean_sample(x, times, prediction, kind, path)
+        if t_next == 0.0:
+            return x0
+        shape = (-1, *[1] * (x.ndim - 1))
+        alpha, sigma = (c.view(shape) for c in path.alpha_sigma(times))
+        alpha_next, sigma_next = (c.view(shape) for c in path.alpha_sigma(torch.full_like(times, t_next)))
+        x = alpha_next * x0 + sigma_next * (x - alpha * x0) / sigma
     return x

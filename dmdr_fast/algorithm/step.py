@@ -4,87 +4,38 @@
         x0 <- G's truncated rollout                      no grad
         F  <- F - lr grad  |F(renoise(x0), t) - target|^2
     g   <- DMD gradient at renoise(x0)                   one score pass, no grad
-    g   <- g + w_rl * reward gradient at x0              after the cold start
+    g   <- g + w_rl * reward gradient at x0              after the cold start: ReFL
     G   <- G - lr g^T dx0/dG                             one graded forward, the leaf gradient goes in
+           - lr w_rl grad of the GRPO or DPO loss        after the cold start: GRPO, DPO
 
 The rollout of the last fake update serves the generator update too: G has not moved since. Gradients are assembled on
 the leaf x0, so the peak is the largest of three graphs (score pass, reward, generator), not their sum, and they are
-the gradients of the joint loss. All metrics stay on the device.
+the gradients of the joint loss. Policy and preference losses follow one graded forward at a time. All metrics stay on
+the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.dmd import DMDOptions, dmd_leaf_gradient, fake_loss
-from dmdr_fast.algorithm.rl.options import ReFLOptions
-from dmdr_fast.algorithm.rl.refl import Decode, refl_leaf_gradient
-from dmdr_fast.algorithm.rollout import Rollout, clean_sample, draw_stop_step, truncated_rollout
-from dmdr_fast.algorithm.schedules import RenoiseLaw, real_score_lora_scale
-from dmdr_fast.algorithm.score_pass import ScorePass
+from dmdr_fast.algorithm.dmd import dmd_leaf_gradient, fake_loss
+from dmdr_fast.algorithm.monitors import OutputGradient, diversity, saturation
+from dmdr_fast.algorithm.paths import clean_sample
+from dmdr_fast.algorithm.recipe import Batch, Data, Networks, Recipe, RewardModel, Trained
+from dmdr_fast.algorithm.rl import policy
+from dmdr_fast.algorithm.rl.experience import Gather, rows_of, share, whole_batch
+from dmdr_fast.algorithm.rl.kl import kl_leaf_gradient
+from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
+from dmdr_fast.algorithm.rollout import Network, Rollout, draw_stop_step, truncated_rollout
 from dmdr_fast.algorithm.streams import Shard, Streams
 
-
-class Trained(Protocol):
-    """A trained role: a network with an optimizer behind it."""
-
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor: ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's loss (averaged over micro-batches and ranks)."""
-
-    def step(self) -> bool:
-        """Clip and apply what was accumulated; False where a gradient was not finite and nothing was changed."""
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The three roles. ``score`` runs F and T together; ``fake`` is F alone at its own LoRA scale, graded."""
-
-    generator: Trained
-    fake: Trained
-    score: ScorePass
-    null_condition: Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of one DMDR run that the step itself reads."""
-
-    grid: tuple[float, ...]
-    latent_shape: tuple[int, ...]
-    cold_start_steps: int
-    fake_updates: int = 5
-    rollout_variant: str = "backward_simulation"
-    generator_prediction: str = "flow"
-    fake_prediction: str = "flow"
-    real_lora_scale: float = 0.0
-    dynamic_guidance_step: int = 0
-    renoise: RenoiseLaw = field(default_factory=RenoiseLaw)
-    dmd: DMDOptions = field(default_factory=DMDOptions)
-    reward_weight: float = 0.0
-    reward_chunk: int = 8
-
-    def rl_active(self, step: int) -> bool:
-        """Reinforcement learning starts when the cold start has ended."""
-        return step >= self.cold_start_steps and self.reward_weight != 0.0
-
-    def real_scale(self, step: int) -> float:
-        """DynaDG's s_r at this step."""
-        return real_score_lora_scale(step, initial=self.real_lora_scale, dynamic_step=self.dynamic_guidance_step)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the data gives for one micro-batch: the condition, and what the reward needs to know about it."""
-
-    condition: Any
-    reward_inputs: dict[str, Any]
+Metrics = dict[str, Tensor]
+# A loss of the generator, built when it is called, so that one graph lives at a time.
+Loss = Callable[[Network], tuple[Tensor, Metrics]]
 
 
 @dataclass(frozen=True)
@@ -96,29 +47,18 @@ class Simulated:
     shard: Shard
 
 
-@dataclass(frozen=True)
-class RewardModel:
-    """Decoder and reward, both frozen: ``score(images, labels=..., prompts=...)`` -> fp32 [B]."""
-
-    decode: Decode
-    score: Callable[..., Tensor]
-
-    def of(self, batch: Batch) -> Callable[[Tensor, slice], Tensor]:
-        """The reward of rows of this batch."""
-        return lambda images, rows: self.score(images, **{k: v[rows] for k, v in batch.reward_inputs.items()})
-
-
 def simulate(
     generator: Trained,
-    data: Callable[[tuple[int, ...], Shard], Batch],
+    data: Data,
     recipe: Recipe,
     streams: Streams,
     index: tuple[int, int],
     shard: Shard,
     device: torch.device,
+    group: int = 1,
 ) -> Simulated:
     """Draw the conditions and the stop step of update ``index`` (step, fake update) and roll the generator out."""
-    batch = data(index, shard)
+    batch = data(index, shard, group)
     stop = draw_stop_step(streams.rng("stop", *index), len(recipe.grid) - 1)
     rollout = truncated_rollout(
         generator,
@@ -127,24 +67,58 @@ def simulate(
         recipe.grid,
         stop,
         variant=recipe.rollout_variant,
-        kind=recipe.generator_prediction,
+        kind=recipe.prediction,
+        path=recipe.path,
     )
     return Simulated(batch, rollout, shard)
 
 
 def fake_update(
     fake: Trained, samples: Sequence[Simulated], recipe: Recipe, streams: Streams, index: tuple[int, int]
-) -> tuple[dict[str, Tensor], bool]:
+) -> tuple[Metrics, bool]:
     """F <- F - lr grad of its denoising loss on the generator's samples, renoised by DynaRS."""
     losses = []
     for sample in samples:
         x0, shard = sample.rollout.x0, sample.shard
         t = streams.times(recipe.renoise, "fake_t", *index, step=index[0], shard=shard, device=x0.device)
         noise = streams.noise("fake_noise", *index, shape=recipe.latent_shape, shard=shard, device=x0.device)
-        loss = fake_loss(fake, x0, t, noise, sample.batch.condition, recipe.fake_prediction)
-        fake.backward(loss)
+        loss = fake_loss(fake, x0, t, noise, sample.batch.condition, recipe.prediction, recipe.path)
+        fake.backward(loss, last=sample is samples[-1])
         losses.append(loss.detach())
     return {"fake_loss": torch.stack(losses).mean()}, fake.step()
+
+
+def graded_sample(generator: Network, sample: Simulated, recipe: Recipe) -> Tensor:
+    """x0 = G(x_in, t_in), with grad where grad is enabled."""
+    r = sample.rollout
+    prediction = generator(r.x_in, r.t_in, sample.batch.condition)
+    return clean_sample(r.x_in, r.t_in, prediction, recipe.prediction, recipe.path)
+
+
+def dmd_part(
+    sample: Simulated,
+    x0: Tensor,
+    nets: Networks,
+    recipe: Recipe,
+    streams: Streams,
+    index: tuple[int, ...],
+    guidance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """d(DMD loss)/d(x0) and the loss. ``guidance`` fp32 [B] weighs the teacher's guidance sample by sample."""
+    shard, batch, step = sample.shard, sample.batch, index[0]
+    return dmd_leaf_gradient(
+        x0,
+        streams.times(recipe.renoise, "dmd_t", *index, step=step, shard=shard, device=x0.device),
+        streams.noise_seed("dmd_noise", *index, device=x0.device),
+        batch.condition,
+        batch.uncond if recipe.dmd.uses_cfg else None,
+        nets.score,
+        recipe.dmd,
+        real_scale=recipe.real_scale(step),
+        noise_offset=shard.start * x0[0].numel(),
+        path=recipe.path,
+        guidance=guidance,
+    )
 
 
 def leaf_gradient(
@@ -154,28 +128,79 @@ def leaf_gradient(
     reward: RewardModel | None,
     recipe: Recipe,
     streams: Streams,
-    step: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """g = d(DMD loss)/d(x0) + w_rl d(-mean R)/d(x0) on the leaf x0, with the metrics of both parts."""
-    shard, cond = sample.shard, sample.batch.condition
-    g, loss = dmd_leaf_gradient(
-        x0,
-        streams.times(recipe.renoise, "dmd_t", step, step=step, shard=shard, device=x0.device),
-        streams.noise_seed("dmd_noise", step, device=x0.device),
-        cond,
-        nets.null_condition(cond) if recipe.dmd.uses_cfg else None,
-        nets.score,
-        recipe.dmd,
-        real_scale=recipe.real_scale(step),
-        noise_offset=shard.start * x0[0].numel(),
-    )
-    metrics = {"dmd_loss": loss}
-    if reward is not None and recipe.rl_active(step):
-        refl = ReFLOptions(chunk=recipe.reward_chunk)
-        g_reward, rewards = refl_leaf_gradient(x0, reward.decode, reward.of(sample.batch), refl)
-        metrics |= {"reward": rewards.mean(), "reward_grad_ratio": recipe.reward_weight * g_reward.norm() / g.norm()}
-        g = g + recipe.reward_weight * g_reward
+    index: tuple[int, ...],
+    guidance: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """g = d(DMD loss)/d(x0) + w_rl d(-mean R)/d(x0) + d(KL)/d(x0) on the leaf x0, with the metrics of each part.
+
+    ``index`` is (step,), or (step, epoch) where GRPO takes several generator steps on one batch of rollouts.
+    """
+    step, r, batch = index[0], sample.rollout, sample.batch
+    g, metrics = torch.zeros_like(x0), {}
+    if recipe.uses_dmd(step):
+        g, metrics["dmd_loss"] = dmd_part(sample, x0, nets, recipe, streams, index, guidance)
+    if reward is None or not recipe.rl_active(step):
+        return g, metrics
+    if recipe.rl.method == "refl":
+        name, named = policy.batch_name(step, sample.shard), {}
+
+        def score(images: Tensor, rows: slice) -> Tensor:
+            total, each = reward.score(images, rows_of(batch.reward_inputs, rows), name)
+            for n, values in each.items():
+                named.setdefault(n, []).append(values.detach())
+            return total
+
+        g_reward, rewards = refl_leaf_gradient(x0, reward.decode, score, recipe.rl.refl)
+        weight = recipe.rl_weight(step)
+        metrics |= {"reward": rewards.mean()} | {n: torch.cat(v).mean() for n, v in named.items()}
+        if recipe.uses_dmd(step):
+            metrics["rl_grad_ratio"] = weight * g_reward.norm() / g.norm()
+        g = g + weight * g_reward
+    if recipe.kl_weight and recipe.rl.method != "grpo":
+        prediction = nets.reference(r.x_in, r.t_in, batch.condition)
+        x0_ref = clean_sample(r.x_in, r.t_in, prediction, recipe.prediction, recipe.path)
+        g_kl, metrics["kl"] = kl_leaf_gradient(x0, x0_ref, recipe.kl_weight)
+        g = g + g_kl
     return g, metrics
+
+
+def leaf_loss(
+    sample: Simulated,
+    nets: Networks,
+    reward: RewardModel | None,
+    recipe: Recipe,
+    streams: Streams,
+    index: tuple[int, ...],
+    guidance: Tensor | None = None,
+) -> Loss:
+    """The scalar x0 . g whose gradient is the leaf gradient's: leaf first, then one graded forward that takes it in."""
+
+    def build(generator: Network) -> tuple[Tensor, Metrics]:
+        fresh = sample.rollout.reuse and len(index) == 1  # after a generator step, x0 is not G's output any more
+        with torch.no_grad():
+            x0 = sample.rollout.x0 if fresh else graded_sample(nets.generator, sample, recipe)
+        g, metrics = leaf_gradient(sample, x0, nets, reward, recipe, streams, index, guidance)
+        return (graded_sample(generator, sample, recipe) * g).sum(), metrics
+
+    return build
+
+
+def generator_step(
+    generator: Trained, leaf_losses: Sequence[Loss], rl_losses: Sequence[Loss], uses_dmd: bool
+) -> tuple[Metrics, bool]:
+    """G <- G - lr grad of the sum of losses, one graph at a time."""
+    watched = {"dmd": OutputGradient(generator), "rl": OutputGradient(generator)}
+    losses = [(watched["dmd"], loss) for loss in leaf_losses] + [(watched["rl"], loss) for loss in rl_losses]
+    collected: dict[str, list[Tensor]] = {}
+    for i, (network, build) in enumerate(losses):
+        loss, metrics = build(network)
+        generator.backward(loss, last=i == len(losses) - 1)
+        for name, value in metrics.items():
+            collected.setdefault(name, []).append(value)
+    metrics = {name: torch.stack(values).mean() for name, values in collected.items()}
+    if rl_losses and leaf_losses and uses_dmd:
+        metrics["rl_grad_ratio"] = watched["rl"].norm / watched["dmd"].norm
+    return metrics, generator.step()
 
 
 def generator_update(
@@ -185,51 +210,82 @@ def generator_update(
     recipe: Recipe,
     streams: Streams,
     step: int,
-) -> tuple[dict[str, Tensor], bool]:
-    """G <- G - lr g^T dx0/dG: leaf gradient first, then one graded forward that takes it in."""
-    parts = []
-    for sample in samples:
-        r = sample.rollout
-        with torch.no_grad():
-            x0 = r.x0 if r.reuse else graded_sample(nets.generator, sample, recipe)
-        g, metrics = leaf_gradient(sample, x0, nets, reward, recipe, streams, step)
-        nets.generator.backward((graded_sample(nets.generator, sample, recipe) * g).sum())
-        parts.append(metrics)
-    return {k: torch.stack([m[k] for m in parts]).mean() for k in parts[0]}, nets.generator.step()
-
-
-def graded_sample(generator: Trained, sample: Simulated, recipe: Recipe) -> Tensor:
-    """x0 = G(x_in, t_in), with grad where grad is enabled."""
-    r = sample.rollout
-    return clean_sample(r.x_in, r.t_in, generator(r.x_in, r.t_in, sample.batch.condition), recipe.generator_prediction)
+    *,
+    experience: policy.Experience | None = None,
+    gather: Gather = whole_batch,
+) -> tuple[Metrics, bool]:
+    """The generator's part of one update; GRPO may take several steps (``inner_epochs``) on one batch of rollouts."""
+    metrics, applied = {}, True
+    guidance = [None] * len(samples)
+    if reward is not None and recipe.rl_active(step) and policy.weighs_guidance(recipe.rl):
+        weights, metrics = policy.guidance_of(
+            [(s.batch, s.shard, s.rollout.x0) for s in samples], reward, recipe, step, gather
+        )
+        guidance = [share(weights, s.shard) for s in samples]
+    epochs = recipe.rl.grpo.inner_epochs if experience is not None and recipe.rl.method == "grpo" else 1
+    for epoch in range(epochs):
+        index = (step, epoch) if epoch else (step,)
+        leaf_losses = [
+            leaf_loss(sample, nets, reward, recipe, streams, index, weights)
+            for sample, weights in zip(samples, guidance, strict=True)
+        ]
+        rl_losses = [] if experience is None else policy.losses(experience, nets, recipe, streams, index)
+        part, stepped = generator_step(nets.generator, leaf_losses, rl_losses, recipe.uses_dmd(step))
+        metrics, applied = metrics | part, applied and stepped
+    return metrics, applied
 
 
 @dataclass(frozen=True)
 class Update:
     """What one DMDR update did: metrics (0-d, on the device) and which optimizer steps were skipped."""
 
-    metrics: dict[str, Tensor]
+    metrics: Metrics
     skipped: tuple[str, ...]
 
 
 def dmdr_update(
     nets: Networks,
-    data: Callable[[tuple[int, ...], Shard], Batch],
+    data: Data,
     reward: RewardModel | None,
     recipe: Recipe,
     streams: Streams,
     step: int,
     shards: Sequence[Shard],
     device: torch.device,
+    gather: Gather = whole_batch,
 ) -> Update:
     """R fake updates, then one generator update. ``shards`` are this rank's micro-batches of the global batch."""
-    skipped = []
-    for r in range(recipe.fake_updates):
-        samples = [simulate(nets.generator, data, recipe, streams, (step, r), shard, device) for shard in shards]
-        metrics, applied = fake_update(nets.fake, samples, recipe, streams, (step, r))
+    rl = reward is not None and recipe.rl_active(step)
+    uses_dmd = recipe.uses_dmd(step) or not rl
+    metrics, skipped, samples = {}, [], []
+    for r in range(recipe.fake_updates if uses_dmd else 0):
+        last = r == recipe.fake_updates - 1
+        group = recipe.rl.group_size if rl and last and policy.weighs_guidance(recipe.rl) else 1
+        samples = [simulate(nets.generator, data, recipe, streams, (step, r), s, device, group) for s in shards]
+        fake_metrics, applied = fake_update(nets.fake, samples, recipe, streams, (step, r))
+        metrics |= fake_metrics
         if not applied:
             skipped.append("fake")
-    generator_metrics, applied = generator_update(nets, samples, reward, recipe, streams, step)
+    if not uses_dmd and (recipe.rl.method == "refl" or (recipe.kl_weight and recipe.rl.method == "dpo")):
+        samples = [simulate(nets.generator, data, recipe, streams, (step, 0), s, device) for s in shards]
+    experience = None
+    if rl and policy.has_losses(recipe.rl):
+        experience = policy.collect(nets.generator, data, reward, recipe, streams, step, shards, device, gather)
+        metrics |= experience.metrics()
+    generator_metrics, applied = generator_update(
+        nets, samples, reward, recipe, streams, step, experience=experience, gather=gather
+    )
     if not applied:
         skipped.append("generator")
-    return Update(metrics | generator_metrics, tuple(skipped))
+    metrics |= generator_metrics | _signs_of_collapse(samples, experience, recipe)
+    return Update(metrics, tuple(skipped))
+
+
+def _signs_of_collapse(samples: Sequence[Simulated], experience, recipe: Recipe) -> Metrics:
+    seen = [(s.rollout.x0, s.batch.classes) for s in samples]
+    if not seen:
+        seen = [(s.x0, s.batch.classes) for s in experience.scored]
+    return {
+        "diversity": torch.stack([diversity(x0, classes) for x0, classes in seen]).nanmean(),
+        "saturation": torch.stack([saturation(x0, recipe.saturation) for x0, _ in seen]).mean(),
+    }

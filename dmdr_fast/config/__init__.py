@@ -14,13 +14,16 @@ from pydantic import model_validator
 from dmdr_fast.config.base import Count, Section, key
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
 from dmdr_fast.config.memory import Memory
-from dmdr_fast.config.networks import Decoder, LoRA, Model, Student, Teacher, TeacherTraining
+from dmdr_fast.config.networks import Decoder, LoRA, Model, Student, StudentLoRA, Teacher, TeacherTraining
 from dmdr_fast.config.problems import problems
-from dmdr_fast.config.rl import Reward
+from dmdr_fast.config.rl import DPO, GRPO, RL, Monitors, ReFL, Reward, RewardTerm
 from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Log, Optimizer, Train
 
 __all__ = [
     "DMD",
+    "DPO",
+    "GRPO",
+    "RL",
     "AdamW",
     "Checkpoint",
     "Config",
@@ -33,10 +36,14 @@ __all__ = [
     "Log",
     "Memory",
     "Model",
+    "Monitors",
     "Optimizer",
+    "ReFL",
     "Renoise",
     "Reward",
+    "RewardTerm",
     "Student",
+    "StudentLoRA",
     "Teacher",
     "TeacherTraining",
     "Train",
@@ -65,6 +72,8 @@ class Config(Section):
     lora: LoRA = key(LoRA(), "LoRA of the fake score.")
     dmd: DMD = key(DMD(), "DMD gradient.")
     reward: Reward = key(Reward(), "Reward.")
+    rl: RL = key(RL(), "Reinforcement learning.")
+    monitors: Monitors = key(Monitors(), "Collapse monitors.")
     memory: Memory = key(Memory(), "Memory levers.")
     optimizer: Optimizer = key(Optimizer(), "Optimizers.")
     deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")

@@ -51,6 +51,14 @@ class Decoder(Section):
     path: str | None = key(None, "Folder or hub id of the VAE.")
 
 
+class StudentLoRA(Section):
+    """The generator as a LoRA on the frozen teacher's weights."""
+
+    rank: Count = key(0, "Rank; 0: the whole generator is trained.")
+    targets: tuple[str, ...] = key(("attn.qkv",), "Module-name suffixes of the Linear layers that get an adapter.")
+    scale: PositiveFloat = key(1.0, "Scale of the adapter.")
+
+
 class Student(Section):
     """The few-step generator."""
 
@@ -62,6 +70,7 @@ class Student(Section):
         "Input of the graded step: x at t_i of the full rollout; same_step (the reference's): x0_i renoised to t_i.",
     )
     ema: Fraction | None = key(0.99, "EMA decay of the generator that is evaluated and saved; null: none.")
+    lora: StudentLoRA = key(StudentLoRA(), "The generator as a LoRA.")
 
 
 class LoRA(Section):

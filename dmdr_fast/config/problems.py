@@ -39,11 +39,11 @@ def problems(config: Config) -> Iterator[str]:
         name
         for name, value in (
             ("teacher.train.data", None if config.teacher.weights else config.teacher.train.data),
-            ("reward.kind", config.reward.kind),
+            *((f"reward.{name}", kind) for name, kind in _reward_kinds(config)),
             ("eval.data", config.eval.data),
             ("eval.features", config.eval.features),
         )
-        if value == "digits"
+        if value in ("digits", "digits_held_out")
     ]
     if uses_digits and (model.num_classes, model.resolution, model.channels) != (10, 8, 1):
         yield (
@@ -52,9 +52,60 @@ def problems(config: Config) -> Iterator[str]:
         )
     if config.decoder.kind == "vae" and config.decoder.path is None:
         yield "decoder.path: missing; decoder.kind=vae needs the folder or hub id of an AutoencoderKL"
-    if config.reward.kind == "classifier" and config.reward.path is None:
-        yield "reward.path: missing; reward.kind=classifier needs the folder or hub id of an image classifier"
     if config.memory.frozen == "float8" and config.deepspeed.stage == 3:
         yield "memory.frozen: float8 weights cannot be partitioned; use int8, or deepspeed.stage 0 or 2"
+    yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:
         yield "eval.features: missing; eval.data needs a feature classifier (digits, or a folder or hub id)"
+
+
+def _reward_kinds(config: Config) -> list[tuple[str, str]]:
+    reward = config.reward
+    return [("terms", term.kind) for term in reward.terms] + [("held_out", term.kind) for term in reward.held_out]
+
+
+def _rl_problems(config: Config) -> Iterator[str]:
+    rl, reward = config.rl, config.reward
+    if rl.method == "none" or config.train.cold_start_steps == config.train.generator_steps:
+        return
+    if not reward.terms:
+        yield f"reward.terms: missing; rl.method {rl.method} needs a reward, or set rl.method to none"
+    names = [term.name or term.kind for term in (*reward.terms, *reward.held_out)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        yield f"reward.terms: two rewards are called {twice!r}; give each a name of its own"
+    if rl.regularizer == "kl" and not rl.kl_weight:
+        yield "rl.kl_weight: 0 with rl.regularizer kl; set it above 0, or rl.regularizer to none"
+    if rl.reference == "lora_off" and not config.student.lora.rank:
+        yield "rl.reference: lora_off needs a LoRA generator; set student.lora.rank, or rl.reference to frozen"
+    yield from _group_problems(config)
+
+
+def _group_problems(config: Config) -> Iterator[str]:
+    rl, n = config.rl, config.student.steps
+    key, group = {"grpo": ("rl.grpo", rl.grpo.group_size), "dpo": ("rl.dpo", rl.dpo.group_size)}.get(rl.method, ("", 2))
+    if group < 2:
+        yield f"{key}.group_size: {group} leaves nothing to compare; set it to 2 or more"
+    if rl.method != "grpo":
+        return
+    if rl.grpo.mode == "advantage_weighted_dmd" and rl.regularizer != "dmd":
+        yield (
+            "rl.grpo.mode: advantage_weighted_dmd weighs the DMD gradient; set rl.regularizer to dmd, or the mode to "
+            "policy"
+        )
+    if rl.grpo.mode != "policy":
+        if config.teacher.cfg_scale == (1.0 if config.teacher.cfg_mode == "standard" else 0.0):
+            yield (
+                f"teacher.cfg_scale: {config.teacher.cfg_scale:g} is no guidance, so rl.grpo.mode "
+                "advantage_weighted_dmd has nothing to weigh; raise it, or set the mode to policy"
+            )
+        return
+    stochastic = n if rl.grpo.noisy_last_step and rl.grpo.sde != "cps" else n - 1
+    if not stochastic:
+        yield (
+            f"rl.grpo: no step of a {n}-step student is stochastic with sde {rl.grpo.sde} and noisy_last_step "
+            f"{str(rl.grpo.noisy_last_step).lower()}; set rl.grpo.noisy_last_step to true with sde flow_grpo or dance, "
+            "or student.steps to 2 or more"
+        )
+    if rl.grpo.trained_steps is not None and rl.grpo.trained_steps > stochastic:
+        yield f"rl.grpo.trained_steps: {rl.grpo.trained_steps} of {stochastic} stochastic step(s); lower it"

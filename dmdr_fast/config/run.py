@@ -17,6 +17,7 @@ class Train(Section):
     micro_batch_size: Positive = key(64, "Samples per rank and micro-step.")
     gradient_accumulation: Positive = key(1, "Micro-steps per update.")
     max_skipped: Positive = key(10, "Skipped updates (non-finite gradients) in a row that end the run.")
+    stop_on_collapse: bool = key(False, "End the run, with a checkpoint, when a monitor says that it collapses.")
 
 
 class AdamW(Section):
@@ -61,6 +62,7 @@ class Log(Section):
     """Logs."""
 
     every: Positive = key(10, "Generator updates between log lines; metrics stay on the device in between.")
+    report: bool = key(True, "Write report.html at the end.")
     wandb: str | None = key(None, "Weights & Biases project, when installed; null: none.")
 
 
@@ -68,6 +70,7 @@ class Evaluation(Section):
     """The honest table at the end: metrics.json."""
 
     samples: Count = key(2000, "Samples per row; 0: no evaluation.")
+    every: Count = key(0, "Generator updates between evaluations of the generator (evaluations.jsonl); 0: at the end.")
     data: str | None = key(None, "Real images: digits, or a folder of images. null: no evaluation.")
     features: str | None = key(None, "Feature classifier: digits, or folder or hub id of an image classifier.")
     teacher_steps: Positive = key(50, "Euler steps of the multi-step teacher.")

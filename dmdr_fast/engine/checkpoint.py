@@ -53,7 +53,7 @@ class CheckpointFolder:
             return []
         return sorted(int(m[1]) for p in self.folder.iterdir() if (m := NAME.fullmatch(p.name)))
 
-    def save(self, step: int, trained: Trained, counters: dict[str, Any]) -> Path:
+    def save(self, step: int, trained: Trained, counters: dict[str, Any], rewards: dict[str, Any]) -> Path:
         """Write the checkpoint of ``step`` and drop the oldest beyond ``keep``. All ranks must call."""
         final, aside = self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.partial"
         if self.runtime.is_main:
@@ -66,7 +66,7 @@ class CheckpointFolder:
             )
         torch.save(_rank_state(trained.ema), aside / f"rank_{self.runtime.rank:05d}.pt")
         if self.runtime.is_main:
-            state = {"step": step, "identity": self.identity, "counters": counters}
+            state = {"step": step, "identity": self.identity, "counters": counters, "rewards": rewards}
             (aside / "trainer.json").write_text(json.dumps(state, indent=1))
         self.runtime.barrier()
         entries = {k: v for part in self.runtime.gather(self._digests(aside)) for k, v in part.items()}
@@ -119,7 +119,7 @@ class CheckpointFolder:
         self.runtime.barrier()
 
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
-        """Restore everything from a checkpoint that :meth:`find` returned; {"step": ..., "counters": ...}."""
+        """Restore everything from a checkpoint that :meth:`find` returned; {"step", "counters", "rewards"}."""
         for name, role in trained.roles.items():
             role.engine.load_checkpoint(str(path), tag=name, load_module_strict=role.adapter is None)
         state = torch.load(path / f"rank_{self.runtime.rank:05d}.pt", map_location="cpu", weights_only=False)

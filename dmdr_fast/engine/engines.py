@@ -100,12 +100,13 @@ class TrainedRole(Role):
             self.adapter.set_scale(self.lora_scale)
         return super().__call__(x_t, t, condition)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients; DeepSpeed averages over micro-steps and ranks."""
-        last = self.engine.is_gradient_accumulation_boundary()
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; DeepSpeed averages over micro-steps and ranks.
+
+        A micro-batch may have several losses, so DeepSpeed, which would count calls, is told which is the last.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
-        if not last:
-            self.engine.step()  # only counts the micro-step
 
     def step(self) -> bool:
         """Clip and step. A non-finite gradient anywhere leaves weights and optimizer untouched on every rank.

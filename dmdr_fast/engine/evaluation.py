@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmdr_fast.algorithm.rollout import Network, euler_sample, sample
+from dmdr_fast.algorithm.recipe import Recipe
+from dmdr_fast.algorithm.rollout import Network, ode_sample, sample
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import DTYPES, Role
 from dmdr_fast.engine.inputs import EvaluationData
 from dmdr_fast.engine.networks import load_network
+from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.eval.metrics import evaluate
 
@@ -31,9 +33,9 @@ class Evaluator:
     config: Config
     runtime: Runtime
     decoder: Callable[[Tensor], Tensor]
-    reward: nn.Module | None
+    rewards: RewardSet | None
     data: EvaluationData
-    grid: tuple[float, ...]
+    recipe: Recipe
 
     def run(self, teacher: Network, generators: dict[str, Path]) -> dict[str, dict[str, float]]:
         """The table, also written as metrics.json with samples.npz beside it.
@@ -59,20 +61,38 @@ class Evaluator:
         self.runtime.barrier()
         return table
 
+    def append(self, weights: Path, step: int) -> None:
+        """Add the row of the generator after ``step`` updates to evaluations.jsonl. All ranks must call."""
+        images = self._images(self._generator(weights))
+        if self.runtime.is_main:
+            path = self.config.run_dir / "evaluations.jsonl"
+            rows = path.read_text().splitlines() if path.is_file() else []
+            kept = [row for row in rows if json.loads(row)["step"] < step]  # a resumed run does some again
+            row = {"step": step} | self._measure(images, self.config.student.steps)
+            _write(path, "".join(f"{r}\n" for r in [*kept, json.dumps(row)]).encode())
+        self.runtime.barrier()
+
     def _teacher_nfe(self, steps: int) -> int:
         return steps if self.config.teacher.sample_cfg_scale == 1.0 else 2 * steps
 
     def _teacher(self, network: Network, steps: int) -> Callable[[Tensor, Tensor, int], Tensor]:
         guided = guided_network(network, self.config.teacher.sample_cfg_scale, self.config.model.num_classes)
         shift = self.config.student.shift
-        return lambda noise, labels, start: euler_sample(guided, noise, labels, steps, shift=shift)
+        return lambda noise, labels, start: ode_sample(
+            guided, noise, labels, steps, shift=shift, kind=self.recipe.prediction, path=self.recipe.path
+        )
 
     def _generator(self, weights: Path) -> Callable[[Tensor, Tensor, int], Tensor]:
         dtype = DTYPES[self.config.deepspeed.dtype]
         network = load_network(self.config, weights).to(self.runtime.device, dtype).requires_grad_(False)
         role = Role(network, dtype)
         return lambda noise, labels, start: sample(
-            role, lambda i: noise if i == 0 else self._noise(i, start), labels, self.grid
+            role,
+            lambda i: noise if i == 0 else self._noise(i, start),
+            labels,
+            self.recipe.grid,
+            kind=self.recipe.prediction,
+            path=self.recipe.path,
         )
 
     def _labels(self) -> Tensor:
@@ -102,7 +122,8 @@ class Evaluator:
 
     def _measure(self, images: Tensor, nfe: int) -> dict[str, float]:
         labels = self._labels()[: len(images)].to(images.device)
-        return evaluate(images, labels, self.data.real_images, self.data.features, self.reward, nfe)
+        rewards = {} if self.rewards is None else self.rewards.mean_scores(images, {"labels": labels})
+        return evaluate(images, labels, self.data.real_images, self.data.features, rewards, nfe)
 
 
 def guided_network(network: Network, scale: float, num_classes: int) -> Network:

@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmdr_fast.algorithm.step import Batch, RewardModel
+from dmdr_fast.algorithm.recipe import Batch, Data
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
+from dmdr_fast.engine.rewards import RewardSet, build_reward_set
 from dmdr_fast.errors import UserError
 from dmdr_fast.eval.features import DigitsFeatures, FeatureExtractor, TransformersFeatures
 from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder
 
 
-def label_source(config: Config, streams: Streams, device: torch.device) -> Callable[[tuple[int, ...], Shard], Batch]:
-    """Uniform class labels for update ``index``: the shard's part of the global draw."""
+def label_source(config: Config, streams: Streams, device: torch.device) -> Data:
+    """Uniform class labels for update ``index``: the shard's part of the global draw, each one ``group`` times."""
+    classes = config.model.num_classes
 
-    def draw(index: tuple[int, ...], shard: Shard) -> Batch:
-        labels = streams.rng("labels", *index).integers(config.model.num_classes, size=shard.total)
-        part = torch.from_numpy(labels[shard.start : shard.stop].copy()).to(device, non_blocking=True)
-        return Batch(condition=part, reward_inputs={"labels": part})
+    def draw(index: tuple[int, ...], shard: Shard, group: int = 1) -> Batch:
+        drawn = streams.rng("labels", *index).integers(classes, size=-(-shard.total // group))
+        labels = drawn.repeat(group)[shard.start : shard.stop]
+        part = torch.from_numpy(labels.copy()).to(device, non_blocking=True)
+        return Batch(part, torch.full_like(part, classes), part, {"labels": part})
 
     return draw
 
@@ -46,25 +49,20 @@ def build_decoder(config: Config, device: torch.device) -> Callable[[Tensor], Te
     return decoder.decode
 
 
-def build_reward(config: Config, device: torch.device) -> nn.Module | None:
-    """The reward of ``reward.kind``; None for ``none``."""
-    if config.reward.kind == "none":
+def build_rewards(config: Config, device: torch.device) -> RewardSet | None:
+    """The rewards of the ``reward`` section; None where it names none."""
+    if not config.reward.terms and not config.reward.held_out:
         return None
-    if config.reward.kind == "digits":
-        from dmdr_fast.rewards.digits import DigitsReward
-
-        return DigitsReward().to(device)
-    from dmdr_fast.rewards.classifier import TransformersClassifierReward
-
     try:
-        return TransformersClassifierReward(config.reward.path, num_classes=config.model.num_classes).to(device)
+        return build_reward_set(
+            config.reward.terms,
+            config.reward.held_out,
+            timeout=config.reward.timeout,
+            num_classes=config.model.num_classes,
+            device=device,
+        )
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"reward.path: {error}") from None
-
-
-def reward_model(reward: nn.Module | None, decoder: Callable[[Tensor], Tensor]) -> RewardModel | None:
-    """Decoder and reward as the generator update takes them."""
-    return None if reward is None else RewardModel(decoder, reward)
+        raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmdr_fast.algorithm.recipe import Networks
+from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
-from dmdr_fast.algorithm.step import Networks
-from dmdr_fast.config import Config
+from dmdr_fast.config import Config, LoRA, StudentLoRA
 from dmdr_fast.engine.engines import DTYPES, Role, TrainedRole, frozen_network, trained_engine
 from dmdr_fast.engine.memory import check_levers, class_probe, quantise_frozen, set_levers
 from dmdr_fast.errors import UserError
@@ -64,6 +65,24 @@ def resolve_weights(weights: str) -> Path:
         raise UserError(f"teacher.weights: {weights} could not be fetched: {reason}; give a local path") from None
 
 
+class FrozenReference:
+    """The generator as it was when RL began, for a KL or DPO: empty until :meth:`load`, then a frozen network."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.network: Network | None = None
+
+    def load(self, weights: Path) -> None:
+        """Take the weights of a file that :func:`dmdr_fast.engine.shards.save_weights` wrote. All ranks must call."""
+        if self.network is None:
+            network = load_network(self.config, weights).to(self.device)
+            self.network = Role(frozen_network(network, self.config, self.device), DTYPES[self.config.deepspeed.dtype])
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        return self.network(x_t, t, condition)
+
+
 @dataclass(frozen=True)
 class Roles:
     """The networks of a run as the algorithm, the checkpoint and the evaluation need them."""
@@ -71,7 +90,8 @@ class Roles:
     networks: Networks
     generator: TrainedRole
     fake: TrainedRole
-    teacher: Callable[[Tensor, Tensor, Tensor], Tensor]  # the plain teacher, without LoRA
+    teacher: Network  # the plain teacher, without LoRA
+    frozen_reference: FrozenReference | None
     trained_parameters: dict[str, int]
     total_parameters: dict[str, int]
     notes: tuple[str, ...] = ()  # what the memory levers took, and why
@@ -85,21 +105,24 @@ def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: 
     fake_net = load_network(config, teacher).to(device)
     attention, _ = (set_levers(net, config, dtype, device) for net in (generator_net, fake_net))
     notes = [f"attention  {attention}"]
-    adapter = _lora(fake_net, config, lora_seed) if config.sharing == "shared_score" else None
-    if adapter is not None and config.memory.frozen != "native":
-        notes.append(quantise_frozen(fake_net.to(dtype), class_probe(fake_net, config, device), config))
+    student = config.student.lora
+    generator_adapter = adapter = None
+    if student.rank:
+        generator_adapter = _lora(generator_net, "generator", student, lora_seed + 1, "student.lora")
+    if config.sharing == "shared_score":
+        adapter = _lora(fake_net, "fake", config.lora, lora_seed, "lora")
+        if config.memory.frozen != "native":
+            notes.append(quantise_frozen(fake_net.to(dtype), class_probe(fake_net, config, device), config))
     counts = [_counts(net) for net in (generator_net, fake_net)]
-    generator = TrainedRole(trained_engine(generator_net, config, config.optimizer.generator), config)
+    generator = TrainedRole(
+        trained_engine(generator_net, config, config.optimizer.generator), config, generator_adapter, student.scale
+    )
     fake = TrainedRole(
         trained_engine(fake_net, config, config.optimizer.fake), config, adapter, config.dyna_dg.fake_scale
     )
     if adapter is not None:
-        shared = Role(fake.engine, dtype)
-        score = shared_scores(shared, adapter.set_scale, fake_scale=config.dyna_dg.fake_scale)
-
-        def plain_teacher(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            adapter.set_scale(None)
-            return shared(x_t, t, condition)
+        score = shared_scores(Role(fake.engine, dtype), adapter.set_scale, fake_scale=config.dyna_dg.fake_scale)
+        plain_teacher = without_adapter(fake)
     else:
         teacher_net = load_network(config, teacher).to(device, dtype)
         set_levers(teacher_net, config, dtype, device)
@@ -109,31 +132,57 @@ def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: 
         score = separate_scores(fake, plain_teacher)
         counts.append(counts[0])
     names = ("generator", "fake", "teacher")
+    frozen = FrozenReference(config, device) if reference_kind(config) == "frozen" else None
+    reference = without_adapter(generator) if reference_kind(config) == "lora_off" else frozen
     return Roles(
-        networks=Networks(generator, fake, score, generator_net.null_condition),
+        networks=Networks(generator, fake, score, reference),
         generator=generator,
         fake=fake,
         teacher=plain_teacher,
+        frozen_reference=frozen,
         trained_parameters={n: c[0] for n, c in zip(names, counts, strict=False) if n != "teacher"},
         total_parameters={n: c[1] for n, c in zip(names, counts, strict=False)},
         notes=tuple(notes),
     )
 
 
-def _lora(network: nn.Module, config: Config, seed: int) -> LoraAdapter:
+def reference_kind(config: Config) -> str | None:
+    """What a KL or DPO holds the generator to: ``lora_off``, ``frozen``, or None where neither is used."""
+    rl = config.rl
+    uses_kl = rl.kl_weight > 0 and rl.regularizer != "none" and rl.method != "none"
+    if not uses_kl and rl.method != "dpo":
+        return None
+    if rl.reference == "auto":
+        return "lora_off" if config.student.lora.rank else "frozen"
+    return rl.reference
+
+
+def without_adapter(role: TrainedRole) -> Network:
+    """The frozen base of a LoRA role, without grad."""
+    plain = Role(role.engine, role.dtype)
+
+    @torch.no_grad()
+    def network(x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        role.adapter.set_scale(None)
+        return plain(x_t, t, condition)
+
+    return network
+
+
+def _lora(network: nn.Module, role: str, settings: LoRA | StudentLoRA, seed: int, key: str) -> LoraAdapter:
     network.requires_grad_(False)
     try:
         return add_lora(
             network,
-            "fake",
-            rank=config.lora.rank,
-            targets=config.lora.targets,
-            form=config.lora.form,
-            init_std=config.lora.init_std,
+            role,
+            rank=settings.rank,
+            targets=settings.targets,
+            form=getattr(settings, "form", "standard"),
+            init_std=getattr(settings, "init_std", None),
             generator=torch.Generator().manual_seed(seed),
         )
     except ValueError as error:
-        raise UserError(f"lora.targets: {error}") from None
+        raise UserError(f"{key}.targets: {error}") from None
 
 
 def _counts(network: nn.Module) -> tuple[int, int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.recipe import Recipe
+from dmdr_fast.algorithm.rl.options import DPOOptions, GRPOOptions, ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
-from dmdr_fast.algorithm.step import Recipe
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.networks import Roles
 from dmdr_fast.engine.runtime import Runtime
+
+LATENT_SATURATION = 4.0  # latents have unit variance
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -18,6 +21,7 @@ def recipe_of(config: Config) -> Recipe:
         grid=timestep_grid(config.student.steps, shift=config.student.shift),
         latent_shape=(config.model.channels, size, size),
         cold_start_steps=config.train.cold_start_steps,
+        generator_steps=config.train.generator_steps,
         fake_updates=config.train.fake_updates,
         rollout_variant=config.student.rollout,
         real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
@@ -29,8 +33,25 @@ def recipe_of(config: Config) -> Recipe:
             **config.renoise.model_dump(),
         ),
         dmd=DMDOptions(cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()),
-        reward_weight=config.reward.weight if config.reward.kind != "none" else 0.0,
-        reward_chunk=config.reward.chunk,
+        rl=rl_options(config),
+        reward_weight=config.reward.weight,
+        reward_final_weight=config.reward.final_weight,
+        reward_warmup_steps=config.reward.warmup_steps,
+        saturation=1.0 if config.decoder.kind == "identity" else LATENT_SATURATION,
+    )
+
+
+def rl_options(config: Config) -> RLOptions:
+    """The ``rl`` section as the algorithm takes it."""
+    rl = config.rl
+    grpo = rl.grpo.model_dump()
+    return RLOptions(
+        method=rl.method,
+        regularizer=rl.regularizer,
+        kl_weight=rl.kl_weight,
+        refl=ReFLOptions(**rl.refl.model_dump()),
+        grpo=GRPOOptions(kind=grpo.pop("sde"), **grpo),
+        dpo=DPOOptions(**rl.dpo.model_dump()),
     )
 
 
@@ -63,12 +84,23 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
         f"renoise    {renoise}",
         f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
-        f"{config.reward.kind} reward x {recipe.reward_weight:g}; R = {recipe.fake_updates}, batch {batch}",
+        f"{_rl_words(config)}; R = {recipe.fake_updates}, batch {batch}",
         f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
         f"on {ranks.device.type}",
         *roles.notes,
     ]
     return "\n".join(lines)
+
+
+def _rl_words(config: Config) -> str:
+    """The RL phase in words: method, rewards, weight, and what holds the generator."""
+    rl, reward = config.rl, config.reward
+    if rl.method == "none":
+        return "DMD alone"
+    names = " + ".join(f"{term.weight:g} {term.name or term.kind}" for term in reward.terms)
+    final = "" if reward.final_weight is None else f" to {reward.final_weight:g}"
+    holds = {"dmd": "beside DMD", "kl": f"with KL x {rl.kl_weight:g} to {rl.reference} reference", "none": "alone"}
+    return f"{rl.method} on {names} x {reward.weight:g}{final}, {holds[rl.regularizer]}"
 
 
 def table_text(table: dict[str, dict[str, float]]) -> str:

@@ -81,6 +81,32 @@ class RewardSet:
         images = images.detach()
         return {r.name: self._scores(r, f"held_out_{r.name}", images, inputs) for r in self.held_out}
 
+    @torch.no_grad()
+    def mean_scores(self, images: Tensor, inputs: Mapping[str, Any], *, chunk: int = 1024) -> dict[str, float]:
+        """``reward``, the weighted sum of the terms' means as they are, and the mean ``held_out_reward``.
+
+        For an evaluation: no running scale is used or moved. A missing kind is left out. Waits for the device.
+        """
+        found = {}
+        for key, rewards in (
+            ("reward", [(reward, weight) for reward, weight, _ in self.terms]),
+            ("held_out_reward", [(reward, 1.0 / len(self.held_out)) for reward in self.held_out]),
+        ):
+            if not rewards:
+                continue
+            found[key] = 0.0
+            for reward, weight in rewards:
+                parts = [
+                    check_reward(
+                        reward(images[i : i + chunk], **{k: v[i : i + chunk] for k, v in inputs.items()}),
+                        images[i : i + chunk],
+                        reward.name,
+                    )
+                    for i in range(0, len(images), chunk)
+                ]
+                found[key] += weight * torch.cat(parts).double().mean().item()
+        return found
+
     def end_update(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Renew the running scales: once per update, on all ranks, e.g. with ``Runtime.sum``."""
         for scale in self._scales.values():

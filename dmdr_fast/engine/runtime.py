@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,10 @@ class Runtime:
         parts = [torch.empty_like(part) for _ in range(self.world_size)]
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts)
+
+    def global_batch(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole global batch, in its own order, of one equal-shaped part per micro-batch of each rank."""
+        return torch.cat([self.concatenate(part) for part in parts])
 
 
 def start() -> Runtime:

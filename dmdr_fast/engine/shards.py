@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.models.lora import LoraAdapter
 
 
 def master_shard(parameter: nn.Parameter) -> Tensor | None:
@@ -69,9 +70,17 @@ class EMA:
             yield name, whole.cpu().clone()
 
 
-def save_weights(module: nn.Module, ema: EMA | None, path: Path, runtime: Runtime) -> None:
+def save_weights(
+    module: nn.Module,
+    ema: EMA | None,
+    path: Path,
+    runtime: Runtime,
+    adapter: LoraAdapter | None = None,
+    lora_scale: float = 1.0,
+) -> None:
     """Write the network's fp32 state dict as safetensors, the EMA in the place of trained weights where there is one.
 
+    An adapter is merged into the weights, W + lora_scale (A B)^T in fp32, so the file is always a plain network's.
     Written aside and renamed. All ranks must call.
     """
     weights: dict[str, Tensor] = {}
@@ -81,9 +90,17 @@ def save_weights(module: nn.Module, ema: EMA | None, path: Path, runtime: Runtim
     for name, tensor in ema.full(runtime) if ema is not None else ():
         if runtime.is_main:
             weights[name] = tensor
+    if runtime.is_main and adapter is not None:
+        _merge(weights, adapter, lora_scale)
     if runtime.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
         save_file({n: t.contiguous() for n, t in sorted(weights.items())}, aside)
         aside.rename(path)
     runtime.barrier()
+
+
+def _merge(weights: dict[str, Tensor], adapter: LoraAdapter, scale: float) -> None:
+    for layer in adapter.layers:
+        a, b = (weights.pop(f"{layer}.{name}_{adapter.role}") for name in ("lora_A", "lora_B"))
+        weights[f"{layer}.weight"] = torch.addmm(weights[f"{layer}.weight"], b.T, a.T, alpha=scale)

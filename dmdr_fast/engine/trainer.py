@@ -7,13 +7,15 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import deepspeed
 import torch
 from torch import Tensor
 
+from dmdr_fast.algorithm.recipe import Recipe, RewardModel
 from dmdr_fast.algorithm.rl.refl import Decode
-from dmdr_fast.algorithm.step import Recipe, Update, dmdr_update
+from dmdr_fast.algorithm.step import Update, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
@@ -21,16 +23,15 @@ from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
 from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.logs import RunLog
+from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rate, recipe_of, table_text
+from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.shards import EMA, save_weights
 from dmdr_fast.engine.teacher import teacher_weights
 from dmdr_fast.engine.telemetry import Telemetry
+from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
-
-
-class Diverged(Exception):
-    """Too many updates in a row were skipped; the message says which role and which quantity."""
 
 
 def train(config: Config) -> None:
@@ -38,13 +39,18 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: something in the configuration or on disk must be changed.
-        Diverged: ``train.max_skipped`` updates in a row had non-finite gradients; a checkpoint was written.
+        RunEnded: ``train.max_skipped`` updates in a row had non-finite gradients, a reward failed, or a monitor saw
+            collapse and ``train.stop_on_collapse`` is set. A checkpoint was written.
     """
     weights = teacher_weights(config)
     ranks = runtime.start()
     run = Run.build(config, weights, ranks)
-    if run.updates():
-        run.finish()
+    try:
+        if run.updates():
+            run.finish()
+    finally:
+        if run.rewards is not None:
+            run.rewards.close()
 
 
 @dataclass
@@ -57,8 +63,9 @@ class Run:
     streams: Streams
     roles: Roles
     ema: EMA | None
-    reward: torch.nn.Module | None
+    rewards: RewardSet | None
     decoder: Decode
+    monitor: CollapseMonitor
     evaluation: inputs.EvaluationData | None
     checkpoints: CheckpointFolder
     log: RunLog
@@ -79,10 +86,13 @@ class Run:
         )
         resume_from = checkpoints.find(config.resume)
         roles = build_roles(config, weights, ranks.device, lora_seed=int(streams.rng("lora").integers(2**31)))
+        rewards = inputs.build_rewards(config, ranks.device)
         ema = None if config.student.ema is None else EMA(roles.generator.engine.module, config.student.ema)
         state = {"step": 0, "counters": {}}
         if resume_from is not None:
             state = checkpoints.load(resume_from, Trained(_trained(roles), ema))
+            if rewards is not None:
+                rewards.load_state_dict(state["rewards"])
             ranks.say(f"resumed from {resume_from}, step {state['step']}")
         checkpoints.drop_after(state["step"])
         run = cls(
@@ -92,8 +102,9 @@ class Run:
             streams=streams,
             roles=roles,
             ema=ema,
-            reward=inputs.build_reward(config, ranks.device),
+            rewards=rewards,
             decoder=inputs.build_decoder(config, ranks.device),
+            monitor=CollapseMonitor(config.monitors),
             evaluation=inputs.build_evaluation(config),
             checkpoints=checkpoints,
             log=RunLog(
@@ -114,52 +125,92 @@ class Run:
 
     def updates(self) -> bool:
         """Generator updates until the last one (True) or until asked to stop (False)."""
-        config, stop = self.config, runtime.StopRequest()
-        data = inputs.label_source(config, self.streams, self.ranks.device)
-        reward = inputs.reward_model(self.reward, self.decoder)
+        config, ranks, stop = self.config, self.ranks, runtime.StopRequest()
+        data = inputs.label_source(config, self.streams, ranks.device)
+        reward = None if self.rewards is None else RewardModel(self.decoder, self._score)
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
-        shards = [
-            Shard.of_rank(self.ranks.rank, self.ranks.world_size, batch, m, accumulation) for m in range(accumulation)
-        ]
+        shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
         self.flushed_at = time.monotonic()
         while self.step < config.train.generator_steps:
-            self._snapshot_cold_start()
-            self._set_learning_rates()
+            self._begin_update()
             update = dmdr_update(
-                self.roles.networks, data, reward, self.recipe, self.streams, self.step, shards, self.ranks.device
+                self.roles.networks,
+                data,
+                reward,
+                self.recipe,
+                self.streams,
+                self.step,
+                shards,
+                ranks.device,
+                ranks.global_batch,
             )
+            if self.rewards is not None and self.recipe.rl_active(self.step):
+                self.rewards.end_update(ranks.sum)
             self.step += 1
             self._account(update)
             due = self.step % config.checkpoint.every == 0 or self.step == config.train.generator_steps
-            asked = self.ranks.any(stop.asked)
+            asked = ranks.any(stop.asked)
             if due or asked or self.step % config.log.every == 0:
                 self._flush(shards[0].total)
+            if config.eval.every and self.step % config.eval.every == 0 and self.evaluation is not None:
+                self._evaluator().append(self._role_in_training(), self.step)
             if due or asked:
                 self._checkpoint()
             if asked:
                 self.log.close()
-                self.ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config)}")
+                ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config)}")
                 return False
         self._snapshot_cold_start()
         return True
+
+    def _begin_update(self) -> None:
+        """What changes with the step: the cold start's end, the reference, the learning rates."""
+        self._snapshot_cold_start()
+        if self.roles.frozen_reference is not None and self.step >= self.config.train.cold_start_steps:
+            self.roles.frozen_reference.load(self._cold_start_weights)
+        optimizer, train = self.config.optimizer, self.config.train
+        for role, settings in ((self.roles.generator, optimizer.generator), (self.roles.fake, optimizer.fake)):
+            role.set_lr(learning_rate(settings, self.step, train.cold_start_steps, train.generator_steps))
+
+    def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
+        total, each = self.rewards.score(images, given, batch=batch)
+        named = {f"reward_{name}": values for name, values in each.items()} if len(each) > 1 else {}
+        if (self.step + 1) % self.config.log.every == 0:
+            held_out = self.rewards.held_out_scores(images, given, batch=batch)
+            named |= {f"held_out_{name}": values for name, values in held_out.items()}
+        return total, named
 
     def finish(self) -> None:
         """Write the final weights, the evaluation and the report."""
         config = self.config
         final = config.run_dir / "final" / "generator.safetensors"
-        save_weights(self.roles.generator.engine.module, self.ema, final, self.ranks)
+        self._save_generator(final)
         self.log.close()
         if self.evaluation is not None:
-            data = self.evaluation.to(self.ranks.device)
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
-            evaluator = Evaluator(config, self.ranks, self.decoder, self.reward, data, self.recipe.grid)
-            table = evaluator.run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})
+            table = self._evaluator().run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})
             self.ranks.say(table_text(table))
         if self.ranks.is_main:
             self._summarise()
             self.ranks.say(f"weights: {final}")
-            self.ranks.say(f"report: {write_report(config.run_dir)}")
+            if config.log.report:
+                self.ranks.say(f"report: {write_report(config.run_dir)}")
         self.ranks.barrier()
+
+    def _evaluator(self) -> Evaluator:
+        data = self.evaluation.to(self.ranks.device)
+        return Evaluator(self.config, self.ranks, self.decoder, self.rewards, data, self.recipe)
+
+    def _save_generator(self, path: Path) -> None:
+        role = self.roles.generator
+        save_weights(role.engine.module, self.ema, path, self.ranks, role.adapter, role.lora_scale)
+
+    def _role_in_training(self) -> Path:
+        """The weights that would be saved now, in a file that the next evaluation overwrites."""
+        path = self.config.run_dir / "evaluated.safetensors"
+        self._save_generator(path)
+        return path
 
     def _summarise(self) -> None:
         """summary.json: what ran, for the report."""
@@ -180,12 +231,7 @@ class Run:
 
     def _snapshot_cold_start(self) -> None:
         if self.step == self.config.train.cold_start_steps:
-            save_weights(self.roles.generator.engine.module, self.ema, self._cold_start_weights, self.ranks)
-
-    def _set_learning_rates(self) -> None:
-        optimizer, train = self.config.optimizer, self.config.train
-        for role, settings in ((self.roles.generator, optimizer.generator), (self.roles.fake, optimizer.fake)):
-            role.set_lr(learning_rate(settings, self.step, train.cold_start_steps, train.generator_steps))
+            self._save_generator(self._cold_start_weights)
 
     def _account(self, update: Update) -> None:
         """EMA and skip counters after one update; ends a run that no longer moves."""
@@ -199,14 +245,24 @@ class Run:
         self.skipped_in_a_row += 1
         cause = diagnosis(update, self.ranks)
         self.ranks.say(f"step {self.step}: update of {cause} skipped, {self.skipped_in_a_row} in a row")
+        self._look_at_rewards()
         if self.skipped_in_a_row >= self.config.train.max_skipped:
-            self._checkpoint()
-            self.log.close()
-            raise Diverged(
-                f"{self.skipped_in_a_row} updates in a row were skipped (train.max_skipped): {cause}. "
-                f"A checkpoint of step {self.step} was written; lower optimizer.*.lr or reward.weight, "
-                "or go back to an earlier checkpoint with --resume PATH"
+            self._end(
+                f"{self.skipped_in_a_row} updates in a row were skipped (train.max_skipped): {cause}",
+                "lower optimizer.*.lr or reward.weight, or go back to an earlier checkpoint with --resume PATH",
             )
+
+    def _look_at_rewards(self) -> None:
+        """End the run if a reward failed on any rank: its NaN had this update skipped everywhere, nothing is lost."""
+        errors = self.ranks.gather(None if self.rewards is None else self.rewards.first_error())
+        error = next((str(e) for e in errors if e is not None), None)
+        if error is not None:
+            self._end(error, "mend the reward and go on with --resume auto")
+
+    def _end(self, reason: str, remedy: str) -> NoReturn:
+        self._checkpoint()
+        self.log.close()
+        raise RunEnded(f"{reason.rstrip('.')}. A checkpoint of step {self.step} was written; {remedy}")
 
     def _flush(self, batch: int) -> None:
         """Fetch the metrics of the updates since the last flush and log their mean."""
@@ -231,10 +287,22 @@ class Run:
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
         self.pending.clear()
         self.flushed_at = now
+        warnings, collapse = self.monitor.look(values)
+        for warning in warnings:
+            self.ranks.say(f"step {self.step}: {warning}")
+        if self.rewards is not None:
+            self._look_at_rewards()
+        if collapse is not None and self.config.train.stop_on_collapse:
+            self._end(
+                f"collapse: {collapse}, {self.config.monitors.patience} log intervals in a row",
+                "lower reward.weight or raise what holds the generator (rl.regularizer, rl.kl_weight), and go on from "
+                "an earlier checkpoint with --resume PATH",
+            )
 
     def _checkpoint(self) -> None:
         counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        self.checkpoints.save(self.step, Trained(_trained(self.roles), self.ema), counters)
+        rewards = {} if self.rewards is None else self.rewards.state_dict()
+        self.checkpoints.save(self.step, Trained(_trained(self.roles), self.ema), counters, rewards)
 
 
 def _trained(roles: Roles) -> dict:
@@ -250,6 +318,7 @@ def identity(config: Config, ranks: runtime.Runtime) -> dict:
         "model": config.model.model_dump(),
         "lora": config.lora.model_dump(mode="json") if config.sharing == "shared_score" else None,
         "student.ema": config.student.ema,
+        "student.lora": config.student.lora.model_dump(mode="json"),
         "deepspeed.stage": config.deepspeed.stage,
         "deepspeed.dtype": config.deepspeed.dtype,
     }
@@ -257,7 +326,8 @@ def identity(config: Config, ranks: runtime.Runtime) -> dict:
 
 def diagnosis(update: Update, ranks: runtime.Runtime) -> str:
     """Which role and which quantity was not finite. Fetches the metrics: only on a skipped update."""
-    bad = [n for n, v in update.metrics.items() if not torch.isfinite(v).item()]
+    metrics = {n: v for n, v in update.metrics.items() if n != "diversity"}  # NaN where a batch has no two of a class
+    bad = [n for n, v in metrics.items() if not torch.isfinite(v).item()]
     everywhere = sorted({n for part in ranks.gather(bad) for n in part})
     return f"{' and '.join(sorted(set(update.skipped)))} (not finite: {', '.join(everywhere) or 'gradient only'})"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from dmdr_fast.algorithm.monitors import diversity
 from dmdr_fast.eval.features import FeatureExtractor
 
 CHUNK = 1024  # images or feature rows at a time; bounds memory, leaves the result alone
@@ -102,7 +103,7 @@ def evaluate(
     labels: Tensor,
     real_images: Tensor,
     features: FeatureExtractor,
-    reward: Callable[..., Tensor] | None,
+    rewards: Mapping[str, float],
     nfe: float,
 ) -> dict[str, float | None]:
     """The row of ``metrics.json`` for one generator, as plain floats.
@@ -112,12 +113,13 @@ def evaluate(
         labels: int64 [N], the class each was asked to show.
         real_images: [M, C, H, W] in [-1, 1].
         features: the feature space of ``fd``, ``precision``, ``recall`` and the classifier of ``accuracy``.
-        reward: called as ``reward(images, labels=labels) -> [B]``; None for a run without one.
+        rewards: mean ``reward`` and ``held_out_reward`` of the images, as far as the run has them.
         nfe: network evaluations per image, handed through.
 
     Returns:
-        ``fd``, ``precision``, ``recall`` against the real images, mean ``reward`` (None without one),
-        ``accuracy`` (share of images whose predicted class is the one asked for) and ``nfe``.
+        ``fd``, ``precision``, ``recall`` against the real images, ``reward`` and ``held_out_reward`` (None without),
+        ``diversity`` (mean RMS distance of two images of a class), ``accuracy`` (share of images whose predicted class
+        is the one asked for) and ``nfe``.
     """
     real = torch.cat([features.features(part) for part in real_images.split(CHUNK)])
     fake = torch.cat([features.features(part) for part in images.split(CHUNK)])
@@ -127,12 +129,9 @@ def evaluate(
         "fd": frechet_distance(real, fake),
         "precision": precision,
         "recall": recall,
-        "reward": None if reward is None else _mean_reward(reward, images, labels),
+        "reward": rewards.get("reward"),
+        "held_out_reward": rewards.get("held_out_reward"),
+        "diversity": diversity(images, labels).item(),
         "accuracy": (predicted == labels).double().mean().item(),
         "nfe": float(nfe),
     }
-
-
-def _mean_reward(reward: Callable[..., Tensor], images: Tensor, labels: Tensor) -> float:
-    parts = zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
-    return torch.cat([reward(image, labels=label) for image, label in parts]).double().mean().item()

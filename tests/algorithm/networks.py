@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe, RewardModel
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import separate_scores
-from dmdr_fast.algorithm.step import Batch, Networks, Recipe
 
 SHAPE = (2, 4, 4)
 CLASSES = 3
@@ -30,7 +30,7 @@ class Denoiser(nn.Module):
 
 
 class PlainRole:
-    """A module with a torch optimizer, as ``dmdr_fast.algorithm.step.Trained`` asks."""
+    """A module with a torch optimizer, as ``dmdr_fast.algorithm.recipe.Trained`` asks."""
 
     def __init__(self, module, lr=1e-2, before=None):
         self.module, self.before = module, before
@@ -43,7 +43,7 @@ class PlainRole:
             self.before()
         return self.module(x, t, condition)
 
-    def backward(self, loss):
+    def backward(self, loss, *, last):
         loss.backward()
 
     def step(self):
@@ -52,9 +52,14 @@ class PlainRole:
         return True
 
 
-def labels(index, shard):
-    y = torch.arange(shard.start, shard.stop) % CLASSES
-    return Batch(condition=y, reward_inputs={"labels": y})
+def labels(index, shard, group=1):
+    y = (torch.arange(shard.start, shard.stop) // group) % CLASSES
+    return Batch(y, torch.full_like(y, CLASSES), y, {"labels": y})
+
+
+def reward_model(decode, reward):
+    """A reward model of ``reward(images, labels) -> [B]``."""
+    return RewardModel(decode, lambda images, given, batch: (reward(images, **given), {}))
 
 
 def networks(dtype=torch.float64):
@@ -64,11 +69,11 @@ def networks(dtype=torch.float64):
         generator_role,
         fake_role,
         separate_scores(fake_role, real.requires_grad_(False)),
-        lambda y: torch.full_like(y, CLASSES),
     )
     return nets, generator, fake, real
 
 
 def recipe(steps=1, **changes):
-    values = {"grid": timestep_grid(steps), "latent_shape": SHAPE, "cold_start_steps": 0, "fake_updates": 2}
+    values = {"grid": timestep_grid(steps), "latent_shape": SHAPE, "cold_start_steps": 0, "generator_steps": 100}
+    values |= {"fake_updates": 2}
     return Recipe(**(values | changes))

@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import shared_scores
-from dmdr_fast.algorithm.step import Batch, Networks, Recipe, dmdr_update
+from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.sit import SIT_CONFIGS, SiT
@@ -35,9 +36,9 @@ def models():
     return generator, base, adapter
 
 
-def data(index, shard):
+def data(index, shard, group=1):
     y = torch.zeros(shard.size, dtype=torch.int64, device=META)
-    return Batch(y, {"labels": y})
+    return Batch(y, y, y, {"labels": y})
 
 
 def update_flops(stop: int, steps: int, cfg_scale: float, monkeypatch) -> tuple[int, int]:
@@ -46,11 +47,12 @@ def update_flops(stop: int, steps: int, cfg_scale: float, monkeypatch) -> tuple[
     generator, base, adapter = models()
     fake = PlainRole(base, before=lambda: adapter.set_scale(2.0))
     score = shared_scores(base, adapter.set_scale, fake_scale=2.0)
-    nets = Networks(PlainRole(generator), fake, score, generator.null_condition)
+    nets = Networks(PlainRole(generator), fake, score)
     recipe = Recipe(
         grid=timestep_grid(steps),
         latent_shape=(4, 32, 32),
         cold_start_steps=10,
+        generator_steps=10,
         fake_updates=5,
         real_lora_scale=0.75,
         dynamic_guidance_step=10,

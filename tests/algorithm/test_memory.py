@@ -5,17 +5,18 @@ import gc
 import torch
 
 from dmdr_fast import ops
-from dmdr_fast.algorithm.rl.options import ReFLOptions
+from dmdr_fast.algorithm.recipe import Batch, Networks
+from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
 from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
 from dmdr_fast.algorithm.rollout import clean_sample
 from dmdr_fast.algorithm.score_pass import shared_scores
-from dmdr_fast.algorithm.step import Batch, Networks, RewardModel, generator_update, simulate
+from dmdr_fast.algorithm.step import generator_update, simulate
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.sit import SiT
 
 from .memory import PeakMemory
-from .networks import PlainRole, recipe
+from .networks import PlainRole, recipe, reward_model
 
 CPU = torch.device("cpu")
 SHARD = Shard(0, 4, 4)
@@ -38,16 +39,16 @@ def setup():
         ),
         torch.nn.Conv2d(16, 3, 3, padding=1),
     ).requires_grad_(False)
-    reward = RewardModel(decoder, lambda images, labels: -images.square().flatten(1).mean(1))
+    reward = reward_model(decoder, lambda images, labels: -images.square().flatten(1).mean(1))
     score = shared_scores(base, adapter.set_scale, fake_scale=2.0)
     generator_role = PlainRole(generator)
-    nets = Networks(generator_role, PlainRole(base, before=lambda: adapter.set_scale(2.0)), score, base.null_condition)
+    nets = Networks(generator_role, PlainRole(base, before=lambda: adapter.set_scale(2.0)), score)
     return nets, generator, reward
 
 
-def data(index, shard):
+def data(index, shard, group=1):
     y = torch.arange(shard.start, shard.stop) % 10
-    return Batch(y, {"labels": y})
+    return Batch(y, torch.full_like(y, 10), y, {"labels": y})
 
 
 def joint_update(nets, generator, reward, numbers, sample):
@@ -55,12 +56,12 @@ def joint_update(nets, generator, reward, numbers, sample):
     r, y = sample.rollout, sample.batch.condition
     x0 = clean_sample(r.x_in, r.t_in, generator(r.x_in, r.t_in, y))
     images = reward.decode(x0)
-    loss = -numbers.reward_weight * reward.score(images, labels=y).mean()
+    loss = -numbers.reward_weight * reward.score(images, {"labels": y}, "")[0].mean()
     t = STREAMS.times(numbers.renoise, "dmd_t", 0, step=0, shard=SHARD, device=CPU)
     x_t = ops.renoise(x0, 1 - t, t, seed=STREAMS.noise_seed("dmd_noise", 0, device=CPU))
     scores = nets.score(x_t.detach(), t, y, None, real_scale=0.0)
     loss = loss + ops.dmd_loss(x0, x_t.detach(), scores.fake, scores.real, sigma=t)
-    nets.generator.backward(loss)
+    nets.generator.backward(loss, last=True)
     nets.generator.step()
 
 
@@ -68,7 +69,7 @@ def test_leaf_gradients_peak_below_the_joint_loss():
     peaks = {}
     for name in ("leaf", "joint"):
         nets, generator, reward = setup()
-        numbers = recipe(1, latent_shape=(4, 16, 16), reward_weight=0.1, reward_chunk=1)
+        numbers = recipe(1, latent_shape=(4, 16, 16), reward_weight=0.1, rl=RLOptions(refl=ReFLOptions(chunk=1)))
         sample = simulate(nets.generator, data, numbers, STREAMS, (0, 0), SHARD, CPU)
         gc.collect()
         with PeakMemory() as memory:
@@ -95,7 +96,7 @@ def test_refl_by_the_sample_peaks_at_one_samples_reward_and_the_generators_own_g
     noise, t, y = torch.randn(8, 4, 16, 16), torch.ones(8), rows % 10
 
     def score(images, rows):
-        return reward.score(images, labels=y[rows])
+        return reward.score(images, {"labels": y[rows]}, "")[0]
 
     def sample():
         return clean_sample(noise, t, generator(noise, t, y))
@@ -104,12 +105,12 @@ def test_refl_by_the_sample_peaks_at_one_samples_reward_and_the_generators_own_g
         with torch.no_grad():
             x0 = sample()
         gradient, _ = refl_leaf_gradient(x0, reward.decode, score, ReFLOptions(chunk=chunk))
-        nets.generator.backward((sample() * gradient).sum())
+        nets.generator.backward((sample() * gradient).sum(), last=True)
 
     update(1)  # the gradients' own buffers are there from now on
     leaf = torch.randn(1, 4, 16, 16, requires_grad=True)
     _, one = peak_of(lambda: torch.autograd.grad(score(reward.decode(leaf), slice(0, 1)).sum(), leaf))
-    _, own = peak_of(lambda: nets.generator.backward(sample().sum()))
+    _, own = peak_of(lambda: nets.generator.backward(sample().sum(), last=True))
     _, by_one = peak_of(lambda: update(1))
     _, whole = peak_of(lambda: update(8))
     print(

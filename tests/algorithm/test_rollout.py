@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmdr_fast.algorithm.rollout import clean_sample, draw_stop_step, euler_sample, sample, truncated_rollout
+from dmdr_fast.algorithm.rollout import draw_stop_step, ode_sample, sample, truncated_rollout
 from dmdr_fast.algorithm.schedules import timestep_grid
 
 from .networks import SHAPE, Denoiser
@@ -74,11 +74,5 @@ def test_euler_converges_to_the_exact_flow():
         return x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
 
     z = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
-    errors = [(euler_sample(velocity, z, None, n) - s * z).abs().max().item() for n in (50, 100)]
+    errors = [(ode_sample(velocity, z, None, n) - s * z).abs().max().item() for n in (50, 100)]
     assert errors[1] < 0.02 and errors[1] == pytest.approx(errors[0] / 2, rel=0.1)
-
-
-def test_clean_sample_refuses_an_eps_prediction():
-    x = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="got 'eps'"):
-        clean_sample(x, torch.ones(1), x, "eps")

@@ -5,17 +5,22 @@ import torch
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions, score_matching_loss
+from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import RenoiseLaw
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
-from dmdr_fast.algorithm.step import RewardModel, dmdr_update, generator_update, simulate
+from dmdr_fast.algorithm.step import dmdr_update, generator_update, simulate
 from dmdr_fast.algorithm.streams import Shard, Streams
 
-from .networks import CLASSES, SHAPE, Denoiser, labels, networks, recipe
+from .networks import CLASSES, SHAPE, Denoiser, labels, networks, recipe, reward_model
 
 CPU = torch.device("cpu")
 STREAMS = Streams(11)
 SHARD = Shard.of_rank(0, 1, 6)
 MIX = torch.randn(SHAPE[0] * 16, CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def refl(chunk):
+    return RLOptions(refl=ReFLOptions(chunk=chunk))
 
 
 def decode(x):
@@ -27,7 +32,7 @@ def reward_score(images, labels):
     return torch.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
 
 
-REWARD = RewardModel(decode, reward_score)
+REWARD = reward_model(decode, reward_score)
 
 
 def joint_gradients(generator, fake, real, numbers, sample, step):
@@ -61,7 +66,7 @@ class Captured:
     def __call__(self, *args):
         return self.role(*args)
 
-    def backward(self, loss):
+    def backward(self, loss, *, last):
         loss.backward()
 
     def step(self):
@@ -74,16 +79,16 @@ class Captured:
 @pytest.mark.parametrize("steps", [1, 4])
 def test_leaf_gradients_equal_the_joint_loss(steps, chunk, monkeypatch):
     nets, generator, fake, real = networks()
-    numbers = recipe(steps, dmd=DMDOptions(cfg_scale=3.0), reward_weight=0.7, reward_chunk=chunk)
+    numbers = recipe(steps, dmd=DMDOptions(cfg_scale=3.0), reward_weight=0.7, rl=refl(chunk))
     captured = Captured(nets.generator)
-    nets = type(nets)(captured, nets.fake, nets.score, nets.null_condition)
+    nets = type(nets)(captured, nets.fake, nets.score)
     noise = Streams.noise
     monkeypatch.setattr(Streams, "noise", lambda *a, **k: noise(*a, **k).double())
     for step in range(3):
         sample = simulate(captured, labels, numbers, STREAMS, (step, 0), SHARD, CPU)
         metrics, applied = generator_update(nets, [sample], REWARD, numbers, STREAMS, step)
         expected = joint_gradients(generator, fake, real, numbers, sample, step)
-        assert applied and set(metrics) == {"dmd_loss", "reward", "reward_grad_ratio"}
+        assert applied and set(metrics) == {"dmd_loss", "reward", "rl_grad_ratio"}
         for got, want in zip(captured.gradients, expected, strict=True):
             assert (got - want).norm() <= 1e-5 * want.norm()
 
@@ -94,8 +99,8 @@ def test_gradient_accumulation_equals_one_large_batch():
         nets, *_ = networks()
         numbers = recipe(2, reward_weight=0.5)
         captured = Captured(nets.generator)
-        captured.backward = lambda loss, count=len(shards): (loss / count).backward()  # noqa: B008
-        nets = type(nets)(captured, nets.fake, nets.score, nets.null_condition)
+        captured.backward = lambda loss, last, count=len(shards): (loss / count).backward()  # noqa: B008
+        nets = type(nets)(captured, nets.fake, nets.score)
         samples = [simulate(captured, labels, numbers, STREAMS, (0, 0), shard, CPU) for shard in shards]
         generator_update(nets, samples, REWARD, numbers, STREAMS, 0)
         gradients.append(captured.gradients)

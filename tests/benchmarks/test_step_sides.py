@@ -7,8 +7,9 @@ from benchmarks import bench_step
 from benchmarks.gate import GateFailure
 from benchmarks.step_sides import FAKE_UPDATES, REAL_SCALE, Eager, Fused, Size, _stops, balanced_steps
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.recipe import Recipe
+from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import timestep_grid
-from dmdr_fast.algorithm.step import Recipe
 
 CPU = torch.device("cpu")
 SMALL = Size(
@@ -25,11 +26,12 @@ def sides(steps, cfg_scale, **changes):
         grid=timestep_grid(steps),
         latent_shape=(4, 32, 32),
         cold_start_steps=0,
+        generator_steps=10**9,
         fake_updates=FAKE_UPDATES,
         real_lora_scale=REAL_SCALE,
         dynamic_guidance_step=10**9,
         dmd=DMDOptions(cfg_scale=cfg_scale),
-        **({"reward_weight": 0.05, "reward_chunk": 1} | changes),
+        **({"reward_weight": 0.05, "rl": RLOptions(refl=ReFLOptions(chunk=1))} | changes),
     )
     counters = balanced_steps(steps)
     fused = Fused(SMALL, recipe, CPU)

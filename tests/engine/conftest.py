@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .processes import ForkedRun, fresh_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "dmdr_fast" / "train.py"
@@ -24,29 +23,27 @@ SMALL = [
 def environment(tmp_path_factory):
     """The environment of the runs: CPU, one thread, a cache that the session shares."""
     cache = tmp_path_factory.mktemp("cache")
-    return os.environ | {"DMDR_FAST_CACHE": str(cache), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    os.environ["DS_ACCELERATOR"] = "cpu"  # of the server that runs are forked from
+    return os.environ | {"DMDR_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def launch(environment):
-    """launch(arguments, ranks=0) -> a started process; ranks = 0 is plain python, otherwise the deepspeed launcher."""
+    """launch(arguments, ranks=0) -> a started run; ranks = 0 is one process that knows of no others.
 
-    def start(arguments, ranks=0, small=True, script=TRAIN, **options):
+    ``fresh`` starts a new interpreter, under the deepspeed launcher where there are ranks.
+    """
+
+    def start(arguments, ranks=0, small=True, script=TRAIN, fresh=False):
         words = [*(SMALL if small else []), *map(str, arguments)]
-        command = [sys.executable, str(script)]
-        if ranks:
-            launcher = str(Path(sys.executable).parent / "deepspeed")
-            command = [launcher, "--num_accelerators", str(ranks), "--master_port", str(_free_port()), str(script)]
-        return subprocess.Popen(
-            [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-        )
+        return (fresh_run if fresh else ForkedRun)(script, words, dict(environment), ranks)
 
     return start
 
 
 @pytest.fixture(scope="session")
 def run(launch):
-    """run(arguments, ...) -> (exit code, stdout, stderr) of a finished process."""
+    """run(arguments, ...) -> (exit code, stdout, stderr) of a finished run."""
 
     def finish(arguments, ranks=0, **options):
         process = launch(arguments, ranks, **options)
@@ -54,9 +51,3 @@ def run(launch):
         return process.returncode, out, err
 
     return finish
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -40,7 +40,7 @@ def refused(code, err):
 )
 def test_wrong_input_is_one_line(run, tmp_path, arguments, words):
     began = time.monotonic()
-    code, _, err = run(["--run_dir", tmp_path, *arguments])
+    code, _, err = run(["--run_dir", tmp_path, *arguments], fresh=True)
     line = refused(code, err)
     for word in words:
         assert word in line
@@ -51,13 +51,13 @@ def test_wrong_input_is_one_line(run, tmp_path, arguments, words):
 def test_unknown_key_in_the_file(run, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optimizer:\n  generator: {lr: 1e-4, learning_rate: 3}\n")
-    line = refused(*run(["--config", file], small=False)[::2])
+    line = refused(*run(["--config", file], small=False, fresh=True)[::2])
     assert "optimizer.generator.learning_rate: unknown key" in line
     assert "keys of optimizer.generator: lr, rl_lr, decay" in line
 
 
 def test_launcher_passes_the_code_on(run, tmp_path):
-    code, _, err = run(["--run_dir", tmp_path, "--seed", "-1"], ranks=2)
+    code, _, err = run(["--run_dir", tmp_path, "--seed", "-1"], ranks=2, fresh=True)
     assert "error: seed: expected int >= 0; got -1" in err and "Traceback" not in err
     assert code == 2
 

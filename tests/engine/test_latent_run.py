@@ -57,8 +57,8 @@ def arguments(models, run_dir):
         "run_dir": run_dir,
         "teacher.weights": models / "sit.pt",
         "decoder.path": models / "vae",
-        "reward.path": models / "reward",
-        "reward.chunk": 2,
+        "reward.terms": f"[{{kind: classifier, path: {models / 'reward'}}}]",
+        "rl.refl.chunk": 2,
         "train.cold_start_steps": 1,
         "train.generator_steps": 3,
         "train.fake_updates": 2,
@@ -82,6 +82,7 @@ def test_latents_vae_classifier_reward_and_evaluation(run, models, tmp_path):
     table = json.loads((tmp_path / "metrics.json").read_text())
     assert list(table) == ["teacher_50", "teacher_n", "cold_start", "dmdr"]
     assert [row["nfe"] for row in table.values()] == [6, 2, 1, 1]
+    assert all(row.pop("held_out_reward") is None for row in table.values())
     assert all(np.isfinite(list(row.values())).all() for row in table.values())
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert ["reward" in record for record in log] == [False, True, True]

@@ -118,7 +118,7 @@ def test_two_zero3_ranks_resume_exactly(launch, run, tmp_path):
     options = [*TWELVE, "--train.micro_batch_size", "4", "--deepspeed.stage", "3"]
     code, _, err = run([*options, "--run_dir", whole], ranks=2)
     assert code == 0, err
-    process = launch([*options, "--run_dir", broken], ranks=2, start_new_session=True)
+    process = launch([*options, "--run_dir", broken], ranks=2, fresh=True)
     wait_for_step(process, broken, 7)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

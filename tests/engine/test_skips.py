@@ -28,7 +28,7 @@ def test_one_rank_s_nan_skips_the_update_everywhere(run, poisoned, tmp_path, ran
     poisoned(3)
     code, out, err = run([*STEPS, "--run_dir", tmp_path, *engine], ranks=ranks, script=SCRIPT)
     assert code == 0, err
-    assert "update of generator (not finite: reward, reward_grad_ratio) skipped, 1 in a row" in out
+    assert "update of generator (not finite: rl_grad_ratio) skipped, 1 in a row" in out
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["skipped"] for r in log] == [0, 0, 0, 1, 1, 1]
     weights = load_file(tmp_path / "final" / "generator.safetensors")
@@ -40,6 +40,6 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint_and_a_diagnosis(run, po
     code, _out, err = run([*STEPS, "--run_dir", tmp_path, "--train.max_skipped", "3"], script=SCRIPT)
     assert code == 1
     line = next(line for line in err.splitlines() if line.startswith("error: "))
-    assert "3 updates in a row" in line and "generator (not finite: reward" in line and "--resume" in line
+    assert "3 updates in a row" in line and "generator (not finite: rl_grad_ratio" in line and "--resume" in line
     assert (tmp_path / "checkpoints" / "step_00000005" / "manifest.json").is_file()
     assert "Traceback" not in err

@@ -52,9 +52,10 @@ def test_images_made_to_please_the_reward_do_not_please_the_evaluation(digits_fe
         optimizer.zero_grad()
         (-reward(hacked.clamp(-1, 1), labels=labels)).sum().backward()
         optimizer.step()
-    row = evaluate(hacked.detach().clamp(-1, 1), labels, real, digits_features, reward, nfe=1)
-    honest = evaluate(real, real_labels, real, digits_features, reward, nfe=1)
-    assert row["reward"] > honest["reward"]
+    hacked = hacked.detach().clamp(-1, 1)
+    row = evaluate(hacked, labels, real, digits_features, {}, nfe=1)
+    honest = evaluate(real, real_labels, real, digits_features, {}, nfe=1)
+    assert reward(hacked, labels=labels).mean() > reward(real, labels=real_labels).mean()
     assert row["fd"] > 5 and row["precision"] < 0.2 and row["accuracy"] < honest["accuracy"]
 
 

@@ -149,16 +149,21 @@ def test_evaluate_is_its_parts_over_all_chunks():
     real = torch.rand(count, 1, 2, 2, generator=rng(0)) * 2 - 1
     images = torch.rand(count, 1, 2, 2, generator=rng(1)) * 2 - 1
     labels = torch.arange(count) % 4
-    row = evaluate(images, labels, real, Pixels(), lambda x, labels: x.mean((1, 2, 3)) + labels, nfe=2)
+    row = evaluate(images, labels, real, Pixels(), {"reward": 0.25, "held_out_reward": -1.0}, nfe=2)
+    distances = torch.cdist(images.flatten(1), images.flatten(1)) / 2.0  # sqrt of 4 values
+    pairs = (labels[:, None] == labels[None, :]) & ~torch.eye(count, dtype=torch.bool)
     assert row == pytest.approx(
         {
             "fd": scipy_frechet(real.flatten(1), images.flatten(1)),
             "precision": precision_recall(real.flatten(1), images.flatten(1))[0],
             "recall": precision_recall(real.flatten(1), images.flatten(1))[1],
-            "reward": (images.double().mean() + labels.double().mean()).item(),
+            "reward": 0.25,
+            "held_out_reward": -1.0,
+            "diversity": distances[pairs].mean().item(),
             "accuracy": float(np.mean(images.flatten(1).numpy().argmax(1) == labels.numpy())),
             "nfe": 2.0,
         }
     )
     assert all(type(value) is float for value in row.values())
-    assert evaluate(images, labels, real, Pixels(), None, nfe=2) == row | {"reward": None}
+    without = evaluate(images, labels, real, Pixels(), {}, nfe=2)
+    assert without == row | {"reward": None, "held_out_reward": None}

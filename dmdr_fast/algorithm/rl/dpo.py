@@ -5,31 +5,17 @@ Source: Diffusion-DPO (arXiv 2311.12908), online: the pair is the best and the w
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr_fast import ops
+from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.rl.options import DPOOptions
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import join
-
-
-class Path(Protocol):
-    """How data becomes noise: x_t = alpha x0 + sigma noise."""
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) fp32 [B] at t fp32 [B]."""
-        ...
-
-
-class FlowPath:
-    """Flow matching: alpha = 1 - t, sigma = t."""
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1.0 - t, t
 
 
 def dpo_loss(
@@ -43,7 +29,8 @@ def dpo_loss(
     options: DPOOptions,
     *,
     prediction: str = "flow",
-    path: Path | None = None,
+    path: Path = FLOW,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """mean over pairs of -log sigmoid(-beta/2 ((e_w - e_w_ref) - (e_l - e_l_ref))), 0-d and graded.
 
@@ -56,7 +43,8 @@ def dpo_loss(
             generator with an adapter switched off.
         x0_w, x0_l: the preferred sample and the other [P, ...]; constants.
         t: fp32 [P], the pair's. noise: x0_w's shape. condition: the pair's (tensor, or dictionary of them, batch P).
-        prediction: what the networks predict. path: default :class:`FlowPath`.
+        prediction: what the networks predict, on ``path``.
+        weight: fp32 [P], of each pair in the mean; 1 by default.
 
     Returns:
         loss, and 0-d without grad: margin, the mean of the sigmoid's argument; accuracy, the fraction of pairs where
@@ -70,7 +58,7 @@ def dpo_loss(
     if prediction not in targets:
         raise ValueError(f"dpo_loss: prediction must be one of {sorted(targets)}, got {prediction!r}")
     target, times, conditions = targets[prediction](), t.repeat(2), join(condition, condition)
-    alpha, sigma = (path or FlowPath()).alpha_sigma(times)
+    alpha, sigma = path.alpha_sigma(times)
     x_t = ops.renoise(clean, alpha, sigma, noise=twice)
     dtype = torch.promote_types(clean.dtype, torch.float32)
 
@@ -84,6 +72,7 @@ def dpo_loss(
         held = error_gap(reference)
     with torch.enable_grad():
         margin = -0.5 * options.beta * (error_gap(generator) - held)
-        loss = -F.logsigmoid(margin).mean()
+        each = -F.logsigmoid(margin)
+        loss = (each if weight is None else weight * each).mean()
     margin = margin.detach()
     return loss, {"accuracy": (margin > 0).float().mean(), "margin": margin.mean()}

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dmdr_fast import ops
+from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.rl.options import GRPOOptions
-from dmdr_fast.algorithm.rollout import Network, clean_sample
+from dmdr_fast.algorithm.rollout import Network
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,13 @@ def policy_loss(
     options: GRPOOptions,
     *,
     kind: str = "flow",
+    weight: float = 1.0,
     reference: Network | None = None,
     kl_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped loss of step i of a trajectory plus kl_weight KL, 0-d and graded, and its statistics.
+    """The clipped loss of step i of a trajectory plus a KL, weighted, 0-d and graded, and its statistics.
 
-        loss = mean_b max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_weight KL,  r = p_now / p_rollout
+        loss = weight mean_b max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_weight KL,  r = p_now / p_rollout
         KL   = mean (mean_now - mean_ref)^2 / (2 s^2),  per element, over the whole batch
 
     flow_grpo, dance: s = gam of the step (Flow-GRPO's: the KL over sqrt(t - t')); cps: s the step's std. A sample that
@@ -150,6 +152,7 @@ def policy_loss(
             clip_high=options.clip_high,
             adv_clip=options.adv_clip,
         )
+        loss = weight * loss
         found = {f"ratio_{name}": getattr(stats, name) for name in ("mean", "max_deviation")}
         found |= {name: getattr(stats, name) for name in ("clip_fraction", "approx_kl")}
         if held is not None:

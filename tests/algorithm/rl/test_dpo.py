@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dmdr_fast.algorithm.paths import FLOW
 from dmdr_fast.algorithm.rl.dpo import dpo_loss
 from dmdr_fast.algorithm.rl.options import DPOOptions
 
@@ -46,7 +47,7 @@ def by_hand(generator, reference, prediction, vp):
 @pytest.mark.parametrize(("prediction", "vp"), [("flow", False), ("eps", True), ("eps", False), ("x0", False)])
 def test_loss_gradient_and_stats(prediction, vp):
     generator, reference = Denoiser(1), Denoiser(2)
-    path = VariancePreserving() if vp else None
+    path = VariancePreserving() if vp else FLOW
     got, stats = dpo_loss(
         generator, reference, W, L, T, NOISE, Y, DPOOptions(beta=BETA), prediction=prediction, path=path
     )

@@ -1,0 +1,129 @@
+"""What one update of DMDR is made of: its numbers, its networks, its data, its reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.paths import FLOW, Path
+from dmdr_fast.algorithm.rl.options import RLOptions
+from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.algorithm.rollout import Network
+from dmdr_fast.algorithm.schedules import RenoiseLaw, real_score_lora_scale
+from dmdr_fast.algorithm.score_pass import ScorePass
+from dmdr_fast.algorithm.streams import Shard
+
+
+class Trained(Protocol):
+    """A trained role: a network with an optimizer behind it."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor: ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate one loss's gradients (averaged over micro-batches and ranks); ``last`` before a step."""
+
+    def step(self) -> bool:
+        """Clip and apply what was accumulated; False where a gradient was not finite and nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The roles. ``score`` runs F and T together; ``fake`` is F alone at its own LoRA scale, graded.
+
+    ``reference`` is what a KL or DPO holds the generator to, without grad; None where neither is used.
+    """
+
+    generator: Trained
+    fake: Trained
+    score: ScorePass
+    reference: Network | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the data gives for one micro-batch.
+
+    condition: of the networks, batch first. uncond: the null condition for CFG, likewise. classes: int64 [B], the
+    class or prompt of each sample as a number. reward_inputs: what the rewards need to know (labels, prompts).
+    """
+
+    condition: Any
+    uncond: Any
+    classes: Tensor
+    reward_inputs: dict[str, Any]
+
+
+class Data(Protocol):
+    """``data(index, shard, group)``: the shard's part of draw ``index``; each drawn condition serves ``group`` samples
+    in a row of the global batch."""
+
+    def __call__(self, index: tuple[int, ...], shard: Shard, group: int = 1) -> Batch: ...
+
+
+# (images, reward inputs, what to call this batch in an error) -> (rewards fp32 [B], each reward by name)
+Score = Callable[[Tensor, dict[str, Any], str], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Decoder and rewards, all frozen."""
+
+    decode: Decode
+    score: Score
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of one DMDR run that the step itself reads.
+
+    prediction: what generator, fake and real score predict on ``path``. saturation: |x0| beyond which a value counts
+    as saturated.
+    """
+
+    grid: tuple[float, ...]
+    latent_shape: tuple[int, ...]
+    cold_start_steps: int
+    generator_steps: int
+    fake_updates: int = 5
+    rollout_variant: str = "backward_simulation"
+    prediction: str = "flow"
+    path: Path = FLOW
+    real_lora_scale: float = 0.0
+    dynamic_guidance_step: int = 0
+    renoise: RenoiseLaw = field(default_factory=RenoiseLaw)
+    dmd: DMDOptions = field(default_factory=DMDOptions)
+    rl: RLOptions = field(default_factory=RLOptions)
+    reward_weight: float = 0.0
+    reward_final_weight: float | None = None
+    reward_warmup_steps: int = 0
+    saturation: float = 1.0
+
+    def rl_active(self, step: int) -> bool:
+        """Reinforcement learning starts when the cold start has ended."""
+        weighs = self.reward_weight != 0.0 or (self.reward_final_weight or 0.0) != 0.0
+        return step >= self.cold_start_steps and self.rl.method != "none" and weighs
+
+    def rl_weight(self, step: int) -> float:
+        """Weight of the RL gradient: up from 0 over the warm-up, then linearly to the final weight."""
+        since = step - self.cold_start_steps
+        last = max(1, self.generator_steps - 1 - self.cold_start_steps)
+        final = self.reward_weight if self.reward_final_weight is None else self.reward_final_weight
+        weight = self.reward_weight + (final - self.reward_weight) * min(1.0, since / last)
+        return weight * min(1.0, (since + 1) / self.reward_warmup_steps) if self.reward_warmup_steps else weight
+
+    def uses_dmd(self, step: int) -> bool:
+        """Whether the DMD gradient is part of this update; the fake score is trained only then."""
+        return not self.rl_active(step) or self.rl.regularizer == "dmd"
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the KL to the reference once RL is active."""
+        return 0.0 if self.rl.regularizer == "none" else self.rl.kl_weight
+
+    def real_scale(self, step: int) -> float:
+        """DynaDG's s_r at this step."""
+        return real_score_lora_scale(step, initial=self.real_lora_scale, dynamic_step=self.dynamic_guidance_step)

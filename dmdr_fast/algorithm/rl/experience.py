@@ -1,0 +1,99 @@
+"""What a group-based method learns from: samples of the generator, their rewards, their advantages.
+
+Groups of K samples share a condition and lie side by side in the global batch. Whether a group is whole on one rank or
+spread over several does not matter: statistics are taken of the gathered rewards, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dmdr_fast.algorithm.rl.grpo import Trajectory
+from dmdr_fast.algorithm.streams import Shard
+
+if TYPE_CHECKING:
+    from dmdr_fast.algorithm.recipe import Batch, RewardModel
+
+# One equal-shaped part per micro-batch of this rank -> the whole global batch in its own order.
+Gather = Callable[[Sequence[Tensor]], Tensor]
+
+
+def whole_batch(parts: Sequence[Tensor]) -> Tensor:
+    """:data:`Gather` of a single rank."""
+    return torch.cat(list(parts))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One micro-batch of samples with their rewards: total fp32 [B] and each by name."""
+
+    batch: Batch
+    shard: Shard
+    x0: Tensor
+    rewards: Tensor
+    named: dict[str, Tensor]
+    trajectory: Trajectory | None = None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Mean rewards."""
+        return {"reward": self.rewards.mean()} | {name: values.mean() for name, values in self.named.items()}
+
+
+@torch.no_grad()
+def scored(
+    batch: Batch,
+    shard: Shard,
+    x0: Tensor,
+    reward: RewardModel,
+    *,
+    chunk: int,
+    name: str,
+    trajectory: Trajectory | None = None,
+) -> Scored:
+    """Decode and score x0 [B, ...], ``chunk`` samples at a time, without grad."""
+    totals, named = [], []
+    for start in range(0, x0.shape[0], chunk):
+        rows = slice(start, min(start + chunk, x0.shape[0]))
+        total, each = reward.score(reward.decode(x0[rows]), rows_of(batch.reward_inputs, rows), name)
+        totals.append(total)
+        named.append(each)
+    by_name = {n: torch.cat([each[n] for each in named]) for n in named[0]}
+    return Scored(batch, shard, x0, torch.cat(totals), by_name, trajectory)
+
+
+def rows_of(inputs: dict, rows: slice) -> dict:
+    """The reward inputs of some rows."""
+    return {k: v[rows] for k, v in inputs.items()}
+
+
+def share(global_values: Tensor, shard: Shard) -> Tensor:
+    """This micro-batch's part of something of the whole global batch."""
+    return global_values[shard.start : shard.stop]
+
+
+@dataclass(frozen=True)
+class PairShare:
+    """The pairs that one micro-batch trains on: samples [start, stop) of ``shard.total`` pairs, and their weights.
+
+    Shares have one size on all ranks; where the pairs do not divide evenly, shares overlap and a pair that another
+    share has already weighs 0. The rest is scaled so that the average over shares of mean(weight * loss) is the mean
+    loss of all pairs.
+    """
+
+    shard: Shard
+    weight: Tensor  # fp32 [pairs of this share]
+
+
+def pair_share(pairs: int, shard: Shard, device: torch.device) -> PairShare:
+    """Share number ``shard.start / shard.size`` of ``pairs`` pairs over the micro-batches of the global batch."""
+    shares = shard.total // shard.size
+    size = -(-pairs // shares)
+    wanted = (shard.start // shard.size) * size
+    start = min(wanted, pairs - size)
+    first_here = (torch.arange(start, start + size, device=device) >= wanted).float()
+    return PairShare(Shard(start, start + size, pairs), first_here * (shares * size / pairs))
