@@ -8,6 +8,7 @@ the steps beyond it are never run: (N + 1) / 2 forwards in expectation in place 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -60,16 +61,23 @@ def truncated_rollout(
     ``grid`` is t_0 .. t_N; ``noise(i)`` returns the i-th independent noise of this rollout.
     """
     x = noise(0)
-    for i in range(stop + 1):
-        t = torch.full((x.shape[0],), grid[i], device=x.device)
-        x0 = clean_sample(x, t, generator(x, t, condition), kind, path)
-        if i < stop:
-            x = renoised(x0, grid[i + 1], noise(i + 1), path)
+    with whole_weights(generator) if stop else nullcontext():
+        for i in range(stop + 1):
+            t = torch.full((x.shape[0],), grid[i], device=x.device)
+            x0 = clean_sample(x, t, generator(x, t, condition), kind, path)
+            if i < stop:
+                x = renoised(x0, grid[i + 1], noise(i + 1), path)
     if variant == "backward_simulation":
         return Rollout(x, t, x0, reuse=True)
     if variant == "same_step":
         return Rollout(renoised(x0, grid[stop], noise(stop + 1), path), t, x0, reuse=False)
     raise ValueError(f"rollout variant: expected backward_simulation or same_step, got {variant!r}")
+
+
+def whole_weights(generator: Network) -> AbstractContextManager:
+    """The context that a role whose weights are partitioned over the ranks offers for forwards that follow each other:
+    it may gather them once. Nothing for other networks."""
+    return getattr(generator, "whole_weights", nullcontext)()
 
 
 def renoised(x0: Tensor, t: float, noise: Tensor, path: Path = FLOW) -> Tensor:

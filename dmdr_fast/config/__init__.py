@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from dmdr_fast.config.base import Count, Section, key
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
-from dmdr_fast.config.memory import Memory
+from dmdr_fast.config.memory import Memory, Rollout
 from dmdr_fast.config.networks import Decoder, LoRA, Model, Student, StudentLoRA, Teacher, TeacherTraining
 from dmdr_fast.config.problems import problems
 from dmdr_fast.config.rl import DPO, GRPO, RL, Monitors, ReFL, Reward, RewardTerm
@@ -42,6 +42,7 @@ __all__ = [
     "Renoise",
     "Reward",
     "RewardTerm",
+    "Rollout",
     "Student",
     "StudentLoRA",
     "Teacher",
@@ -74,6 +75,7 @@ class Config(Section):
     reward: Reward = key(Reward(), "Reward.")
     rl: RL = key(RL(), "Reinforcement learning.")
     monitors: Monitors = key(Monitors(), "Collapse monitors.")
+    rollout: Rollout = key(Rollout(), "Rollouts.")
     memory: Memory = key(Memory(), "Memory levers.")
     optimizer: Optimizer = key(Optimizer(), "Optimizers.")
     deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")

@@ -49,6 +49,8 @@ class Decoder(Section):
 
     kind: Literal["identity", "vae"] = key("identity", "identity: latents are images; vae: diffusers' AutoencoderKL.")
     path: str | None = key(None, "Folder or hub id of the VAE.")
+    tiling: bool = key(False, "Decode large latents tile by tile, blended at the seams: less memory, nearly the same.")
+    recompute: bool = key(False, "Recompute the decoder's blocks in the reward's backward pass: less memory, the same.")
 
 
 class StudentLoRA(Section):

@@ -54,6 +54,10 @@ def problems(config: Config) -> Iterator[str]:
         yield "decoder.path: missing; decoder.kind=vae needs the folder or hub id of an AutoencoderKL"
     if config.memory.frozen == "float8" and config.deepspeed.stage == 3:
         yield "memory.frozen: float8 weights cannot be partitioned; use int8, or deepspeed.stage 0 or 2"
+    if config.rollout.keep_gathered and config.deepspeed.stage != 3:
+        yield "rollout.keep_gathered: only deepspeed.stage=3 partitions the weights; set it, or leave this off"
+    if config.decoder.kind == "identity" and (config.decoder.tiling or config.decoder.recompute):
+        yield "decoder.tiling, decoder.recompute: there is no VAE to tile; set decoder.kind=vae, or leave them off"
     yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:
         yield "eval.features: missing; eval.data needs a feature classifier (digits, or a folder or hub id)"

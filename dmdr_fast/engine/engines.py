@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.optimizers import build_optimizer
 from dmdr_fast.models.lora import LoraAdapter
+from dmdr_fast.models.partitioned import kept_whole
 from dmdr_fast.preflight import read_deepspeed_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -93,12 +95,17 @@ class TrainedRole(Role):
         super().__init__(engine, DTYPES[config.deepspeed.dtype])
         self.engine, self.adapter, self.lora_scale = engine, adapter, lora_scale
         self.own_clip = config.optimizer.clip if clips_itself(config) else None
+        self.keep_gathered = config.rollout.keep_gathered
         self.gradient_norm = float("nan")  # of the last step that was applied, before clipping
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         if self.adapter is not None:
             self.adapter.set_scale(self.lora_scale)
         return super().__call__(x_t, t, condition)
+
+    def whole_weights(self) -> AbstractContextManager:
+        """Inside, forwards without grad find the weights gathered (``rollout.keep_gathered``); none may change them."""
+        return kept_whole(self.engine.module.parameters()) if self.keep_gathered else nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; DeepSpeed averages over micro-steps and ranks.

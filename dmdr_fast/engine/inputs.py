@@ -15,7 +15,7 @@ from dmdr_fast.config import Config
 from dmdr_fast.engine.rewards import RewardSet, build_reward_set
 from dmdr_fast.errors import UserError
 from dmdr_fast.eval.features import DigitsFeatures, FeatureExtractor, TransformersFeatures
-from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder
+from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder, save_decoder_memory
 
 
 def label_source(config: Config, streams: Streams, device: torch.device) -> Data:
@@ -37,6 +37,7 @@ def build_decoder(config: Config, device: torch.device) -> Callable[[Tensor], Te
         return IdentityDecoder().decode
     try:
         decoder = LatentDecoder.from_pretrained(config.decoder.path).to(device)
+        save_decoder_memory(decoder.vae, tiling=config.decoder.tiling, recompute=config.decoder.recompute)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"decoder.path: {error}") from None
     factor = 2 ** (len(decoder.vae.config.block_out_channels) - 1)

@@ -13,11 +13,14 @@ from dmdr_fast.algorithm.recipe import Networks
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.config import Config, LoRA, StudentLoRA
-from dmdr_fast.engine.engines import DTYPES, Role, TrainedRole, frozen_network, trained_engine
+from dmdr_fast.engine.engines import DTYPES, Role, TrainedRole, engine_config, frozen_network, trained_engine
 from dmdr_fast.engine.memory import check_levers, class_probe, quantise_frozen, set_levers
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, add_lora
+from dmdr_fast.models.partitioned import whole_shape
 from dmdr_fast.models.sit import SiT, load_sit_weights
+from dmdr_fast.models.sit_weights import stored_sit_tensors
+from dmdr_fast.models.stored import load_partitioned, parameters_on_meta
 from dmdr_fast.preflight import HUB_PREFIX
 
 
@@ -44,6 +47,26 @@ def load_network(config: Config, weights: Path) -> SiT:
         load_sit_weights(network, weights)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"teacher.weights: {error}") from None
+    return network
+
+
+def load_base(config: Config, weights: Path, device: torch.device, *, whole: bool = False) -> SiT:
+    """The network of ``model`` with the weights of a file, on ``device``: what an engine is built around.
+
+    Under stage 3 it is partitioned while it is read, in the compute dtype, and no rank ever holds all of it; unless
+    ``whole``, or where partitions go to NVMe: DeepSpeed sends them there when it takes over the network.
+    """
+    settings = engine_config(config, trained=True)
+    offload = settings["zero_optimization"].get("offload_param", {}).get("device")
+    if settings["zero_optimization"]["stage"] != 3 or whole or offload == "nvme":
+        return load_network(config, weights).to(device)
+    with parameters_on_meta():
+        network = build_network(config)
+    try:
+        stored = stored_sit_tensors(network, weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"teacher.weights: {error}") from None
+    load_partitioned(network, stored, dtype=DTYPES[config.deepspeed.dtype], settings=settings)
     return network
 
 
@@ -75,7 +98,7 @@ class FrozenReference:
     def load(self, weights: Path) -> None:
         """Take the weights of a file that :func:`dmdr_fast.engine.shards.save_weights` wrote. All ranks must call."""
         if self.network is None:
-            network = load_network(self.config, weights).to(self.device)
+            network = load_base(self.config, weights, self.device)
             self.network = Role(frozen_network(network, self.config, self.device), DTYPES[self.config.deepspeed.dtype])
 
     @torch.no_grad()
@@ -101,17 +124,19 @@ def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: 
     """Engines for the trained roles over the teacher's weights, with the sharing of ``config``."""
     check_levers(config, device)
     dtype = DTYPES[config.deepspeed.dtype]
-    generator_net = load_network(config, teacher).to(device)
-    fake_net = load_network(config, teacher).to(device)
+    quantised = config.memory.frozen != "native"
+    shared_base = config.sharing == "shared_score"
+    generator_net = load_base(config, teacher, device)
+    fake_net = load_base(config, teacher, device, whole=shared_base and quantised)
     attention, _ = (set_levers(net, config, dtype, device) for net in (generator_net, fake_net))
     notes = [f"attention  {attention}"]
     student = config.student.lora
     generator_adapter = adapter = None
     if student.rank:
-        generator_adapter = _lora(generator_net, "generator", student, lora_seed + 1, "student.lora")
-    if config.sharing == "shared_score":
-        adapter = _lora(fake_net, "fake", config.lora, lora_seed, "lora")
-        if config.memory.frozen != "native":
+        generator_adapter = _lora(generator_net, "generator", student, lora_seed + 1, "student.lora", dtype)
+    if shared_base:
+        adapter = _lora(fake_net, "fake", config.lora, lora_seed, "lora", dtype)
+        if quantised:
             notes.append(quantise_frozen(fake_net.to(dtype), class_probe(fake_net, config, device), config))
     counts = [_counts(net) for net in (generator_net, fake_net)]
     generator = TrainedRole(
@@ -124,9 +149,9 @@ def build_roles(config: Config, teacher: Path, device: torch.device, lora_seed: 
         score = shared_scores(Role(fake.engine, dtype), adapter.set_scale, fake_scale=config.dyna_dg.fake_scale)
         plain_teacher = without_adapter(fake)
     else:
-        teacher_net = load_network(config, teacher).to(device, dtype)
+        teacher_net = load_base(config, teacher, device, whole=quantised).to(dtype)
         set_levers(teacher_net, config, dtype, device)
-        if config.memory.frozen != "native":
+        if quantised:
             notes.append(quantise_frozen(teacher_net, class_probe(teacher_net, config, device), config))
         plain_teacher = Role(frozen_network(teacher_net, config, device), dtype)
         score = separate_scores(fake, plain_teacher)
@@ -169,7 +194,9 @@ def without_adapter(role: TrainedRole) -> Network:
     return network
 
 
-def _lora(network: nn.Module, role: str, settings: LoRA | StudentLoRA, seed: int, key: str) -> LoraAdapter:
+def _lora(
+    network: nn.Module, role: str, settings: LoRA | StudentLoRA, seed: int, key: str, dtype: torch.dtype
+) -> LoraAdapter:
     network.requires_grad_(False)
     try:
         return add_lora(
@@ -179,6 +206,7 @@ def _lora(network: nn.Module, role: str, settings: LoRA | StudentLoRA, seed: int
             targets=settings.targets,
             form=getattr(settings, "form", "standard"),
             init_std=getattr(settings, "init_std", None),
+            dtype=dtype,  # DeepSpeed casts them to it anyway, unless the network is partitioned
             generator=torch.Generator().manual_seed(seed),
         )
     except ValueError as error:
@@ -187,5 +215,5 @@ def _lora(network: nn.Module, role: str, settings: LoRA | StudentLoRA, seed: int
 
 def _counts(network: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in network.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

@@ -7,6 +7,7 @@ CUDA). ``flash_attn`` is the flash-attn package, ``flash_attn_3`` its kernels fo
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,7 +64,7 @@ def choose_attention(
     refusals = {}
     for kernel in ("flash_attn_3", "flash_attn") if wanted == "auto" else (wanted,):
         refusal = _refusal(kernel, model, dtype, device)
-        if refusal is None and wanted == "auto" and type(model).__name__ in MASKED:
+        if refusal is None and wanted == "auto" and _diffusers_model(model, MASKED) is not None:
             # The variable-length kernels read the longest text back to the host in every call.
             refusal = "its mask costs a wait for the device in every layer"
         if refusal is None:
@@ -81,14 +82,14 @@ def set_attention(model: nn.Module, choice: Choice) -> None:
             module.attention_kernel = choice.kernel
     backends = {m.processor._attention_backend for m in model.modules() if _switchable(m)}
     if backends - {None} or (backends and choice.kernel != "sdpa"):
-        names = DIFFUSERS_MASKED if type(model).__name__ in MASKED else DIFFUSERS
-        model.set_attention_backend(names[choice.kernel])
+        names = DIFFUSERS if _diffusers_model(model, MASKED) is None else DIFFUSERS_MASKED
+        _diffusers_model(model).set_attention_backend(names[choice.kernel])
 
 
 def _refusal(kernel: AttentionKernel, model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why ``kernel`` cannot run here; None when it can."""
     if not any(_switchable(m) or hasattr(m, "attention_kernel") for m in model.modules()):
-        return f"{type(model).__name__} calls torch's attention by name"
+        return f"{type(_diffusers_model(model) or model).__name__} calls torch's attention by name"
     if importlib.util.find_spec(PACKAGES[kernel]) is None:
         return f"not installed ({INSTALL[kernel]})"
     if device.type != "cuda":
@@ -103,3 +104,9 @@ def _refusal(kernel: AttentionKernel, model: nn.Module, dtype: torch.dtype, devi
 def _switchable(module: nn.Module) -> bool:
     """Whether diffusers can switch the kernel of this layer; the processors of SD3 and SDXL call torch's own."""
     return hasattr(getattr(module, "processor", None), "_attention_backend")
+
+
+def _diffusers_model(model: nn.Module, names: Container[str] | None = None) -> nn.Module | None:
+    """The diffusers model that ``model`` is or holds, where its class is one of ``names``."""
+    held = (m for m in model.modules() if hasattr(m, "set_attention_backend"))
+    return next((m for m in held if names is None or type(m).__name__ in names), None)

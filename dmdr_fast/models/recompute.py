@@ -52,23 +52,24 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
     """Let ``model`` keep what ``mode`` says in its graded forwards from now on; others are not touched.
 
     Gradients are the same in every mode, those of LoRA adapters too (``dmdr_fast.models.lora``): the recomputation
-    wears the scales of its forward. Call it after ``add_lora`` and ``patch`` or before, and on the module, not on
-    an engine around it.
+    wears the scales of its forward. Call it before or after ``add_lora`` and ``patch``, on the module that the adapters
+    are added to: it may be the model with the blocks, or one around it.
 
     Raises:
         ValueError: an unknown mode, or a model that does not say where its blocks are.
     """
     if mode not in MODES:
         raise ValueError(f"set_recompute: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if not getattr(model, "_supports_gradient_checkpointing", False):
+    owner = next((m for m in model.modules() if getattr(m, "_supports_gradient_checkpointing", False)), None)
+    if owner is None:
         raise ValueError(
             f"set_recompute: {type(model).__name__} has no blocks to recompute: expected a model with "
             "enable_gradient_checkpointing, as in diffusers; set memory.activation to none for this one"
         )
     if mode == "none":
-        model.disable_gradient_checkpointing()
+        owner.disable_gradient_checkpointing()
     else:
-        model.enable_gradient_checkpointing(partial(_run_block, model, mode))
+        owner.enable_gradient_checkpointing(partial(_run_block, model, mode))
 
 
 def _run_block(model: nn.Module, mode: Recompute, block: Callable[..., Any], *inputs: Any) -> Any:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dmdr_fast.models.partitioned import whole_parameters, whole_shape
+from dmdr_fast.models.stored import Stored, stored_tensors
 
 if TYPE_CHECKING:
     from dmdr_fast.models.sit import SiT
@@ -32,14 +31,23 @@ def load_sit_weights(model: SiT, path: str | Path) -> None:
         ValueError: the file is unreadable, or a key is missing, unexpected or of another shape; ``model`` is
             unchanged.
     """
-    path = Path(path)
-    state = _state_dict(_read(path), path)
-    _check_fit(model, state, path)
+    stored = stored_sit_tensors(model, path)
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         with whole_parameters(own.values(), write=True), torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(state[f"{prefix}.{name}" if prefix else name])
+                parameter.copy_(stored[f"{prefix}.{name}" if prefix else name].read())
+
+
+def stored_sit_tensors(model: SiT, path: str | Path) -> dict[str, Stored]:
+    """The tensors of a checkpoint by ``model``'s names, checked against it; raises as ``load_sit_weights``.
+
+    Those of a .safetensors file are read when asked for; a .pt file is read here.
+    """
+    path = Path(path)
+    stored = _named(_read(path), path)
+    _check_fit(model, stored, path)
+    return stored
 
 
 def _read(path: Path) -> dict:
@@ -47,11 +55,11 @@ def _read(path: Path) -> dict:
         raise FileNotFoundError(f"SiT weights: no file {path}: set the path to a .safetensors or .pt checkpoint")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return stored_tensors(path)
         # REPA and SiT store their command line beside the weights; a Namespace holds plain values only.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (ValueError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"SiT weights: {path} is not a readable checkpoint ({reason}): give a .safetensors file or a .pt "
@@ -59,24 +67,28 @@ def _read(path: Path) -> dict:
         ) from error
 
 
-def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+def _named(content: object, path: Path) -> dict[str, Stored]:
     for container in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(container), dict):
             content = content[container]
             break
     tensors = isinstance(content, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+        isinstance(key, str) and isinstance(value, (Tensor, Stored)) for key, value in content.items()
     )
     if not tensors:
         raise ValueError(
             f"SiT weights: {path} holds no state dict: expected names to tensors, plain or under one of "
             f"{', '.join(CONTAINERS)}"
         )
-    named = {key.removeprefix("module."): value for key, value in content.items()}
+    named = {key.removeprefix("module."): _as_stored(value) for key, value in content.items()}
     return {key: value for key, value in named.items() if not key.startswith("projectors.")}
 
 
-def _check_fit(model: SiT, state: dict[str, Tensor], path: Path) -> None:
+def _as_stored(value: Tensor | Stored) -> Stored:
+    return value if isinstance(value, Stored) else Stored(value.shape, lambda: value)
+
+
+def _check_fit(model: SiT, state: dict[str, Stored], path: Path) -> None:
     expected = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
     for name, shape in expected.items():
         if name in state and state[name].shape != shape:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dmdr_fast.models.recompute import set_recompute
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -58,6 +63,35 @@ class LatentDecoder(nn.Module):
             )
         wide = latent.to(torch.promote_types(latent.dtype, self.vae.dtype))
         return self.vae.decode((wide / self.scaling_factor + self.shift_factor).to(self.vae.dtype)).sample
+
+
+def save_decoder_memory(vae: nn.Module, *, tiling: bool, recompute: bool) -> None:
+    """Less memory for decoding with ``vae``, one of diffusers' autoencoders, with or without grad.
+
+    tiling:     ``enable_tiling``: latents larger than a tile are decoded tile by tile and blended where they overlap;
+                nearly the same image.
+    recompute:  the blocks of the decoder are recomputed in the backward pass; the same gradients. With tiling a tile is
+                recomputed as one, so the graph is that of one tile, where tiles alone would keep the graph of all.
+
+    Raises:
+        ValueError: an autoencoder that cannot do it.
+    """
+    if tiling:
+        if not hasattr(vae, "enable_tiling"):
+            raise ValueError(f"{type(vae).__name__} decodes no tiles: set decoder.tiling to false")
+        vae.enable_tiling()
+    if recompute:
+        if not getattr(vae, "_supports_gradient_checkpointing", False):
+            raise ValueError(f"{type(vae).__name__} recomputes no blocks: set decoder.recompute to false")
+        set_recompute(vae, "full")
+        if tiling:
+            vae.decoder.forward = partial(_recomputed, vae.decoder.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class IdentityDecoder(nn.Module):

@@ -24,7 +24,10 @@ def environment(tmp_path_factory):
     """The environment of the runs: CPU, one thread, a cache that the session shares."""
     cache = tmp_path_factory.mktemp("cache")
     os.environ["DS_ACCELERATOR"] = "cpu"  # of the server that runs are forked from
-    return os.environ | {"DMDR_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    # Tests that join a run in this process leave its place in the environment.
+    place = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    inherited = {name: value for name, value in os.environ.items() if name not in place}
+    return inherited | {"DMDR_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def shard_all(tmp_path_factory):
 def test_two_zero3_ranks_equal_one_rank(run, tmp_path, shard_all, sharing):
     one, two = tmp_path / "one", tmp_path / "two"
     common = [*FIVE, "--sharing", sharing, "--student.steps", "2", "--teacher.cfg_scale", "2"]
-    zero3 = ["--deepspeed.stage", "3", "--deepspeed.config", shard_all]
+    zero3 = ["--deepspeed.stage", "3", "--deepspeed.config", shard_all, "--rollout.keep_gathered", "true"]
     code, _, err = run([*common, "--run_dir", one])
     assert code == 0, err
     code, _, err = run([*common, "--run_dir", two, "--train.micro_batch_size", "4", *zero3], ranks=2)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.rl.options import GRPOOptions
-from dmdr_fast.algorithm.rollout import Network
+from dmdr_fast.algorithm.rollout import Network, whole_weights
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,18 @@ def sde_rollout(
     """
     stochastic = stochastic_steps(grid, options)
     x, samples, logprob = noise, [noise], {}
-    for i in range(len(grid) - 1):
-        if i in stochastic:
-            v = _velocity(generator, x, grid[i], condition, kind)
-            step = ops.sde_step_logprob(
-                x, v, grid[i], grid[i + 1], kind=options.kind, eta=options.eta, seed=seeds(i), offset=offset
-            )
-            x, logprob[i] = step.next_sample, step.logprob
-        else:
-            t = torch.full((x.shape[0],), grid[i], device=x.device)
-            x = clean_sample(x, t, generator(x, t, condition), kind)
-        samples.append(x)
+    with whole_weights(generator):
+        for i in range(len(grid) - 1):
+            if i in stochastic:
+                v = _velocity(generator, x, grid[i], condition, kind)
+                step = ops.sde_step_logprob(
+                    x, v, grid[i], grid[i + 1], kind=options.kind, eta=options.eta, seed=seeds(i), offset=offset
+                )
+                x, logprob[i] = step.next_sample, step.logprob
+            else:
+                t = torch.full((x.shape[0],), grid[i], device=x.device)
+                x = clean_sample(x, t, generator(x, t, condition), kind)
+            samples.append(x)
     return Trajectory(tuple(samples), grid, logprob)
 
 
