@@ -167,8 +167,8 @@ def flux() -> diffusers.DiffusionPipeline:
     )
 
 
-def flux2() -> diffusers.DiffusionPipeline:
-    transformer = diffusers.Flux2Transformer2DModel(
+def flux2_transformer(**kwargs) -> nn.Module:
+    return diffusers.Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -177,10 +177,18 @@ def flux2() -> diffusers.DiffusionPipeline:
         joint_attention_dim=3 * TEXT,
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
+        **kwargs,
     )
+
+
+def flux2_vae() -> nn.Module:
     vae = randomised(kl(diffusers.AutoencoderKLFlux2), 1)
     vae.bn.running_mean.copy_(0.3 * torch.randn(16, generator=torch.Generator().manual_seed(2)))
     vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return vae
+
+
+def flux2() -> diffusers.DiffusionPipeline:
     config = transformers.Mistral3Config(
         text_config=transformers.MistralConfig(num_hidden_layers=30, **LANGUAGE),  # the pipeline reads 10, 20 and 30
         vision_config=transformers.PixtralVisionConfig(
@@ -189,10 +197,21 @@ def flux2() -> diffusers.DiffusionPipeline:
         image_token_id=258,
     )
     return diffusers.Flux2Pipeline(
-        transformer=randomised(transformer, 0),
+        transformer=randomised(flux2_transformer(), 0),
         scheduler=flow_scheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
+        vae=flux2_vae(),
         text_encoder=randomised(transformers.Mistral3ForConditionalGeneration(config), 3),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
+def flux2_klein() -> diffusers.DiffusionPipeline:
+    config = transformers.Qwen3Config(num_hidden_layers=27, **LANGUAGE)  # the pipeline reads 9, 18 and 27
+    return diffusers.Flux2KleinPipeline(
+        transformer=randomised(flux2_transformer(guidance_embeds=False), 0),
+        scheduler=flow_scheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=randomised(transformers.Qwen3ForCausalLM(config), 3),
         tokenizer=qwen_tokenizer(),
     )
 
@@ -303,9 +322,12 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
 }
 
 
+VARIANTS = {"flux2_klein": flux2_klein}  # other pipelines of a family
+
+
 def saved(name: str, folder: Path) -> Path:
-    """The small pipeline ``name`` in ``folder/name``, written on the first call."""
+    """The small pipeline ``name`` of ``PIPELINES`` or ``VARIANTS`` in ``folder/name``, written on the first call."""
     target = folder / name
     if not (target / "model_index.json").is_file():
-        PIPELINES[name]().save_pretrained(target)
+        (PIPELINES | VARIANTS)[name]().save_pretrained(target)
     return target

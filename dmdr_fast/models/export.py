@@ -120,7 +120,7 @@ def _copy_components(family: Family, folder: Path) -> None:
     if not is_local(family.path):
         from diffusers import DiffusionPipeline
 
-        source = Path(DiffusionPipeline.download(family.path))
+        source = Path(DiffusionPipeline.download(family.path, revision=family.revision))
     index = json.loads((source / "model_index.json").read_text())
     folder.mkdir()
     shutil.copy(source / "model_index.json", folder)

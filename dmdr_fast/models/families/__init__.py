@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dmdr_fast.models.families.base import Condition, Denoiser, Family, to_device
@@ -34,38 +35,46 @@ __all__ = [
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in (SD3, Flux, Flux2, ZImage, QwenImage, SDXL)}
 
 
-def open_family(path: str, *, length: int | None = None, guidance: float | None = None) -> Family:
+def open_family(
+    path: str | Path, *, length: int | None = None, guidance: float | None = None, revision: str | None = None
+) -> Family:
     """The family of a diffusers pipeline: a folder that ``save_pretrained`` wrote, or a hub id. Reads configs only.
 
     Args:
         path: the folder or hub id ("black-forest-labs/FLUX.1-dev").
         length: the longest prompt in tokens; the pipeline's own default where None.
         guidance: what a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is told; its default where None.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: no pipeline there.
         ValueError: a pipeline class of no family, or a family's with a part that does not belong to it.
     """
     path = str(path)
-    index = read_json(path, "model_index.json")
+
+    def read(name: str) -> dict[str, Any]:
+        return read_json(path, name, revision)
+
+    index = read("model_index.json")
     family = _of_class(path, index.get("_class_name"))
     _check_component(path, index, family.folder, family.network)
     _check_component(path, index, "vae", family.vae)
-    network = read_json(path, f"{family.folder}/config.json")
-    scheduler = read_json(path, "scheduler/scheduler_config.json")
+    network = read(f"{family.folder}/config.json")
+    scheduler = read("scheduler/scheduler_config.json")
     if family.prediction == "eps" and (kind := scheduler.get("prediction_type", "epsilon")) != "epsilon":
         raise ValueError(f"pipeline {path}: {family.name} expected prediction_type epsilon, got {kind}")
     if family.name == "qwen_image" and network.get("guidance_embeds"):
         raise ValueError(f"pipeline {path}: diffusers' Qwen-Image runs no guidance embedding; use one without")
+    if guidance is None:
+        guidance = family.default_guidance
     return family(
         path=path,
         network_config=network,
-        vae_config=read_json(path, "vae/config.json"),
+        vae_config=read("vae/config.json"),
         scheduler_config=scheduler,
         length=family.default_length if length is None else length,
-        guidance=(family.default_guidance if guidance is None else guidance)
-        if network.get("guidance_embeds")
-        else None,
+        guidance=guidance if network.get("guidance_embeds") else None,
+        revision=revision,
     )
 
 
@@ -75,10 +84,6 @@ def _of_class(path: str, named: str | None) -> type[Family]:
             return family
     known = ", ".join(sorted(p for f in FAMILIES.values() for p in f.pipelines))
     raise ValueError(f"pipeline {path}: {named} is of no family that is known; expected one of {known}")
-
-
-def _guidance(family: type[Family], asked: float | None) -> float | None:
-    return family.default_guidance if asked is None else asked
 
 
 def _check_component(path: str, index: Mapping[str, Any], folder: str, expected: str) -> None:

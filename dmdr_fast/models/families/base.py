@@ -38,6 +38,7 @@ class Family(ABC):
         network_config, vae_config, scheduler_config: as the pipeline's files have them.
         length: text tokens of a condition, and the encoder's limit for a prompt.
         guidance: the guidance scale that a guidance-distilled network is told; None where it takes none.
+        revision: branch, tag or commit of a hub id; its default branch where None.
     """
 
     name: ClassVar[str]
@@ -48,7 +49,6 @@ class Family(ABC):
     prediction: ClassVar[str] = "flow"
     block_names: ClassVar[tuple[str, ...]]  # patterns of the nn.ModuleLists that hold the repeated blocks
     lora_targets: ClassVar[tuple[str, ...]]  # suffixes for ``add_lora``: attention and feed-forward of every block
-    published: ClassVar[Mapping[str, Mapping[str, Any]]]  # hub id -> its network config where it is not the default
     default_length: ClassVar[int]
     default_guidance: ClassVar[float | None] = None
     encode_batch: ClassVar[int] = 8  # prompts in one pass of the encoders, always as many
@@ -61,6 +61,7 @@ class Family(ABC):
     scheduler_config: Mapping[str, Any]
     length: int
     guidance: float | None = None
+    revision: str | None = None
 
     # Networks
 
@@ -78,11 +79,11 @@ class Family(ABC):
             FileNotFoundError: a weights file is missing; the message names it.
             ValueError: the weights are those of another network, or unreadable.
         """
-        return loading.load_module(self.path, self.folder, self.network, dtype, **from_pretrained)
+        return loading.load_module(self.path, self.folder, self.network, dtype, self.revision, **from_pretrained)
 
     def load_vae(self, dtype: torch.dtype, **from_pretrained: Any) -> nn.Module:
         """The pipeline's VAE, frozen and in evaluation mode; raises as ``load_transformer``."""
-        vae = loading.load_module(self.path, "vae", self.vae, dtype, **from_pretrained)
+        vae = loading.load_module(self.path, "vae", self.vae, dtype, self.revision, **from_pretrained)
         return vae.requires_grad_(False).eval()
 
     def blocks(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

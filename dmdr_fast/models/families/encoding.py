@@ -42,10 +42,10 @@ class TextEncoder:
     def identity(self) -> dict[str, Any]:
         """What an embedding depends on besides the prompt, as JSON: encoders and tokenizers by content (a hub id by its
         commit), pipeline class, length and dtype."""
-        index = loading.read_json(self.family.path, "model_index.json")
+        index = self._read_index()
         identity = {"pipeline": index["_class_name"], "length": self.family.length, "dtype": str(self.dtype)}
         if not loading.is_local(self.family.path):
-            commit = loading.resolve(self.family.path, "model_index.json").parent.name
+            commit = loading.resolve(self.family.path, "model_index.json", self.family.revision).parent.name
             return identity | {"hub": self.family.path, "commit": commit}
         folders = sorted(name for name in index if name.startswith(("text_encoder", "tokenizer")))
         root = Path(self.family.path).expanduser()
@@ -91,6 +91,9 @@ class TextEncoder:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _read_index(self) -> dict[str, Any]:
+        return loading.read_json(self.family.path, "model_index.json", self.family.revision)
+
     @cached_property
     def _tokenizers(self) -> Any:
         return self._load(encoders=False)
@@ -100,7 +103,7 @@ class TextEncoder:
         from diffusers import DiffusionPipeline
 
         path = self.family.path
-        index = loading.read_json(path, "model_index.json")
+        index = self._read_index()
         folders = [name for name in index if name.startswith("text_encoder") and (index[name] or [None])[0]]
         absent: dict[str, None] = dict.fromkeys([self.family.folder, "vae", *([] if encoders else folders)])
         if encoders:
@@ -108,7 +111,9 @@ class TextEncoder:
                 loading.check_weights(path, name)
             log.info("loading the text encoders of %s (%s)", path, ", ".join(folders))
         try:
-            return DiffusionPipeline.from_pretrained(path, torch_dtype=self.dtype, **absent)
+            return DiffusionPipeline.from_pretrained(
+                path, revision=self.family.revision, torch_dtype=self.dtype, **absent
+            )
         except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"pipeline {path}: its text encoders and tokenizers cannot be loaded ({loading.first_line(error)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ class Flux(Family):
     )
     default_length = 512
     default_guidance = 3.5
-    published: ClassVar = {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}}
 
     @property
     def channels(self) -> int:

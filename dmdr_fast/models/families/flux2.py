@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ class Flux2(Family):
     )
     default_length = 512
     default_guidance = 4.0
-    published: ClassVar = {"black-forest-labs/FLUX.2-dev": {}}
 
     @property
     def factor(self) -> int:

@@ -18,14 +18,14 @@ def is_local(path: str) -> bool:
     return Path(path).expanduser().is_dir() or path.startswith(("/", ".", "~")) or path.count("/") != 1
 
 
-def read_json(path: str, name: str) -> dict[str, Any]:
+def read_json(path: str, name: str, revision: str | None = None) -> dict[str, Any]:
     """A JSON file of a pipeline folder or hub id.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it holds no JSON object.
     """
-    file = resolve(path, name)
+    file = resolve(path, name, revision)
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -35,7 +35,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
     return content
 
 
-def resolve(path: str, name: str) -> Path:
+def resolve(path: str, name: str, revision: str | None = None) -> Path:
     """A file of a pipeline folder, or of a hub id through the hub's own cache; FileNotFoundError without it."""
     if is_local(path):
         folder = Path(path).expanduser()
@@ -48,15 +48,17 @@ def resolve(path: str, name: str) -> Path:
 
     folder, _, file = name.rpartition("/")
     try:
-        return Path(hf_hub_download(path, file, subfolder=folder or None))
+        return Path(hf_hub_download(path, file, subfolder=folder or None, revision=revision))
     except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
         raise FileNotFoundError(
             f"pipeline {path}: {name} could not be fetched ({first_line(error)}); give a local folder, or check the "
-            "name and the access token"
+            "name, the revision and the access token"
         ) from None
 
 
-def load_module(path: str, folder: str, kind: str, dtype: torch.dtype, **from_pretrained: Any) -> nn.Module:
+def load_module(
+    path: str, folder: str, kind: str, dtype: torch.dtype, revision: str | None = None, **from_pretrained: Any
+) -> nn.Module:
     """A component of a pipeline, of diffusers class ``kind``, with every one of its weights.
 
     Raises:
@@ -65,14 +67,19 @@ def load_module(path: str, folder: str, kind: str, dtype: torch.dtype, **from_pr
     """
     import diffusers  # seconds to import
 
-    named = read_json(path, f"{folder}/config.json").get("_class_name", kind)
+    named = read_json(path, f"{folder}/config.json", revision).get("_class_name", kind)
     if named != kind:
         raise ValueError(f"pipeline {path}: {folder} expected a {kind}, got {named}; give a pipeline of this family")
     if "variant" not in from_pretrained:
         check_weights(path, folder)
     try:
         module, report = getattr(diffusers, kind).from_pretrained(
-            path, subfolder=folder, torch_dtype=dtype, output_loading_info=True, **from_pretrained
+            path,
+            subfolder=folder,
+            revision=revision,
+            torch_dtype=dtype,
+            output_loading_info=True,
+            **from_pretrained,
         )
     except OSError as error:
         raise FileNotFoundError(f"pipeline {path}: {folder} cannot be loaded ({first_line(error)})") from error

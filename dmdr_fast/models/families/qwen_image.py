@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ class QwenImage(Family):
     )
     default_length = 512
     encode_batch = 1
-    published: ClassVar = {"Qwen/Qwen-Image": {}}
 
     @property
     def channels(self) -> int:

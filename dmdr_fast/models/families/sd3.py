@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,29 +24,6 @@ class SD3(Family):
     default_length = 256
     passes_sigmas = False
     sized = True
-    published: ClassVar = {
-        "stabilityai/stable-diffusion-3-medium-diffusers": {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 192,
-        },
-        "stabilityai/stable-diffusion-3.5-medium": {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 384,
-            "qk_norm": "rms_norm",
-            "dual_attention_layers": tuple(range(13)),
-        },
-        "stabilityai/stable-diffusion-3.5-large": {
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "caption_projection_dim": 2432,
-            "pos_embed_max_size": 192,
-            "qk_norm": "rms_norm",
-        },
-    }
 
     @property
     def patch(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ class ZImage(Family):
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
     default_length = 512
-    published: ClassVar = {"Tongyi-MAI/Z-Image": {}}
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         lengths = condition["lengths"].tolist()

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dmdr_fast.models.families import TextEncoder, open_family
-from tests.families import PIPELINES, PROMPTS, saved
+from tests.families import PIPELINES, PROMPTS, VARIANTS, saved
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +19,10 @@ def pipelines(tmp_path_factory):
 class Case:
     """A family beside the diffusers pipeline that it must agree with."""
 
-    def __init__(self, name, folder):
-        self.name, self.folder = name, folder
+    def __init__(self, folder):
+        self.folder = folder
         self.family = open_family(folder)
+        self.name = self.family.name
         self.pipeline = DiffusionPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.network = getattr(self.pipeline, self.family.folder)
@@ -40,13 +41,13 @@ def cases(pipelines):
 
     def case(name):
         if name not in loaded:
-            loaded[name] = Case(name, saved(name, pipelines))
+            loaded[name] = Case(saved(name, pipelines))
         return loaded[name]
 
     return case
 
 
-@pytest.fixture(params=list(PIPELINES))
+@pytest.fixture(params=[*PIPELINES, *VARIANTS])
 def case(request, cases):
     """Every family in turn."""
     return cases(request.param)

@@ -58,12 +58,12 @@ def recorded():
 
 @pytest.fixture
 def run(case, recorded, monkeypatch):
-    if case.name not in recorded:
+    if case not in recorded:
         prompts = list(PROMPTS[:2])  # of two lengths
         calls, last, images = record(case, prompts, 3, monkeypatch)
         family = replace(case.family, guidance=case.family.guidance and GUIDANCE)
-        recorded[case.name] = case, family, family.condition(case.entries[:2]), calls, last, images
-    return recorded[case.name]
+        recorded[case] = case, family, family.condition(case.entries[:2]), calls, last, images
+    return recorded[case]
 
 
 def model_input(case, sample, t):
