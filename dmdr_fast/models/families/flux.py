@@ -61,13 +61,18 @@ class Flux(Family):
         """The guidance's embedding is one vector, added to the time's: it goes into that one's bias."""
         if not self.network_config.get("guidance_embeds", False):
             return network
+        from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
+
         embed = network.time_text_embed
         with torch.no_grad():
-            scale = torch.tensor([1000.0 * self.guidance])
             bias = embed.timestep_embedder.linear_2.bias
+            scale = 1000.0 * torch.tensor([self.guidance], dtype=bias.dtype)  # rounded as in the network: 3504 in bf16
             vector = embed.guidance_embedder.float()(embed.time_proj(scale))[0]
             bias.copy_(bias.float() + vector)
-        del embed.guidance_embedder
+        with torch.device("meta"):
+            plain = CombinedTimestepTextProjEmbeddings(network.inner_dim, network.config.pooled_projection_dim)
+        plain.timestep_embedder, plain.text_embedder = embed.timestep_embedder, embed.text_embedder
+        network.time_text_embed = plain
         network.register_to_config(guidance_embeds=False)
         return network
 

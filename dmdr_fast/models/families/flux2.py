@@ -77,8 +77,8 @@ class Flux2(Family):
             return network
         embed = network.time_guidance_embed
         with torch.no_grad():
-            none, now = embed.time_proj(torch.tensor([0.0, 1000.0 * self.guidance]))
             weight = embed.guidance_embedder.linear_1.weight
+            none, now = embed.time_proj(1000.0 * torch.tensor([0.0, self.guidance], dtype=weight.dtype))
             change = torch.outer(weight.float() @ (now - none), none / none.square().sum())
             weight.copy_(weight.float() + change)
         return network

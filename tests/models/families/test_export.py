@@ -111,6 +111,23 @@ def test_one_step_of_a_lora(case, tmp_path):
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_guidance_is_folded_as_a_bfloat16_network_rounds_it(cases, name):
+    """1000 x 3.5 is 3504 to it, and the embedding of 3500 is another."""
+    case = cases(name)
+    family, none = (replace(case.family, guidance=g) for g in (3.5, 0.0))
+    condition = family.condition(case.entries[:2])
+    x_t = torch.randn(2, *family.latent_shape(SIZE, SIZE), generator=torch.Generator().manual_seed(1)).bfloat16()
+    t = torch.tensor([0.25, 0.5])
+    network = family.load_transformer(torch.bfloat16)
+    with torch.no_grad():
+        before, unguided = (f.forward(network, x_t, t, condition).float() for f in (family, none))
+        network = family.fold_guidance(network)
+        after = replace(none, network_config=network.config).forward(network, x_t, t, condition).float()
+    assert (after - before).norm() < 0.03 * before.norm()
+    assert (unguided - before).norm() > 0.1 * before.norm()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 6.0])
 def test_the_saved_config_makes_the_grid(cases, tmp_path, steps, shift):
