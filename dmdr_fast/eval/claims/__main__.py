@@ -1,0 +1,168 @@
+"""``python -m dmdr_fast.eval.claims``: run what is missing, in parts, then write docs/claims.md and its data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dmdr_fast.errors import UserError
+from dmdr_fast.eval.claims import compare
+from dmdr_fast.eval.claims.launch import PACKAGE, Job, is_finished, run_jobs, state_of
+from dmdr_fast.eval.claims.page import write_page
+from dmdr_fast.eval.claims.records import Record, read_evaluations, read_json, read_rows
+from dmdr_fast.eval.claims.runs import FULL, QUICK, Budget, chosen, settings_of
+
+DONE, DIFFERS, MISTAKE, MORE = 0, 1, 2, 3  # exit codes
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dmdr_fast.eval.claims",
+        description="Put the paper's claims to the test on digits. Runs that are finished are not run again; exit code "
+        "3: there is more to do, call again. 1: --compare found a difference.",
+    )
+    parser.add_argument("--work", type=Path, help="where the runs go (default: runs/claims)")
+    parser.add_argument("--out", type=Path, help="where claims.md, claims.json and claims/ go (default: docs)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of the page (default: 0 1 2)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="runs to do now (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each (default: 2)")
+    parser.add_argument("--minutes", type=float, help="after these, start nothing more and stop with checkpoints")
+    parser.add_argument("--quick", action="store_true", help="a smoke test on a tiny model, one seed")
+    parser.add_argument("--compare", type=Path, metavar="JSON", help="make the chosen runs again and compare them")
+    chosen_options = parser.parse_args(argv)
+    base = Path("runs/claims-quick") if chosen_options.quick else Path("runs/claims")
+    chosen_options.work = chosen_options.work or base
+    chosen_options.out = chosen_options.out or (chosen_options.work / "docs" if chosen_options.quick else Path("docs"))
+    chosen_options.seeds = chosen_options.seeds or ([0] if chosen_options.quick else [0, 1, 2])
+    return chosen_options
+
+
+def jobs_of(names: Sequence[str], seeds: Sequence[int], budget: Budget, work: Path) -> list[Job]:
+    """The runs of the seeds, those that others start from first."""
+    jobs: dict[tuple[str, int], Job] = {}
+    for variant in chosen(names):
+        for seed in seeds:
+            settings = settings_of(variant, seed, budget)
+            after = jobs[variant.after, seed] if variant.after else None
+            jobs[variant.name, seed] = Job(variant.name, seed, work / f"{variant.name}-{seed}", settings, after)
+    return list(jobs.values())
+
+
+def record_of(job: Job) -> Record:
+    """What a finished run leaves on the page."""
+    state = state_of(job)
+    before = read_evaluations(job.after.folder) if job.after else []
+    mine = read_evaluations(job.folder)
+    seen = {row["step"] for row in mine}
+    return Record(
+        name=job.name,
+        seed=job.seed,
+        settings=job.settings,
+        rows={} if state["message"] else read_rows(job.folder),
+        evaluations=[row for row in before if row["step"] not in seen] + mine,
+        seconds=round(state["seconds"], 1),
+        commit=" ".join(state["commits"]),
+        diverged=state["message"],
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run, and write the page when every run of its seeds is finished; the exit code."""
+    given = options(argv)
+    budget = QUICK if given.quick else FULL
+    committed = read_json(given.compare)[1] if given.compare else None
+    work = given.work / "compare" if given.compare else given.work  # never what the committed rows were made from
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    deadline = None if given.minutes is None else started + 60 * given.minutes
+    todo = jobs_of(given.only, given.seeds, budget, work)
+    try:
+        with FileLock(work / ".lock", timeout=0):
+            try:
+                run_jobs(todo, slots=given.jobs, commit=commit(), deadline=deadline)
+            finally:
+                with (work / "parts.jsonl").open("a") as parts:
+                    parts.write(json.dumps({"seconds": time.monotonic() - started, "jobs": given.jobs}) + "\n")
+    except Timeout:
+        raise UserError(f"claims: another process runs in {work}; wait for it, or name another --work") from None
+    if not all(map(is_finished, todo)):
+        print("there is more to do: call again", flush=True)
+        return MORE
+    if committed is not None:
+        wanted = [job for job in todo if not given.only or job.name in given.only]
+        return DONE if compare.report(committed, [record_of(job) for job in wanted]) else DIFFERS
+    every = jobs_of([], given.seeds, budget, work)
+    missing = [job for job in every if not is_finished(job)]
+    if missing:
+        print(f"{len(missing)} of {len(every)} runs are not finished: the page is written when all are", flush=True)
+        return MORE
+    verdicts = write_page(given.out, made(given, budget, work), [record_of(j) for j in every], smoke=given.quick)
+    for verdict in verdicts:
+        print(f"{verdict.claim.title}: {verdict.says}")
+    print(f"page: {given.out / 'claims.md'}", flush=True)
+    return DONE
+
+
+def made(given: argparse.Namespace, budget: Budget, work: Path) -> dict[str, Any]:
+    """How the page was made."""
+    parts = [json.loads(line) for line in (work / "parts.jsonl").read_text().splitlines()]
+    return {
+        "seeds": given.seeds,
+        "cold_start_steps": budget.cold_start,
+        "rl_steps": budget.total - budget.cold_start,
+        "versions": {"Python": platform.python_version()} | {n: version(n) for n in ("torch", "deepspeed", "numpy")},
+        "processor": processor(),
+        "seconds": round(sum(part["seconds"] for part in parts), 1),
+        "parts": len(parts),
+        "jobs": max(part["jobs"] for part in parts),
+    }
+
+
+def processor() -> str:
+    """The processor's own name; numbers are the same to the last digit on the same kind only."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checkout's commit, ``+`` where files differ from it; the version outside of a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE), str(PACKAGE.parent / "configs")
+        )
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return version("dmdr_fast")
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)  # runs under way write their checkpoints
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(MISTAKE)

@@ -1,0 +1,139 @@
+"""docs/claims.md: how it was made, the rule, all runs, and claim by claim the table, the picture and the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dmdr_fast.eval.claims import figures, table
+from dmdr_fast.eval.claims.records import Record, write_json
+from dmdr_fast.eval.claims.runs import VARIANTS
+from dmdr_fast.eval.claims.verdicts import CLAIMS, ERRORS, FD_BOUND, Verdict, goals, judge
+
+_INTRODUCTION = """\
+# The paper's claims, put to the test
+
+`make claims` trains everything on this page and writes it: what the paper says about distribution matching and
+reinforcement learning, measured on scikit-learn's digits (1,797 real 8x8 scans) with a one-step student. Digits are
+not ImageNet and three seeds are few: this page tells what these runs show, and no more."""
+
+_RULE = """\
+## How it is judged
+
+A test compares one measure of two kinds of run. Its difference of means counts when it is more than {errors:g} standard
+errors, sqrt(s_a² / n_a + s_b² / n_b) with s the standard deviation over the n seeds. A test that asks for *lower* or
+*higher* holds when the difference counts in that direction, does not hold when it counts in the other, and cannot be
+told otherwise; one that asks for *not lower* holds unless the difference counts against it. A claim holds when all
+of its tests do and does not hold when one does not. {errors:g} standard errors are a low bar for this many seeds: with
+three on each side, of differences that are none about one in nine would count. Runs that diverged are left out of the
+means, and named.
+
+Where RL is traded against distance, ends cannot be compared: one run has more reward, the other less FD. *FD at the
+same reward* takes the final FD of the first run and that of the second where, on its way since RL started, it first has
+the first run's final reward (log FD linear in the reward between evaluations; at its highest reward if it never has
+it).
+
+FD, precision and recall are measured against the digits in the features of a classifier that neither trained nor judged
+the generator otherwise; the held-out reward is a second classifier that no run optimises; diversity is the mean
+distance between samples of one class. ± is the standard deviation over seeds. The teacher is one network, evaluated on
+one noise.
+
+All runs have the recipe and the budget of `configs/digits.yaml`: {cold} generator updates of cold start, {rest} more,
+fewer only for the cold starts that end there. Runs that begin with the same cold start begin with the same
+process's: it is trained once per seed, and they go on from its checkpoint, which gives the bytes that a run from
+scratch gives. *DMD only* keeps the learning rates of the others and leaves the reward out. The settings of each kind of
+run are in the last table. Three numbers were chosen for this page, on seed 0: the weight of GRPO (of 0.05, 0.15 and
+0.5) and of DPO (of 0.02 and 0.05), for the goal below, and that of the KL (of 0.1 and 1), for a reward like DMDR's."""
+
+
+def write_page(out: Path, made: dict[str, Any], records: Sequence[Record], *, smoke: bool = False) -> list[Verdict]:
+    """Write ``out/claims.md``, ``out/claims.json`` and ``out/claims/*.png``; the verdicts are handed back.
+
+    ``smoke`` marks a page whose numbers mean nothing.
+    """
+    records = sorted(records, key=lambda r: (list(_NAMES).index(r.name), r.seed))
+    verdicts = [judge(claim, records) for claim in CLAIMS]
+    figures.draw_all(records, out / "claims")
+    write_json(out / "claims.json", made, records, [v.as_json() for v in verdicts])
+    (out / "claims.md").write_text(_page(made, records, verdicts, smoke=smoke), encoding="utf-8")
+    return verdicts
+
+
+_NAMES = {v.name: v for v in VARIANTS}
+
+
+def _page(made: dict[str, Any], records: Sequence[Record], verdicts: Sequence[Verdict], *, smoke: bool) -> str:
+    ran = [v.name for v in VARIANTS if any(r.name == v.name for r in records)]
+    shown: set[str] = set()  # pictures
+    parts = [
+        _INTRODUCTION,
+        "!!! warning\n    A smoke test on a model of no use: the numbers mean nothing." if smoke else "",
+        _made(made, records),
+        "## In short\n\n" + table.markdown(["claim", "verdict"], [[_link(v), f"**{v.says}**"] for v in verdicts]),
+        _RULE.format(errors=ERRORS, seeds=len(made["seeds"]), cold=made["cold_start_steps"], rest=made["rl_steps"]),
+        "## All runs\n\n" + table.results(records, ["teacher_50", "teacher_n", *ran]),
+        "## DMDR with each method, beside the 50-step teacher\n\n"
+        f"The goal: a mean reward above the teacher's at an FD under {FD_BOUND:g} times its.\n\n"
+        + table.goals(goals(records)),
+        *(_claim(v, records, shown) for v in verdicts),
+        _settings(records),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _made(made: dict[str, Any], records: Sequence[Record]) -> str:
+    commits = ", ".join(f"`{c}`" for c in sorted({r.commit for r in records}))
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    hours, minutes = sum(r.seconds for r in records) / 3600, made["seconds"] / 60
+    lines = [
+        f"- Commit {commits}; seeds {', '.join(map(str, made['seeds']))}; {versions}; {made['processor']}.",
+        f"- {len(records)} runs, {hours:.2f} hours of one core each added up; {minutes:.0f} minutes on the clock, in "
+        f"{made['parts']} part{'s' * (made['parts'] != 1)}, {made['jobs']} runs side by side.",
+        "- Data: [claims.json](claims.json). One row again, and whether it is the same to the last digit (on the same "
+        "kind of processor): `python -m dmdr_fast.eval.claims --seeds 0 --only dmdr_refl --compare docs/claims.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def _link(verdict: Verdict) -> str:
+    return f"[{verdict.claim.title}](#{verdict.claim.key})"
+
+
+def _claim(verdict: Verdict, records: Sequence[Record], shown: set[str]) -> str:
+    claim = verdict.claim
+    picture = (
+        "The picture is the one above." if claim.figure in shown else f"![{claim.title}](claims/{claim.figure}.png)"
+    )
+    shown.add(claim.figure)
+    return "\n\n".join(
+        [
+            f'<a id="{claim.key}"></a>\n\n## {claim.title}',
+            f"**Verdict: {verdict.says}.** {claim.how}",
+            table.outcomes(verdict.outcomes),
+            table.results(records, claim.rows, cold_start=claim.figure == "cold_start"),
+            picture,
+        ]
+    )
+
+
+def _settings(records: Sequence[Record]) -> str:
+    """What each kind of run sets on top of configs/digits.yaml, the seed left out."""
+    ran = {r.name: r.settings for r in records}
+    common = {k: v for s in ran.values() for k, v in s.items() if all(k in t and t[k] == v for t in ran.values())}
+    common.pop("seed", None)
+    rows = []
+    for variant in VARIANTS:
+        mine = ran.get(variant.name, {})
+        start = f"`{variant.after}`" if variant.after else "the teacher"
+        words = _words({k: v for k, v in mine.items() if k not in (*common, "seed")})
+        rows.append([f"`{variant.name}`", variant.title, start, words])
+    return (
+        f"## Settings\n\nOn top of `configs/digits.yaml`, all runs: {_words(common)}; each besides:\n\n"
+        + table.markdown(["run", "", "starts from", "settings"], rows)
+    )
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in settings.items())

@@ -1,0 +1,197 @@
+"""The claims, and the rule that decides them from the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dmdr_fast.eval.claims.records import Record
+from dmdr_fast.eval.claims.statistics import COLD_START_FD, MATCHED_FD, MEASURES, difference, pair_of, spread_of
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
+ERRORS = 2.0  # a difference counts from this many standard errors
+FD_BOUND = 2.5  # times the 50-step teacher's FD
+
+
+@dataclass(frozen=True)
+class Test:
+    """``first`` is better than ``second`` in ``measure``; with ``guard``, it is enough that it is not worse."""
+
+    first: str
+    second: str
+    measure: str
+    guard: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper. how: in words, what is compared. rows: of its table. figure: its picture."""
+
+    key: str
+    title: str
+    how: str
+    tests: tuple[Test, ...]
+    rows: tuple[str, ...]
+    figure: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one test: first minus second, its standard error (None: unknown), and what that says."""
+
+    test: Test
+    difference: float | None
+    error: float | None
+    says: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim with its outcomes."""
+
+    claim: Claim
+    outcomes: tuple[Outcome, ...]
+    says: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For docs/claims.json."""
+        tests = [asdict(o.test) | {"difference": o.difference, "error": o.error, "says": o.says} for o in self.outcomes]
+        return {"claim": self.claim.key, "verdict": self.says, "tests": tests}
+
+
+_METHODS = ("dmdr_refl", "dmdr_grpo", "dmdr_dpo")
+CLAIMS = (
+    Claim(
+        "regularizer",
+        "DMD regularises RL better than a KL to a reference does",
+        "DMDR (ReFL) against the same RL with a KL to the generator that RL started from, once after the same cold "
+        "start and once from the teacher's weights: DMDR's FD must be lower than theirs where they have its reward.",
+        (Test("dmdr_refl", "dmd_then_rl_kl", MATCHED_FD), Test("dmdr_refl", "rl_kl", MATCHED_FD)),
+        ("dmdr_refl", "dmd_then_rl_kl", "rl_kl", "rl_only"),
+        "regularizer",
+    ),
+    Claim(
+        "modes",
+        "RL helps DMD to cover modes",
+        "DMDR with each method against DMD alone for as many updates: recall must be higher.",
+        tuple(Test(method, "dmd_only", "recall") for method in _METHODS),
+        (*_METHODS, "dmd_only"),
+        "modes",
+    ),
+    Claim(
+        "dyna_dg",
+        "DynaDG speeds the cold start",
+        "Cold starts with and without it: the mean of log10 FD over all evaluations on the way must be lower.",
+        (Test("cold_start", "cold_no_dyna_dg", COLD_START_FD),),
+        ("cold_start", "cold_no_dyna_dg"),
+        "cold_start",
+    ),
+    Claim(
+        "dyna_rs",
+        "DynaRS speeds the cold start",
+        "As for DynaDG.",
+        (Test("cold_start", "cold_no_dyna_rs", COLD_START_FD),),
+        ("cold_start", "cold_no_dyna_rs"),
+        "cold_start",
+    ),
+    Claim(
+        "both",
+        "DynaDG and DynaRS together speed the cold start",
+        "As for each, against a cold start with neither.",
+        (Test("cold_start", "cold_neither", COLD_START_FD),),
+        ("cold_start", "cold_neither"),
+        "cold_start",
+    ),
+    Claim(
+        "joint",
+        "DMD and RL at once are better than one after the other",
+        "DMDR (ReFL) against DMD followed by RL without DMD, from the same cold start: DMDR's FD must be lower than "
+        "the other's where that has its reward.",
+        (Test("dmdr_refl", "dmd_then_rl", MATCHED_FD),),
+        ("dmdr_refl", "dmd_then_rl"),
+        "joint",
+    ),
+    Claim(
+        "teacher_reward",
+        "The one-step student beats the 50-step teacher: in reward",
+        "DMDR (ReFL): the optimised reward and the held-out one must both be higher than the teacher's.",
+        (Test("dmdr_refl", "teacher_50", "reward"), Test("dmdr_refl", "teacher_50", "held_out_reward")),
+        ("dmdr_refl", "teacher_50", "teacher_n"),
+        "teacher",
+    ),
+    Claim(
+        "teacher_fd",
+        "The one-step student beats the 50-step teacher: in distance to the data",
+        "DMDR (ReFL): FD must be lower than the teacher's.",
+        (Test("dmdr_refl", "teacher_50", "fd"),),
+        ("dmdr_refl", "teacher_50", "teacher_n"),
+        "teacher",
+    ),
+    Claim(
+        "any_method",
+        "Any RL method raises the reward",
+        "DMDR with each method against DMD alone for as many updates: the optimised reward must be higher, and the "
+        "held-out one not lower.",
+        tuple(
+            test
+            for method in _METHODS
+            for test in (Test(method, "dmd_only", "reward"), Test(method, "dmd_only", "held_out_reward", guard=True))
+        ),
+        (*_METHODS, "dmd_only"),
+        "methods",
+    ),
+)
+
+
+def outcome(test: Test, records: Sequence[Record]) -> Outcome:
+    """The test's difference against :data:`ERRORS` standard errors of it."""
+    first, second = pair_of(records, test.first, test.second, test.measure)
+    if first is None or second is None:
+        return Outcome(test, None, None, OPEN)
+    found = difference(first, second)
+    if not math.isfinite(found.error):
+        return Outcome(test, found.mean, None, OPEN)
+    gain = found.mean if MEASURES[test.measure][2] else -found.mean
+    if gain < -ERRORS * found.error:
+        says = FAILS
+    elif gain > ERRORS * found.error or test.guard:
+        says = HOLDS
+    else:
+        says = OPEN
+    return Outcome(test, found.mean, found.error, says)
+
+
+def judge(claim: Claim, records: Sequence[Record]) -> Verdict:
+    """Holds where every test does, fails where one does, and cannot be told otherwise."""
+    outcomes = tuple(outcome(test, records) for test in claim.tests)
+    said = {o.says for o in outcomes}
+    return Verdict(claim, outcomes, FAILS if FAILS in said else OPEN if OPEN in said else HOLDS)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A method's mean reward less the 50-step teacher's, and its FD over the teacher's."""
+
+    name: str
+    reward_gain: float
+    fd_ratio: float
+
+    @property
+    def met(self) -> bool:
+        """Reward above the teacher's at an FD under :data:`FD_BOUND` times its."""
+        return self.reward_gain > 0 and self.fd_ratio < FD_BOUND
+
+
+def goals(records: Sequence[Record]) -> list[Goal]:
+    """Of every method that was run, beside the teacher."""
+    found = []
+    for name in _METHODS:
+        mine = {m: spread_of(records, name, m) for m in ("reward", "fd")}
+        teacher = {m: spread_of(records, "teacher_50", m) for m in ("reward", "fd")}
+        if None in (*mine.values(), *teacher.values()):
+            continue
+        gain = mine["reward"].mean - teacher["reward"].mean
+        found.append(Goal(name, gain, mine["fd"].mean / teacher["fd"].mean))
+    return found
