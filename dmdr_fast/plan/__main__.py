@@ -1,0 +1,146 @@
+"""``python -m dmdr_fast.plan --config FILE --gpus 8 --gpu-memory 80``: will it fit, what does it cost, what to change.
+
+Needs no GPU and no weights. Keys of the configuration may follow, as for training: ``--train.micro_batch_size 4``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dmdr_fast.cli import parse, run_user_command
+from dmdr_fast.errors import UserError
+
+MOST_GPUS = 1024
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"plan: {message}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options that are the planner's own."""
+    parser = _Parser(prog="python -m dmdr_fast.plan", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--config", type=Path, help="The run's YAML file.")
+    add("--model", help="A published shape, hub id or diffusers folder in place of the configuration's teacher.")
+    add("--gpus", type=int, nargs="+", default=[8], help="GPUs; several for --sweep (default 8).")
+    add("--gpu-memory", type=float, default=80.0, metavar="GB", help="Memory of one GPU, 10^9 bytes (default 80).")
+    add("--network", type=float, default=50.0, metavar="GB/s", help="Between nodes, per GPU and direction (50).")
+    add("--nvlink", type=float, default=450.0, metavar="GB/s", help="Inside a node, per GPU and direction (450).")
+    add("--latency", type=float, default=10.0, metavar="US", help="One hop of a collective, microseconds (10).")
+    add("--gpus-per-node", type=int, default=8, help="GPUs that NVLink joins (8).")
+    add("--flops", type=float, default=989.0, metavar="TFLOP/s", help="Dense bf16 peak of one GPU (989, an H100).")
+    add("--utilisation", type=float, default=0.4, help="Share of --flops that is reached (0.4).")
+    add("--reserve", type=float, default=2.5, metavar="GB", help="CUDA context, cuBLAS and NCCL workspaces (2.5).")
+    own = parser.add_argument_group("in place of the configuration's keys")
+    own.add_argument("--sharing", choices=["separate", "shared_score", "shared_all"])
+    own.add_argument("--activation", choices=["none", "selective", "full", "offload"])
+    own.add_argument("--resolution", type=int, metavar="PIXELS")
+    own.add_argument("--batch", type=int, nargs="+", help="Micro-batch per GPU; several for --sweep.")
+    own.add_argument("--student-lora", type=int, metavar="RANK", help="The generator as a LoRA of this rank.")
+    add("--sweep", action="store_true", help="Sharing x activation x --batch x --gpus as a table.")
+    add("--plot", type=Path, metavar="PNG", help="Draw the sweep.")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan. 0 where it fits (or for a sweep), 1 where it does not."""
+    options, rest = build_parser().parse_known_args(argv)
+    if not all(1 <= count <= MOST_GPUS for count in options.gpus):
+        raise UserError(f"--gpus: expected 1 to {MOST_GPUS}, got {' '.join(map(str, options.gpus))}")
+    work = _workload(options, rest)
+    if options.sweep:
+        _sweep(work, options)
+        return 0
+    if len(options.gpus) > 1 or len(options.batch or ()) > 1:
+        raise UserError("--gpus, --batch: several values are for --sweep; give one, or add --sweep")
+    return _plan(work, options)
+
+
+def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
+    config = parse(["--config", str(options.config), *rest])[0] if options.config else None
+    if config is None and rest:
+        raise UserError(f"{rest[0]}: a key of the configuration needs --config FILE")
+    if config is None and options.model is None:
+        raise UserError("--config: missing; name the run's YAML file, or a shape with --model")
+    from dmdr_fast.plan.from_config import workload  # torch and diffusers, seconds
+    from dmdr_fast.plan.shapes import find_shape
+    from dmdr_fast.plan.sweep import shared
+    from dmdr_fast.plan.workload import Adapter, Workload
+
+    shape = None if options.model is None else find_shape(options.model)
+    work = Workload(shape) if config is None else workload(config, shape)
+    if options.resolution is not None:
+        work = replace(work, resolution=options.resolution)
+    if options.activation is not None:
+        work = replace(work, activation=options.activation)
+    if options.batch is not None:
+        work = replace(work, batch=options.batch[0])
+    if options.student_lora is not None:
+        from dmdr_fast.plan.from_config import default_targets
+
+        work = replace(work, student_lora=Adapter(options.student_lora, default_targets(work.shape)))
+    return shared(work, options.sharing or work.sharing)
+
+
+def _hardware(options: argparse.Namespace) -> Any:
+    from dmdr_fast.plan.workload import GB, Hardware
+
+    return Hardware(
+        gpus=options.gpus[0],
+        memory=options.gpu_memory * GB,
+        flops=options.flops * 1e12,
+        utilisation=options.utilisation,
+        network=options.network * GB,
+        latency=options.latency * 1e-6,
+        node=options.gpus_per_node,
+        nvlink=options.nvlink * GB,
+        reserve=options.reserve * GB,
+    )
+
+
+def _plan(work: Any, options: argparse.Namespace) -> int:
+    from dmdr_fast.plan.advice import cheapest_change
+    from dmdr_fast.plan.plan import make_plan
+    from dmdr_fast.plan.report import lines
+    from dmdr_fast.plan.workload import GB
+
+    plan = make_plan(work, _hardware(options))
+    print("\n".join(lines(plan)))
+    if plan.fits:
+        return 0
+    found = cheapest_change(plan)
+    if found is None:
+        print("no three of the levers together make it fit: more GPUs, a smaller model or a lower resolution would")
+    else:
+        keys, better = found
+        print(
+            f"the cheapest change: {'; '.join(keys)} -> {better.peak / GB:.1f} GB, "
+            f"{better.seconds:.2f} s per update of {better.samples} samples"
+        )
+    return 1
+
+
+def _sweep(work: Any, options: argparse.Namespace) -> None:
+    from dmdr_fast.plan.report import described
+    from dmdr_fast.plan.sweep import sweep, sweep_plot, sweep_table
+
+    batches: Sequence[int] = options.batch or (1, 2, 4, 8)
+    plans = sweep(work, _hardware(options), batches=batches, gpus=options.gpus)
+    print(described(work))
+    print(f"GB at the peak of one GPU and s per update; in brackets what is more than {options.gpu_memory:g} GB")
+    print()
+    print(sweep_table(plans))
+    if options.plot is not None:
+        sweep_plot(plans, options.plot)
+        print(f"\n{options.plot}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_user_command(main))

@@ -1,0 +1,122 @@
+"""The cheapest change that makes a plan fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from dmdr_fast.plan.from_config import default_targets
+from dmdr_fast.plan.plan import Plan, make_plan, phase_bytes
+from dmdr_fast.plan.workload import Adapter, Hardware, Workload
+
+FEWER = {"none": ("selective", "full", "offload"), "selective": ("full", "offload"), "full": ("offload",)}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One lever: the keys to set, and the workload with it. ``price`` orders changes that cost the same time.
+
+    0: nothing but time. 1: rounding (8 bits). 2: what is trained, or the samples of an update.
+    """
+
+    keys: str
+    work: Workload
+    price: int
+
+
+def changes(work: Workload) -> Iterator[Change]:
+    """Every single lever that takes less memory than ``work`` does now."""
+    for mode in FEWER.get(work.activation, ()):
+        yield Change(f"memory.activation: {mode}", replace(work, activation=mode), 0)
+    if work.zero.stage < 3:
+        yield Change("deepspeed.stage: 3", replace(work, zero=replace(work.zero, stage=3)), 0)
+    if work.zero.stage and work.zero.reduce_bucket > 50_000_000:
+        zero = replace(work.zero, reduce_bucket=50_000_000)
+        yield Change("zero_optimization.reduce_bucket_size: 5e7", replace(work, zero=zero), 0)
+    if work.keep_gathered:
+        yield Change("rollout.keep_gathered: false", replace(work, keep_gathered=False), 0)
+    if work.zero.stage and not work.zero.offload_optimizer:
+        zero = replace(work.zero, offload_optimizer=True)
+        yield Change("zero_optimization.offload_optimizer.device: cpu", replace(work, zero=zero), 0)
+    yield from _reward_changes(work)
+    if work.frozen == "native":
+        yield Change("memory.frozen: int8", replace(work, frozen="int8"), 1)
+    if work.optimizer == "adamw":
+        yield Change("optimizer.kind: adamw_8bit", replace(work, optimizer="adamw_8bit"), 1)
+    yield from _other_runs(work)
+    if work.batch % 2 == 0:
+        halved = replace(work, batch=work.batch // 2, accumulation=2 * work.accumulation)
+        keys = f"train.micro_batch_size: {halved.batch}, train.gradient_accumulation: {halved.accumulation}"
+        yield Change(keys, halved, 0)
+
+
+def _reward_changes(work: Workload) -> Iterator[Change]:
+    reward = work.reward
+    if reward is None:
+        return
+    if min(reward.chunk, work.batch) > 1:
+        yield Change("rl.refl.chunk: 1", replace(work, reward=replace(reward, chunk=1)), 0)
+    if not reward.recompute:
+        yield Change("decoder.recompute: true", replace(work, reward=replace(reward, recompute=True)), 0)
+    if reward.dtype == "fp32":
+        yield Change("decoder.dtype: bf16", replace(work, reward=replace(reward, dtype="bf16")), 1)
+
+
+def _other_runs(work: Workload) -> Iterator[Change]:
+    """Levers that train something else."""
+    lora = work.fake_lora or Adapter(32, default_targets(work.shape))
+    if work.sharing == "separate":
+        yield Change("sharing: shared_score", replace(work, sharing="shared_score", fake_lora=lora), 2)
+    if work.sharing != "shared_all":
+        changed = replace(work, sharing="shared_all", fake_lora=lora, student_lora=work.student_lora or lora)
+        yield Change(f"sharing: shared_all, student.lora.rank: {changed.student_lora.rank}", changed, 2)
+
+
+def cheapest_change(plan: Plan, most: int = 3) -> tuple[tuple[str, ...], Plan] | None:
+    """The keys to set, and the plan with them; None where no ``most`` levers together are enough.
+
+    Fewest changes of what is trained first, then of rounding, then the shortest update per sample.
+    """
+    fitting: list[tuple[tuple, tuple[str, ...], Workload]] = []
+    for count in range(1, most + 1):
+        for combined in _combined(plan.work, count):
+            phases = phase_bytes(combined[-1].work, plan.hardware)
+            if max(sum(kinds.values()) for kinds in phases.values()) <= plan.hardware.memory:
+                fitting.append((tuple(sorted((c.price for c in combined), reverse=True)), combined))
+        if fitting and min(price[0] for price, _ in fitting) < 2:
+            break
+    if not fitting:
+        return None
+    lowest = min(price for price, _ in fitting)
+    plans = [(c, make_plan(c[-1].work, plan.hardware)) for price, c in fitting if price == lowest]
+    found, best = min(plans, key=lambda item: item[1].seconds / item[1].samples)
+    return tuple(change.keys for change in found), best
+
+
+def _combined(work: Workload, count: int) -> Iterator[tuple[Change, ...]]:
+    """Sequences of ``count`` different levers, each applied to the result of the ones before."""
+    for names in combinations([change.keys for change in changes(work)], count):
+        done: list[Change] = []
+        for name in names:
+            now = done[-1].work if done else work
+            step = next((change for change in changes(now) if change.keys == name), None)
+            if step is None:
+                break
+            done.append(step)
+        else:
+            yield tuple(done)
+
+
+def largest_batch(work: Workload, hardware: Hardware, limit: int = 64) -> int:
+    """The largest micro-batch that fits, up to ``limit``; 0 where not even one sample does."""
+
+    def fits(batch: int) -> bool:
+        phases = phase_bytes(replace(work, batch=batch), hardware)
+        return max(sum(kinds.values()) for kinds in phases.values()) <= hardware.memory
+
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,156 @@
+"""What one update costs: F-units, FLOPs, bytes over the network, time.
+
+An F-unit is one forward of the network at the micro-batch. A backward pass is 2 of them where all weights train, 1
+where only a LoRA does; recomputation is one more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmdr_fast.plan.live import flash_attention
+from dmdr_fast.plan.networks import DTYPES, META, as_network, condition, latent_shape
+from dmdr_fast.plan.reward import reward_cost
+from dmdr_fast.plan.trace import few_blocks
+from dmdr_fast.plan.workload import Hardware, Workload
+from dmdr_fast.plan.zero import Engine, engines, trained_by
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One phase of an update on one GPU: F-units, FLOPs of them, bytes received, collectives, bytes of HBM and host."""
+
+    units: float = 0.0
+    flops: float = 0.0
+    received: float = 0.0
+    collectives: float = 0.0
+    hbm: float = 0.0
+    host: float = 0.0
+
+    def seconds(self, hardware: Hardware) -> float:
+        """Compute, collectives and host copies overlap: the longest of them."""
+        hops = math.ceil(math.log2(max(hardware.gpus, 2)))
+        network = self.received / hardware.bandwidth + self.collectives * hops * hardware.latency
+        compute = self.flops / (hardware.flops * hardware.utilisation) + self.hbm / hardware.hbm
+        return max(compute, network if hardware.gpus > 1 else 0.0, self.host / hardware.host)
+
+
+@cache
+def forward_flops(work: Workload) -> float:
+    """FLOPs of one forward of one sample, linear in the numbers of blocks."""
+    depths, few = work.shape.depths, few_blocks(work.shape)
+    base = _counted(work, few)
+    extra = 0.0
+    for index, (depth, start) in enumerate(zip(depths, few, strict=True)):
+        if depth > start:
+            more = tuple(d + (i == index) for i, d in enumerate(few))
+            extra += (depth - start) * (_counted(work, more) - base)
+    return base + extra
+
+
+def _counted(work: Workload, depths: tuple[int, ...]) -> float:
+    shape = work.shape.with_depths(depths)
+    dtype = DTYPES[work.dtype]
+    model = torch.nn.Module.to(shape.build(), dtype).requires_grad_(False)
+    x, t = torch.empty(1, *latent_shape(shape, work.resolution), device=META), torch.empty(1, device=META)
+    with flash_attention(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        as_network(shape, model, dtype)(x, t, condition(shape, 1, dtype))
+    return float(counter.get_total_flops())
+
+
+def rollout_steps(work: Workload) -> float:
+    """Forwards of one rollout in expectation: the stop step is uniform on the N steps."""
+    return (work.student_steps + 1) / 2 + work.same_step
+
+
+def units(work: Workload) -> dict[str, float]:
+    """F-units of one update's phases, all micro-batches together."""
+    again = 1.0 if work.activation in ("full", "offload") else 0.0
+    fake_backward = 1.0 if work.fake_lora else 2.0
+    generator_backward = 1.0 if work.student_lora else 2.0
+    once = {
+        "rollout": work.fake_updates * rollout_steps(work),
+        "fake update": work.fake_updates * (1 + again + fake_backward),
+        "score pass": 3.0 if work.cfg else 2.0,
+        "generator update": work.same_step + 1 + again + generator_backward,
+    }
+    return {phase: n * work.accumulation for phase, n in once.items()}
+
+
+def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
+    """Every phase of one update on one GPU."""
+    one = forward_flops(replace(work, batch=1)) * work.batch
+    found = {phase: PhaseCost(units=n, flops=n * one) for phase, n in units(work).items()}
+    found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
+    if work.reward is not None:
+        flops = reward_cost(work).flops * work.batch * work.accumulation
+        found["reward gradient"] = PhaseCost(flops=flops)
+    found["optimizer step"] = _step(work, hardware)
+    return found
+
+
+def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCost) -> PhaseCost:
+    """Gathers of weights under stage 3, reductions of gradients under every stage, offloaded activations."""
+    nets, n, micro = engines(work), hardware.gpus, work.accumulation
+    generator, fake = nets["generator"], nets.get("fake", nets["generator"])
+    teacher = nets.get("teacher", fake)
+    gathers = {
+        "rollout": [(generator, work.fake_updates * (1 if work.keep_gathered else rollout_steps(work)))],
+        "fake update": [(fake, 2.0 * work.fake_updates)],
+        "score pass": [(teacher, 1.0)] if teacher is fake else [(fake, 1.0), (teacher, 1.0)],
+        "generator update": [(generator, 2.0 + work.same_step)],
+    }[phase]
+    received = collectives = 0.0
+    if work.zero.stage == 3:
+        received = sum(net.size * times for net, times in gathers) * micro * (n - 1) / n
+        collectives = sum(_fetches(work, net) * times for net, times in gathers) * micro
+    host = 0.0
+    if work.zero.offload_parameters:
+        host += sum(net.size * times for net, times in gathers) * micro / n
+    role = phase.partition(" ")[0]
+    if role in ("fake", "generator"):
+        repeats = work.fake_updates if role == "fake" else 1
+        gradients = trained_by(work, role) * DTYPES[work.dtype].itemsize
+        if work.zero.stage == 0:  # all-reduce, once per update: everything is sent twice
+            received += 2 * gradients * repeats * (n - 1) / n
+        else:
+            received += gradients * repeats * micro * (n - 1) / n
+        collectives += repeats * micro * math.ceil(gradients / (work.zero.reduce_bucket * DTYPES[work.dtype].itemsize))
+        if work.activation == "offload":
+            tokens = _block_inputs(work)
+            host += 2 * tokens * repeats * micro
+    return replace(cost, received=received, collectives=collectives, host=host)
+
+
+def _fetches(work: Workload, engine: Engine) -> int:
+    """Collectives of one pass: what is prefetched together is gathered together."""
+    return math.ceil(engine.weights / max(work.zero.prefetch, engine.largest))
+
+
+def _block_inputs(work: Workload) -> float:
+    """Bytes of block inputs that `offload` sends to the host in one forward: tokens times width, every block."""
+    from dmdr_fast.plan.trace import update_peaks
+
+    def peak(activation: str) -> int:
+        found = update_peaks(replace(work, activation=activation))
+        return max(sum(kinds.values()) for (phase, _), kinds in found.items() if phase == "generator update")
+
+    return float(max(peak("full") - peak("offload"), 0))
+
+
+def _step(work: Workload, hardware: Hardware) -> PhaseCost:
+    """Read and write master, moments, gradient and weights of what this GPU steps; stage 2 gathers the weights."""
+    shards = hardware.gpus if work.zero.stage else 1
+    width = DTYPES[work.dtype].itemsize
+    steps = trained_by(work, "generator") + work.fake_updates * trained_by(work, "fake")
+    touched = steps / shards * (24 + 3 * width + 4)
+    received = steps * width * (hardware.gpus - 1) / hardware.gpus if work.zero.stage == 2 else 0.0
+    if work.zero.offload_optimizer:
+        return PhaseCost(received=received, host=steps / shards * 2 * width + touched / 4)
+    host = steps / shards * 4 if work.optimizer == "paged_adamw_8bit" else 0.0
+    return PhaseCost(hbm=touched, received=received, host=host)

@@ -1,0 +1,97 @@
+"""From a run's configuration to the workload that is planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dmdr_fast.config import Config
+from dmdr_fast.errors import UserError
+from dmdr_fast.models.families import FAMILIES
+from dmdr_fast.plan.reward import MODELS as REWARDS
+from dmdr_fast.plan.shapes import Shape, find_shape
+from dmdr_fast.plan.workload import Adapter, RewardPass, Workload, Zero
+
+SD_VAE = find_shape("sit-xl-2").vae
+
+
+def workload(config: Config, shape: Shape | None = None) -> Workload:
+    """One update of the run. ``shape`` takes the place of the configuration's teacher.
+
+    Raises:
+        UserError: a DeepSpeed JSON that cannot be read, or a teacher whose shape is not known.
+    """
+    shape = shape or _shape(config)
+    train, student = config.train, config.student
+    return Workload(
+        shape=shape,
+        resolution=config.model.resolution,
+        batch=train.micro_batch_size,
+        accumulation=train.gradient_accumulation,
+        sharing=config.sharing,
+        activation=config.memory.activation,
+        dtype=config.deepspeed.dtype,
+        frozen=config.memory.frozen,
+        optimizer=config.optimizer.kind,
+        fake_lora=None if config.sharing == "separate" else _adapter(config.lora, shape),
+        student_steps=student.steps,
+        fake_updates=train.fake_updates,
+        same_step=student.rollout == "same_step",
+        cfg=config.teacher.cfg_scale != (1.0 if config.teacher.cfg_mode == "standard" else 0.0),
+        ema=student.ema is not None,
+        keep_gathered=config.rollout.keep_gathered,
+        reward=_reward(config),
+        zero=_zero(config),
+    )
+
+
+def default_targets(shape: Shape) -> tuple[str, ...]:
+    """The layers that a LoRA goes on where nothing else is said."""
+    return ("attn.qkv",) if shape.family == "sit" else tuple(FAMILIES[shape.family].lora_targets)
+
+
+def _adapter(lora: Any, shape: Shape) -> Adapter:
+    targets = lora.targets if shape.family == "sit" or tuple(lora.targets) != ("attn.qkv",) else default_targets(shape)
+    return Adapter(lora.rank, tuple(targets), lora.form)
+
+
+def _shape(config: Config) -> Shape:
+    model = config.model
+    sizes = ("depth", "hidden_size", "num_heads", "patch_size", "num_classes", "learn_sigma", "time_reversed")
+    network = {"_class_name": "SiT", "input_size": config.latent_size, "in_channels": model.channels}
+    network |= {name: getattr(model, name) for name in sizes}
+    vae = SD_VAE if config.decoder.kind == "vae" else None
+    return Shape("SiT", "sit", json.dumps(network), vae, 0)
+
+
+def _reward(config: Config) -> RewardPass | None:
+    reward = config.reward
+    if reward.kind == "none" or reward.weight == 0:
+        return None
+    return RewardPass(chunk=reward.chunk, models=(reward.kind,) if reward.kind in REWARDS else ())
+
+
+def _zero(config: Config) -> Zero:
+    settings: dict = {}
+    if config.deepspeed.config is not None:
+        path = Path(config.deepspeed.config)
+        try:
+            settings = json.loads(path.read_text()).get("zero_optimization", {})
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"deepspeed.config: {path} cannot be read ({error}); give a DeepSpeed JSON file") from None
+    stage = settings.get("stage", config.deepspeed.stage)
+
+    def off_gpu(key: str) -> bool:
+        return (settings.get(key) or {}).get("device", "none") in ("cpu", "nvme")
+
+    return Zero(
+        stage=2 if stage == 1 else stage,
+        reduce_bucket=int(settings.get("reduce_bucket_size", Zero.reduce_bucket)),
+        prefetch=int(settings.get("stage3_prefetch_bucket_size", Zero.prefetch)),
+        reuse_distance=int(settings.get("stage3_max_reuse_distance", Zero.reuse_distance)),
+        sub_group=int(settings.get("sub_group_size", Zero.sub_group)),
+        offload_optimizer=off_gpu("offload_optimizer"),
+        offload_parameters=off_gpu("offload_param"),
+        overlap=settings.get("overlap_comm", True),
+    )

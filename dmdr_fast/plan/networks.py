@@ -1,0 +1,118 @@
+"""The networks of a workload on the meta device, called as the algorithm calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmdr_fast.models.eight_bit import quantise_blocks
+from dmdr_fast.models.lora import LoraAdapter, add_lora
+from dmdr_fast.plan.shapes import Shape
+from dmdr_fast.plan.workload import Adapter, Workload
+
+META = torch.device("meta")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Width of the text embeddings in a transformer's configuration.
+TEXT_WIDTH = {"z_image": "cap_feat_dim", "sdxl": "cross_attention_dim"}
+
+
+def latent_shape(shape: Shape, resolution: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latent of a square image."""
+    if shape.family == "sit":
+        side = resolution // (1 if shape.vae is None else 8)
+        return shape.config["in_channels"], side, side
+    return shape.opened().latent_shape(resolution, resolution)
+
+
+def condition(shape: Shape, batch: int, dtype: torch.dtype) -> Any:
+    """Labels, or the text embeddings that the family's network takes, of a micro-batch."""
+    config, length = shape.config, shape.length
+    if shape.family == "sit":
+        return torch.empty(batch, dtype=torch.int64, device=META)
+    tokens = length + 77 if shape.family == "sd3" else length
+    width = config[TEXT_WIDTH.get(shape.family, "joint_attention_dim")]
+    made = {"prompt_embeds": torch.empty(batch, tokens, width, dtype=dtype, device=META)}
+    if shape.family in ("sd3", "flux"):
+        made["pooled_embeds"] = torch.empty(batch, config["pooled_projection_dim"], dtype=dtype, device=META)
+    elif shape.family == "sdxl":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        made["pooled_embeds"] = torch.empty(batch, pooled, dtype=dtype, device=META)
+    elif shape.family == "qwen_image":
+        made["mask"] = torch.empty(batch, length, dtype=torch.bool, device=META)
+    elif shape.family == "z_image":
+        made["lengths"] = torch.full((batch,), length, device="cpu")
+    return made
+
+
+def as_network(shape: Shape, model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """The role as the engine wraps it: fp32 latents in and out, the compute dtype in between."""
+    if shape.family == "sit":
+        return lambda x, t, c: model(x.to(dtype), t, c).float()
+    family = shape.opened()
+    return lambda x, t, c: family.forward(model, x.to(dtype), t, c).float()
+
+
+def blocks(shape: Shape, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(kind, block) of every transformer block; blocks of a kind have the same modules."""
+    found = enumerate(model.blocks) if shape.family == "sit" else shape.opened().blocks(model)
+    for name, block in found:
+        kind = str(name).rpartition(".")[0] or "blocks"
+        if shape.family == "sd3":  # the last block leaves the text alone, the first ones may attend twice
+            kind = "dual" if getattr(block, "use_dual_attention", False) else kind
+            kind = "last" if getattr(block, "context_pre_only", False) else kind
+        yield kind, block
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The meta networks of a workload; those that share a base are the same module.
+
+    ``adapters`` has the LoRA of "generator" and "fake" where the role is one.
+    """
+
+    generator: nn.Module
+    fake: nn.Module
+    teacher: nn.Module
+    adapters: dict[str, LoraAdapter]
+
+    def wear(self, **scales: float | Tensor) -> None:
+        """Turn on the named roles' adapters, at these scales, and the others off."""
+        for role, adapter in self.adapters.items():
+            adapter.set_scale(scales.get(role))
+
+    def trained(self, role: str) -> list[nn.Parameter]:
+        """The parameters that the role trains."""
+        if role in self.adapters:
+            return list(self.adapters[role].parameters())
+        return [p for p in getattr(self, role).parameters() if p.requires_grad]
+
+
+def build(work: Workload, prepare: Callable[[nn.Module], None] = lambda model: None) -> Roles:
+    """The three roles' networks with the sharing of ``work``; ``prepare`` is called with every network once."""
+    dtype, adapters = DTYPES[work.dtype], {}
+
+    def network(*, score_base: bool = False, **roles: Adapter | None) -> nn.Module:
+        model = nn.Module.to(work.shape.build(), dtype)  # diffusers' own warns about names that fp32 keeps
+        if score_base and work.frozen != "native":
+            quantise_blocks(model.requires_grad_(False), "int8")  # float8 takes as much, and torchao to make it
+        prepare(model)
+        with META:
+            for role, lora in roles.items():
+                if lora is not None:
+                    adapters[role] = add_lora(
+                        model, role, rank=lora.rank, targets=lora.targets, form=lora.form, dtype=dtype
+                    )
+        return model
+
+    if work.sharing == "shared_all":
+        base = network(score_base=True, generator=work.student_lora, fake=work.fake_lora)
+        return Roles(base, base, base, adapters)
+    generator = network(generator=work.student_lora)
+    if work.sharing == "shared_score":
+        base = network(score_base=True, fake=work.fake_lora)
+        return Roles(generator, base, base, adapters)
+    return Roles(generator, network(fake=work.fake_lora), network(score_base=True).requires_grad_(False), adapters)

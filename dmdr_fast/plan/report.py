@@ -1,0 +1,74 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dmdr_fast.plan.plan import KINDS, Plan
+from dmdr_fast.plan.workload import GB, Workload
+from dmdr_fast.plan.zero import engines, trained_by
+
+
+def described(work: Workload) -> str:
+    """The workload in a line."""
+    total = sum(engine.weights for engine in engines(work).values())
+    generator = f"LoRA {work.student_lora.rank}" if work.student_lora else "all weights"
+    rl = "no reward" if work.reward is None else f"reward {' + '.join(work.reward.models) or 'without a network'}"
+    return (
+        f"{work.shape.name} at {work.resolution} px, sharing {work.sharing}, generator trains {generator} "
+        f"({trained_by(work, 'generator') / 1e9:.2f}B of {total / 1e9:.2f}B stored), activation {work.activation}, "
+        f"{work.dtype}, ZeRO-{work.zero.stage}, N={work.student_steps}, R={work.fake_updates}, "
+        f"{'CFG' if work.cfg else 'no CFG'}, {rl}"
+    )
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns, numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(header, widths, strict=True)) + " |"]
+    lines.append("|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    for row in rows:
+        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def memory_table(plan: Plan) -> str:
+    """GB per GPU at the peak of every phase, by kind."""
+    kinds = [kind for kind in KINDS if any(phase[kind] for phase in plan.phases.values())]
+    rows = []
+    for phase, sizes in plan.phases.items():
+        total = sum(sizes.values()) / GB
+        mark = " (peak)" if phase == plan.peak_phase else ""
+        rows.append([phase + mark, *(f"{sizes[kind] / GB:.2f}" for kind in kinds), f"{total:.1f}"])
+    return table(["GB per GPU", *kinds, "total"], rows)
+
+
+def cost_table(plan: Plan) -> str:
+    """F-units, FLOPs, bytes received and estimated time of every phase."""
+    rows = []
+    for phase, cost in plan.costs.items():
+        numbers = [f"{cost.units:g}", f"{cost.flops / 1e12:.0f}", f"{cost.received / GB:.1f}", f"{cost.host / GB:.1f}"]
+        rows.append([phase, *numbers, f"{cost.seconds(plan.hardware):.2f}"])
+    total = [sum(getattr(c, name) for c in plan.costs.values()) for name in ("units", "flops", "received", "host")]
+    sums = [f"{total[0]:g}", f"{total[1] / 1e12:.0f}", f"{total[2] / GB:.1f}", f"{total[3] / GB:.1f}"]
+    rows.append(["one update", *sums, f"{plan.seconds:.2f}"])
+    return table(["per GPU", "F-units", "TFLOP", "GB received", "GB to and from the host", "s"], rows)
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The answer: what was planned, memory, cost, and whether it fits."""
+    h = plan.hardware
+    yield described(plan.work)
+    yield ""
+    yield memory_table(plan)
+    yield ""
+    yield cost_table(plan)
+    yield ""
+    node = f"{h.bandwidth / GB:.0f} GB/s per GPU"
+    yield (
+        f"{h.gpus} GPUs of {h.memory / GB:g} GB, {h.flops * h.utilisation / 1e12:.0f} TFLOP/s reached, {node}, "
+        f"{h.latency * 1e6:g} us: {plan.seconds:.2f} s per update of {plan.samples} samples"
+    )
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    yield f"{verdict}: {plan.peak / GB:.1f} of {h.memory / GB:g} GB at the peak ({plan.peak_phase})"

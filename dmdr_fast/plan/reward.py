@@ -1,0 +1,87 @@
+"""The reward's graph on meta tensors: decode a chunk, look at the images, go back to the latent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmdr_fast import ops
+from dmdr_fast.plan.live import LiveBytes, flash_attention
+from dmdr_fast.plan.networks import DTYPES, META, latent_shape
+from dmdr_fast.plan.workload import Workload
+
+MODELS = json.loads((Path(__file__).parent / "rewards.json").read_text())
+PHASE = "reward gradient"
+
+
+@dataclass(frozen=True)
+class RewardCost:
+    """Of the decoder and the reward models: bytes of weights, peak bytes of a chunk's graph, FLOPs per sample."""
+
+    weights: int
+    peak: int
+    flops: float
+
+
+@cache
+def reward_cost(work: Workload) -> RewardCost:
+    """Trace d(-R(decode(x0)))/d(x0) of one chunk, as ``dmdr_fast.algorithm.rl.refl`` runs it."""
+    options, shape = work.reward, work.shape
+    vae = shape.build_vae()
+    decoder = nn.Identity() if vae is None else nn.Module.to(vae, DTYPES[options.dtype]).requires_grad_(False).eval()
+    towers = [_tower(name, DTYPES[options.dtype]) for name in options.models]
+    if options.tiling and vae is not None:
+        vae.enable_tiling()
+    family = None if shape.family == "sit" else shape.opened()
+
+    def decode(latent):
+        if family is not None:
+            return family.decode(vae, latent)
+        return latent if vae is None else vae.decode(latent.to(vae.dtype)).sample
+
+    chunk = min(options.chunk, work.batch)
+    live = LiveBytes()
+    x0 = torch.empty(chunk, *latent_shape(shape, work.resolution), device=META)
+    with flash_attention(), FlopCounterMode(display=False) as flops, live:
+        leaf = x0.detach().requires_grad_()
+        images = checkpoint(decode, leaf, use_reentrant=False) if options.recompute else decode(leaf)
+        score = sum(tower(images) for tower in towers) if towers else images.flatten(1).sum(1)
+        torch.autograd.grad(-score.sum(), leaf)
+    extra = sum(MODELS[name]["text_parameters"] for name in options.models) * DTYPES[options.dtype].itemsize
+    return RewardCost(
+        weights=sum(_bytes(m) for m in (decoder, *towers)) + extra,
+        peak=max(sum(kinds.values()) for kinds in live.peaks.values()),
+        flops=flops.get_total_flops() / chunk,
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+class _Tower(nn.Module):
+    """A vision transformer of a reward's sizes behind the preprocessing: images [B, 3, H, W] -> [B]."""
+
+    def __init__(self, size: int, vision: nn.Module):
+        super().__init__()
+        self.size, self.vision = size, vision
+
+    def forward(self, images):
+        pixels = ops.preprocess_reward(images, self.size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        return self.vision(pixels.to(next(self.vision.parameters()).dtype)).pooler_output.float().sum(1)
+
+
+def _tower(name: str, dtype: torch.dtype) -> _Tower:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    vision = MODELS[name]["vision"]
+    with META:
+        model = CLIPVisionModel._from_config(CLIPVisionConfig(**vision), attn_implementation="sdpa")
+    return _Tower(vision["image_size"], model.to(dtype).requires_grad_(False).eval())

@@ -1,0 +1,150 @@
+"""The teachers' shapes: published configurations by name or hub id, or the JSON files of a diffusers folder.
+
+A shape is built on the meta device: modules without storage, in any depth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmdr_fast.errors import UserError
+from dmdr_fast.models.families import FAMILIES, Family, open_family
+
+MODELS = Path(__file__).parent / "models"
+# The keys of a configuration that say how many blocks of a kind there are.
+DEPTH_KEYS = {
+    "sit": ("depth",),
+    "sd3": ("num_layers", "dual_attention_layers"),
+    "flux": ("num_layers", "num_single_layers"),
+    "flux2": ("num_layers", "num_single_layers"),
+    "qwen_image": ("num_layers",),
+    "z_image": ("n_layers",),
+    "sdxl": ("transformer_layers_per_block",),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One teacher: the configurations of its transformer and VAE (diffusers' own keys, as JSON text: hashable).
+
+    Attributes:
+        length: text tokens of a condition.
+        parameters: the published count, weights and stored tables, None where there is none.
+    """
+
+    name: str
+    family: str
+    transformer: str
+    vae: str | None
+    length: int
+    hub_id: str | None = None
+    parameters: int | None = None
+    published: str = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The transformer's configuration."""
+        return json.loads(self.transformer)
+
+    @property
+    def vae_config(self) -> dict[str, Any] | None:
+        """The VAE's configuration; None for pixel-space models."""
+        return None if self.vae is None else json.loads(self.vae)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many blocks of each kind there are."""
+        found = [self.config.get(key) or () for key in DEPTH_KEYS[self.family]]
+        if self.family == "sdxl":
+            return tuple(found[0])
+        return tuple(n if isinstance(n, int) else len(n) for n in found)
+
+    def with_depths(self, depths: tuple[int, ...]) -> Shape:
+        """The same widths, other numbers of blocks (for SD3: of all blocks, and of those with dual attention)."""
+        config = self.config
+        if self.family == "sdxl":
+            return replace(self, transformer=json.dumps(config | {"transformer_layers_per_block": list(depths)}))
+        for key, depth in zip(DEPTH_KEYS[self.family], depths, strict=True):
+            config[key] = list(range(depth)) if key == "dual_attention_layers" else depth
+        return replace(self, transformer=json.dumps(config))
+
+    def opened(self) -> Family:
+        """The family that feeds the network; SiT, fed with labels, has none.
+
+        Raises:
+            KeyError: SiT.
+        """
+        family = FAMILIES[self.family]
+        guided = family.default_guidance if self.config.get("guidance_embeds") else None
+        return family(self.name, self.config, self.vae_config, {}, self.length, guided)
+
+    def build(self) -> nn.Module:
+        """The transformer on the meta device."""
+        with torch.device("meta"):
+            if self.family == "sit":
+                from dmdr_fast.models.sit import SiT
+
+                return SiT(**{k: v for k, v in self.config.items() if not k.startswith("_")})
+            return FAMILIES[self.family].build_from_config(self.config)
+
+    def build_vae(self) -> nn.Module | None:
+        """The VAE on the meta device; None for pixel-space models."""
+        if self.vae is None:
+            return None
+        import diffusers
+
+        with torch.device("meta"):
+            return getattr(diffusers, self.vae_config["_class_name"]).from_config(self.vae_config)
+
+
+def published() -> Iterator[Shape]:
+    """The shapes that come with the package, smallest first."""
+    yield from sorted((_read(path) for path in MODELS.glob("*.json")), key=lambda shape: shape.parameters)
+
+
+def _read(path: Path) -> Shape:
+    values = json.loads(path.read_text())
+    return Shape(**values | {part: json.dumps(values[part]) for part in ("transformer", "vae")})
+
+
+def find_shape(name: str) -> Shape:
+    """The shape of a published model (its short name or hub id) or of a diffusers folder, of which only JSON is read.
+
+    Raises:
+        UserError: neither of them, or a pipeline of no known family.
+    """
+    for shape in published():
+        if name in (shape.name, shape.hub_id):
+            return shape
+    if not Path(name).expanduser().is_dir():
+        known = ", ".join(shape.name for shape in published())
+        raise UserError(
+            f"teacher.pipeline: no shape is known for {name!r}; expected a diffusers folder, or one of {known} "
+            "(--model takes these too, in place of the configuration's teacher)"
+        )
+    try:
+        family = open_family(name)
+    except (ValueError, OSError) as error:
+        raise UserError(f"teacher.pipeline: {error}") from None
+    return Shape(
+        name=Path(name).name,
+        family=family.name,
+        transformer=json.dumps(dict(family.network_config)),
+        vae=json.dumps(dict(family.vae_config)),
+        length=family.length,
+    )
+
+
+@cache
+def count(shape: Shape) -> tuple[int, int]:
+    """(weights, elements of tables that are no weights) of the transformer."""
+    model = shape.build()
+    return sum(p.numel() for p in model.parameters()), sum(b.numel() for b in model.buffers())

@@ -1,0 +1,157 @@
+"""The algorithm's own update on meta tensors, the live bytes of each phase counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.algorithm.score_pass import ScorePass, separate_scores, shared_scores
+from dmdr_fast.algorithm.step import Batch, Networks, Recipe, dmdr_update
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.models.recompute import set_recompute
+from dmdr_fast.plan.live import Key, LiveBytes, flash_attention
+from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, blocks, build, condition, latent_shape
+from dmdr_fast.plan.shapes import Shape
+from dmdr_fast.plan.workload import Workload, Zero
+
+Peaks = dict[Key, dict[str, int]]
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def update_peaks(work: Workload) -> Peaks:
+    """Peak bytes of one update: {(phase, part of the network): {kind: bytes}}, without state, in seconds at any depth.
+
+    While a block of one kind runs, forward or backward, what else lives is linear in the numbers of blocks: a few
+    blocks are traced, once more with one block more of each kind, and the rest is extrapolated. Where gradients stay
+    (stage 0) the largest sum has no fixed place: then the whole network is traced.
+    """
+    work = replace(
+        work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, reward=None,
+        student_steps=min(work.student_steps, 2), fake_updates=1, zero=Zero(stage=min(work.zero.stage, 2)),
+    )  # fmt: skip
+    depths, few = work.shape.depths, few_blocks(work.shape)
+    if work.zero.stage == 0 or all(d <= f + 1 for d, f in zip(depths, few, strict=True)):
+        return traced_peaks(work)
+    base = traced_peaks(replace(work, shape=work.shape.with_depths(few)))
+    found = {key: dict(peak) for key, peak in base.items()}
+    for index, (depth, start) in enumerate(zip(depths, few, strict=True)):
+        if depth == start:
+            continue
+        more = tuple(d + (i == index) for i, d in enumerate(few))
+        longer = traced_peaks(replace(work, shape=work.shape.with_depths(more)))
+        for key, peak in found.items():
+            for kind in peak:
+                peak[kind] += (depth - start) * (longer[key][kind] - base[key][kind])
+    return found
+
+
+def few_blocks(shape: Shape) -> tuple[int, ...]:
+    """Depths with every kind of block that the network has, twice."""
+    if shape.family == "sd3":
+        layers, dual = shape.depths
+        return min(layers, min(dual, 2) + 3), min(dual, 2)
+    return tuple(min(depth, 2) for depth in shape.depths)
+
+
+@dataclass
+class MetaRole:
+    """A trained role (``dmdr_fast.algorithm.step.Trained``) that says which phase runs."""
+
+    network: Network
+    trained: list[nn.Parameter]
+    live: LiveBytes
+    phase: str
+    wear: Callable[[], None]
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        self.live.phase = self.phase if torch.is_grad_enabled() else "rollout"
+        self.wear()
+        return self.network(x_t, t, condition)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> bool:
+        for parameter in self.trained:
+            parameter.grad = None
+        return True
+
+
+@cache
+def traced_peaks(work: Workload) -> Peaks:
+    """:func:`update_peaks`, with every block traced."""
+    live = LiveBytes()
+    roles = build(work, lambda model: _watch(work, model, live))
+    text = condition(work.shape, work.batch, DTYPES[work.dtype])
+    recipe = Recipe(
+        grid=timestep_grid(work.student_steps),
+        latent_shape=latent_shape(work.shape, work.resolution),
+        cold_start_steps=1,
+        fake_updates=work.fake_updates,
+        rollout_variant="same_step" if work.same_step else "backward_simulation",
+        dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0),
+    )
+    shard = Shard(0, work.batch, work.batch)
+    with ExitStack() as stack:
+        stack.enter_context(flash_attention())
+        # the longest rollout
+        stack.enter_context(mock.patch("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, steps: steps - 1))
+        stack.enter_context(live)
+        nets = _networks(work, roles, live)
+        dmdr_update(nets, lambda index, part: Batch(text, {}), None, recipe, Streams(0), 0, [shard], META)
+    return {key: peak for key, peak in live.peaks.items() if key[0]}
+
+
+def _networks(work: Workload, roles: Roles, live: LiveBytes) -> Networks:
+    def role(name: str) -> MetaRole:
+        network = as_network(work.shape, getattr(roles, name), DTYPES[work.dtype])
+        trained = roles.trained(name)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(live.keep_gradient if work.zero.stage == 0 else _gone)
+        return MetaRole(network, trained, live, f"{name} update", lambda: roles.wear(**{name: 1.0}))
+
+    return Networks(role("generator"), role("fake"), _score(work, roles, live), lambda c: c)
+
+
+def _gone(parameter: Tensor) -> None:
+    """Sharded: the gradient leaves for the reduce bucket as soon as it is there."""
+    parameter.grad = None
+
+
+def _score(work: Workload, roles: Roles, live: LiveBytes) -> ScorePass:
+    def labelled(model: nn.Module) -> Network:
+        network = as_network(work.shape, model, DTYPES[work.dtype])
+
+        def call(x_t: Tensor, t: Tensor, c: Any) -> Tensor:
+            live.phase = "score pass"
+            return network(x_t, t, c)
+
+        return call
+
+    if roles.teacher is roles.fake:
+        return shared_scores(labelled(roles.teacher), lambda scale: roles.wear(fake=scale), fake_scale=1.0)
+    return separate_scores(labelled(roles.fake), labelled(roles.teacher))
+
+
+def _watch(work: Workload, model: nn.Module, live: LiveBytes) -> None:
+    """Recompute as the workload says; each block says that it runs, forward and backward."""
+    set_recompute(model, work.activation)
+    for kind, block in blocks(work.shape, model):
+        block.register_forward_pre_hook(lambda *_, kind=kind: setattr(live, "part", kind))
+        block.register_forward_hook(lambda _, __, out, kind=kind: _leave(live, out, kind))
+
+
+def _leave(live: LiveBytes, out: Any, kind: str) -> None:
+    live.part = f"after {kind}"
+    for tensor in out if isinstance(out, tuple) else (out,):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda grad: setattr(live, "part", kind))

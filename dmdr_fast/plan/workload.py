@@ -1,0 +1,98 @@
+"""What is planned: one update of a run, and the machine that it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dmdr_fast.plan.shapes import Shape
+
+Sharing = Literal["separate", "shared_score", "shared_all"]
+Activation = Literal["none", "selective", "full", "offload"]
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA: its rank and the suffixes of the layers that wear it."""
+
+    rank: int
+    targets: tuple[str, ...]
+    form: str = "standard"
+
+
+@dataclass(frozen=True)
+class Zero:
+    """How DeepSpeed holds state; the defaults are those of its 0.19 JSON. Sizes in elements."""
+
+    stage: Literal[0, 2, 3] = 3
+    reduce_bucket: int = 500_000_000
+    prefetch: int = 50_000_000
+    reuse_distance: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    overlap: bool = True  # two reduce buckets under stage 2
+
+
+@dataclass(frozen=True)
+class RewardPass:
+    """The reward's gradient: decode ``chunk`` samples at a time and go back through decoder and reward model."""
+
+    chunk: int = 1
+    models: tuple[str, ...] = ("pickscore",)  # names of rewards.json
+    tiling: bool = False
+    recompute: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of decoder and reward models
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One DMDR update as the planner sees it. ``batch`` is the micro-batch per GPU; dtype is that of the networks."""
+
+    shape: Shape
+    resolution: int = 1024
+    batch: int = 1
+    accumulation: int = 1
+    sharing: Sharing = "shared_score"
+    activation: Activation = "full"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    frozen: Literal["native", "int8", "float8"] = "native"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    student_lora: Adapter | None = None  # None: the generator trains all its weights
+    fake_lora: Adapter | None = None  # None only under `separate`: the fake score trains all its weights
+    student_steps: int = 4
+    fake_updates: int = 5
+    same_step: bool = False  # student.rollout: one forward more, x0 is renoised to its own time
+    cfg: bool = True
+    ema: bool = True
+    keep_gathered: bool = False
+    reward: RewardPass | None = field(default_factory=RewardPass)
+    zero: Zero = Zero()
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine. Rates in bytes/s and FLOP/s per GPU; one node has ``node`` GPUs that see each other at ``nvlink``.
+
+    The defaults are an H100 SXM: 989 TFLOP/s of dense bf16, of which ``utilisation`` is reached; NVLink 450 GB/s in
+    each direction, 400 Gb/s InfiniBand per GPU. ``reserve`` is what no tensor holds: CUDA context, cuBLAS and NCCL
+    workspaces.
+    """
+
+    gpus: int = 8
+    memory: float = 80 * GB
+    flops: float = 989e12
+    utilisation: float = 0.4
+    network: float = 50 * GB
+    latency: float = 10e-6
+    node: int = 8
+    nvlink: float = 450 * GB
+    host: float = 25 * GB
+    hbm: float = 3350 * GB
+    reserve: float = 2.5 * GB
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of a collective over all GPUs: inside one node NVLink's, else the network's."""
+        return self.nvlink if self.gpus <= self.node else min(self.network, self.nvlink)

@@ -1,0 +1,148 @@
+"""What stays on a GPU from phase to phase: weights, gradients, optimizer, EMA, buckets, as DeepSpeed 0.19 keeps them.
+
+Bytes per element of a trained role with N GPUs (bf16; in fp32 the weights and gradients take 4):
+
+=============================  =====================  ==================  ====================
+                               stage 0                stage 2             stage 3
+=============================  =====================  ==================  ====================
+weights                        2                      2                   2 / N
+gradients, after the backward  2                      2 / N               2 / N, always
+fp32 master, Adam              4, 8                   4 / N, 8 / N        4 / N, 8 / N
+EMA                            4                      4 / N               4 / N
+fp32 gradients in the step     4                      4 / N               4 x a sub-group
+reduce bucket (elements)       -                      2, twice, backward  2, always
+=============================  =====================  ==================  ====================
+
+Stage 0 in fp32 has no master: the weights are it. 8-bit Adam keeps 2 bytes and two fp32 scales per 256 elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from torch import nn
+
+from dmdr_fast.plan.networks import build
+from dmdr_fast.plan.workload import Workload
+
+WIDTH = {"fp32": 4, "bf16": 2}
+# Moments of Adam, bytes per element on the GPU; paged ones live where there is room, at worst on the host.
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One network as DeepSpeed holds it.
+
+    Attributes:
+        weights: elements, ``trained`` among them.
+        size: their bytes in the compute dtype (a byte each where they are frozen in 8 bits).
+        trained: elements that get gradients.
+        tables: bytes of buffers, which ZeRO leaves whole on every GPU.
+        largest: elements of the module that has most of its own: what is gathered at once.
+        roles: the roles that train a part of it.
+    """
+
+    weights: int
+    size: int
+    trained: int
+    tables: int
+    largest: int
+    roles: tuple[str, ...]
+
+
+@cache
+def engines(work: Workload) -> dict[str, Engine]:
+    """The networks of a workload by the role that they are for: generator, fake, teacher where it is one of its own."""
+    roles = build(work)
+    found, names = {}, {}
+    for role in ("generator", "fake", "teacher"):
+        module = getattr(roles, role)
+        names.setdefault(id(module), role)
+        found.setdefault(names[id(module)], module)
+    return {
+        name: _engine(module, tuple(r for r in ("generator", "fake") if getattr(roles, r) is module))
+        for name, module in found.items()
+    }
+
+
+def _engine(module: nn.Module, roles: tuple[str, ...]) -> Engine:
+    parameters = list(module.parameters())
+    return Engine(
+        weights=sum(p.numel() for p in parameters),
+        size=sum(p.numel() * p.element_size() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        tables=sum(b.numel() * b.element_size() for b in module.buffers()),
+        largest=max(sum(p.numel() for p in part.parameters(recurse=False)) for part in module.modules()),
+        roles=roles,
+    )
+
+
+def resident(work: Workload, gpus: int) -> dict[str, float]:
+    """Bytes per GPU that every phase finds there, by kind."""
+    zero, width = work.zero, WIDTH[work.dtype]
+    shards, on_gpu = (gpus if zero.stage else 1), not zero.offload_optimizer
+    kinds = dict.fromkeys(("parameters", "gradients", "optimizer", "EMA", "buckets"), 0.0)
+    for engine in engines(work).values():
+        weights = engine.size if zero.stage < 3 else engine.size / gpus
+        kinds["parameters"] += engine.tables + (0 if zero.offload_parameters else weights)
+        trained = engine.trained / shards
+        if not engine.trained:
+            continue
+        if zero.stage == 3:
+            kinds["gradients"] += trained * width * on_gpu
+            kinds["buckets"] += zero.reduce_bucket * width
+        master = 0 if zero.stage == 0 and work.dtype == "fp32" else 4
+        kinds["optimizer"] += trained * (master + MOMENTS[work.optimizer]) * on_gpu
+    if work.ema:
+        kinds["EMA"] = 4 * trained_by(work, "generator") / shards
+    return kinds
+
+
+@cache
+def trained_by(work: Workload, role: str) -> int:
+    """Elements that the role trains."""
+    return sum(p.numel() for p in build(work).trained(role))
+
+
+def backward_buffers(work: Workload, role: str, gpus: int) -> dict[str, float]:
+    """Bytes per GPU beside the activations while the role runs backward, by kind."""
+    zero, width = work.zero, WIDTH[work.dtype]
+    if zero.stage != 2:
+        return {}
+    return {
+        "gradients": trained_by(work, role) * width / gpus,
+        "buckets": zero.reduce_bucket * width * (2 if zero.overlap else 1),
+    }
+
+
+def step_buffers(work: Workload, role: str, gpus: int) -> dict[str, float]:
+    """Bytes per GPU while the role's optimizer steps, by kind."""
+    zero, width = work.zero, WIDTH[work.dtype]
+    trained = trained_by(work, role)
+    if zero.offload_optimizer:
+        return {}
+    if zero.stage == 0:
+        return {"gradients": trained * (width + (4 if work.dtype == "bf16" else 0))}
+    if zero.stage == 2:
+        return {"gradients": trained / gpus * (width + 4)}
+    return {"gradients": min(trained / gpus, zero.sub_group) * 4.0}
+
+
+def gathered(work: Workload, engine: Engine, *, graded: bool) -> float:
+    """Bytes of whole weights that stage 3 has on every GPU while the network runs.
+
+    A module's weights go when no use is nearer than the reuse distance d. A network of fewer elements stays. Of a
+    larger one the forward leaves the last d / 2 for the backward pass; where none follows, only the module that runs
+    and the prefetched ones are there.
+    """
+    zero = work.zero
+    if zero.stage != 3:
+        return 0.0
+    near = engine.largest + zero.prefetch
+    if engine.weights <= zero.reuse_distance:
+        kept = engine.weights
+    else:
+        kept = min(engine.weights, near + (zero.reuse_distance // 2 if graded else 0))
+    return float(kept * WIDTH[work.dtype])

@@ -1,0 +1,138 @@
+"""Real updates of small networks on the CPU, their live bytes counted: what the planner must predict."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+
+import diffusers
+import torch
+
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
+from dmdr_fast.algorithm.step import Batch, Networks, Recipe, dmdr_update
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.models.lora import add_lora
+from dmdr_fast.models.recompute import set_recompute
+from dmdr_fast.plan.shapes import Shape
+from dmdr_fast.plan.workload import Workload, Zero
+from tests.algorithm.memory import PeakMemory
+
+CPU = torch.device("cpu")
+SD3 = {
+    "_class_name": "SD3Transformer2DModel", "sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4,
+    "num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 24, "joint_attention_dim": 48,
+    "caption_projection_dim": 96, "pooled_projection_dim": 32, "pos_embed_max_size": 16, "qk_norm": "rms_norm",
+    "dual_attention_layers": [0],
+}  # fmt: skip
+FLUX = {
+    "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 16, "num_layers": 1,
+    "num_single_layers": 3, "num_attention_heads": 4, "attention_head_dim": 24, "joint_attention_dim": 48,
+    "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": [8, 8, 8],
+}  # fmt: skip
+VAE = {
+    "_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "latent_channels": 4,
+    "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+SHAPES = {
+    "sd3": Shape("small-sd3", "sd3", json.dumps(SD3), json.dumps(VAE), 20),
+    "flux": Shape("small-flux", "flux", json.dumps(FLUX), json.dumps(VAE), 40),
+}
+RESOLUTION = 256
+
+
+class Role:
+    """A trained role with AdamW, fp32 or bf16 weights as they are."""
+
+    def __init__(self, network, parameters, wear):
+        self.network, self.wear = network, wear
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def __call__(self, x_t, t, condition):
+        self.wear()
+        return self.network(x_t, t, condition)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+
+def measured_peak(work: Workload, updates: int = 2) -> int:
+    """Most bytes that live at once in ``updates`` updates on one rank without ZeRO, weights and optimizers included."""
+    gc.collect()
+    with PeakMemory() as memory:
+        nets, text, ema = _networks(work)
+        recipe = Recipe(
+            grid=timestep_grid(work.student_steps),
+            latent_shape=work.shape.opened().latent_shape(RESOLUTION, RESOLUTION),
+            cold_start_steps=10,
+            fake_updates=work.fake_updates,
+            dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0),
+        )
+        batch, shards = Batch(text, {}), [Shard(0, work.batch, work.batch)]
+        for step in range(updates):
+            dmdr_update(nets, lambda index, shard: batch, None, recipe, Streams(3), step, shards, CPU)
+    del ema
+    return memory.peak
+
+
+def _networks(work: Workload):
+    family = work.shape.opened()
+    config = {k: v for k, v in work.shape.config.items() if k != "_class_name"}
+    adapters = {}
+
+    def build(**roles):
+        torch.manual_seed(0)
+        model = getattr(diffusers, work.shape.config["_class_name"])(**config)
+        set_recompute(model, work.activation)
+        for role, lora in roles.items():
+            if lora is not None:
+                adapters[role] = add_lora(model, role, rank=lora.rank, targets=lora.targets)
+        return model
+
+    def wear(**scales):
+        for role, adapter in adapters.items():
+            adapter.set_scale(scales.get(role))
+
+    def call(model):
+        return lambda x, t, c: family.forward(model, x, t, c)
+
+    def role(name, model):
+        trained = adapters[name].parameters() if name in adapters else model.parameters()
+        return Role(call(model), list(trained), lambda: wear(**{name: 1.0}))
+
+    if work.sharing == "shared_all":
+        generator = fake = build(generator=work.student_lora, fake=work.fake_lora)
+    else:
+        generator, fake = build(generator=work.student_lora), build(fake=work.fake_lora)
+    if work.sharing == "separate":
+        score = separate_scores(call(fake), call(build().requires_grad_(False)))
+    else:
+        score = shared_scores(call(fake), lambda scale: wear(fake=scale), fake_scale=1.0)
+    g = role("generator", generator)
+    ema = [p.detach().clone() for p in g.optimizer.param_groups[0]["params"]] if work.ema else []
+    return Networks(g, role("fake", fake), score, lambda c: c), _text(work), ema
+
+
+def _text(work: Workload):
+    config = work.shape.config
+    tokens = work.shape.length + (77 if work.shape.family == "sd3" else 0)
+    return {
+        "prompt_embeds": torch.randn(work.batch, tokens, config["joint_attention_dim"]),
+        "pooled_embeds": torch.randn(work.batch, config["pooled_projection_dim"]),
+    }
+
+
+def workload(family: str, **changes) -> Workload:
+    """A small workload of the family: fp32 on one rank, as ``measured_peak`` runs it."""
+    work = Workload(
+        SHAPES[family], resolution=RESOLUTION, batch=2, dtype="fp32", student_steps=1, fake_updates=1, reward=None,
+        zero=Zero(stage=0),
+    )  # fmt: skip
+    return replace(work, **changes)

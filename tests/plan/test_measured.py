@@ -1,0 +1,38 @@
+"""The planner against real updates: the predicted peak is within 5 % of the tracked one."""
+
+import pytest
+
+from dmdr_fast.models.families import FAMILIES
+from dmdr_fast.plan.plan import phase_bytes
+from dmdr_fast.plan.workload import Adapter, Hardware
+
+from .measured import measured_peak, workload
+
+ONE = Hardware(gpus=1, reserve=0.0)
+CASES = [
+    ("sd3", "separate", "none", False),
+    ("sd3", "shared_score", "selective", False),
+    ("sd3", "shared_score", "full", True),
+    ("sd3", "shared_all", "none", True),
+    ("flux", "separate", "selective", False),
+    ("flux", "shared_score", "none", False),
+    ("flux", "shared_score", "full", False),
+    ("flux", "shared_all", "selective", True),
+]
+
+
+@pytest.mark.parametrize(("family", "sharing", "activation", "lora"), CASES)
+def test_predicted_peak(family, sharing, activation, lora):
+    adapter = Adapter(4, FAMILIES[family].lora_targets)
+    work = workload(
+        family,
+        sharing=sharing,
+        activation=activation,
+        student_lora=adapter if lora else None,
+        fake_lora=None if sharing == "separate" else adapter,
+    )
+    phases = phase_bytes(work, ONE)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    predicted, measured = sum(phases[phase].values()), measured_peak(work)
+    print(f"{phase}: {predicted / 2**20:.2f} MiB predicted, {measured / 2**20:.2f} MiB measured")
+    assert predicted == pytest.approx(measured, rel=0.05)

@@ -1,0 +1,47 @@
+"""Few blocks traced and the rest extrapolated against the whole network traced."""
+
+from dataclasses import replace
+
+import pytest
+
+from dmdr_fast.plan.cost import forward_flops, units
+from dmdr_fast.plan.from_config import default_targets
+from dmdr_fast.plan.trace import traced_peaks, update_peaks
+from dmdr_fast.plan.workload import Adapter, Zero
+
+from .measured import workload
+
+
+def phases(peaks):
+    found = {}
+    for (phase, _), kinds in peaks.items():
+        found[phase] = max(found.get(phase, 0), sum(kinds.values()))
+    return found
+
+
+@pytest.mark.parametrize("activation", ["selective", "full"])
+def test_extrapolated_peaks_are_those_of_the_whole_network(activation):
+    work = workload("flux", activation=activation, zero=Zero(stage=2))
+    work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, default_targets(work.shape)))
+    assert phases(update_peaks(work)) == pytest.approx(phases(traced_peaks(work)), rel=1e-3)
+
+
+def test_offloaded_inputs_are_not_counted():
+    """`offload` keeps no block's input on the GPU: what is left does not grow with the depth."""
+    work = workload("flux", activation="offload", zero=Zero(stage=2), fake_lora=None, sharing="separate")
+    shallow, deep = (phases(update_peaks(replace(work, shape=work.shape.with_depths((2, n))))) for n in (3, 30))
+    assert deep["generator update"] == pytest.approx(shallow["generator update"], rel=1e-3)
+    full = phases(update_peaks(replace(work, activation="full", shape=work.shape.with_depths((2, 30)))))
+    assert full["generator update"] > 1.2 * deep["generator update"]
+
+
+def test_f_units_and_flops():
+    """20 for the reference's N=1 without CFG, 28.5 for N=4 with it; FLOPs are linear in depth and in the batch."""
+    lora = Adapter(4, ("to_q",))
+    one = workload("flux", fake_lora=lora, activation="none", student_steps=1, fake_updates=5, cfg=False)
+    assert sum(units(one).values()) == 20
+    assert sum(units(replace(one, student_steps=4, cfg=True)).values()) == 28.5
+    assert sum(units(replace(one, activation="full")).values()) == 26
+    shape = one.shape
+    flops = [forward_flops(replace(one, shape=shape.with_depths((2, n)))) for n in (2, 3, 9)]
+    assert flops[2] - flops[0] == pytest.approx(7 * (flops[1] - flops[0]))
