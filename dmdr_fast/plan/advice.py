@@ -58,7 +58,7 @@ def _reward_changes(work: Workload) -> Iterator[Change]:
     if min(reward.chunk, work.batch) > 1:
         yield Change("rl.refl.chunk: 1", replace(work, reward=replace(reward, chunk=1)), 0)
     if not reward.recompute:
-        yield Change("decoder.recompute: true", replace(work, reward=replace(reward, recompute=True)), 0)
+        yield Change("rl.refl.checkpoint: true", replace(work, reward=replace(reward, recompute=True)), 0)
     if reward.dtype == "fp32":
         yield Change("decoder.dtype: bf16", replace(work, reward=replace(reward, dtype="bf16")), 1)
 
@@ -73,30 +73,50 @@ def _other_runs(work: Workload) -> Iterator[Change]:
         yield Change(f"sharing: shared_all, student.lora.rank: {changed.student_lora.rank}", changed, 2)
 
 
+def fits(work: Workload, hardware: Hardware) -> bool:
+    """Whether one update is within the memory of every GPU."""
+    return max(sum(kinds.values()) for kinds in phase_bytes(work, hardware).values()) <= hardware.memory
+
+
 def cheapest_change(plan: Plan, most: int = 3) -> tuple[tuple[str, ...], Plan] | None:
     """The keys to set, and the plan with them; None where no ``most`` levers together are enough.
 
-    Fewest changes of what is trained first, then of rounding, then the shortest update per sample.
+    Rather time than rounding, rather rounding than another run; then fewest levers, then the shortest update.
     """
-    fitting: list[tuple[tuple, tuple[str, ...], Workload]] = []
-    for count in range(1, most + 1):
-        for combined in _combined(plan.work, count):
-            phases = phase_bytes(combined[-1].work, plan.hardware)
-            if max(sum(kinds.values()) for kinds in phases.values()) <= plan.hardware.memory:
-                fitting.append((tuple(sorted((c.price for c in combined), reverse=True)), combined))
-        if fitting and min(price[0] for price, _ in fitting) < 2:
-            break
-    if not fitting:
-        return None
-    lowest = min(price for price, _ in fitting)
-    plans = [(c, make_plan(c[-1].work, plan.hardware)) for price, c in fitting if price == lowest]
-    found, best = min(plans, key=lambda item: item[1].seconds / item[1].samples)
-    return tuple(change.keys for change in found), best
+    for price in (1, 2):
+        if not fits(_all_levers(plan.work, price), plan.hardware):
+            continue
+        for count in range(1, most + 1):
+            found = [
+                combined for combined in _combined(plan.work, count, price) if fits(combined[-1].work, plan.hardware)
+            ]
+            if found:
+                return _shortest(found, plan.hardware)
+    return None
 
 
-def _combined(work: Workload, count: int) -> Iterator[tuple[Change, ...]]:
-    """Sequences of ``count`` different levers, each applied to the result of the ones before."""
-    for names in combinations([change.keys for change in changes(work)], count):
+def _shortest(found: list[tuple[Change, ...]], hardware: Hardware) -> tuple[tuple[str, ...], Plan]:
+    """Of the combinations of the lowest price, the one whose update is shortest."""
+    prices = [sorted((change.price for change in combined), reverse=True) for combined in found]
+    lowest = min(prices)
+    cheap = [combined for combined, price in zip(found, prices, strict=True) if price == lowest]
+    plans = [(combined, make_plan(combined[-1].work, hardware)) for combined in cheap]
+    combined, best = min(plans, key=lambda item: item[1].seconds / item[1].samples)
+    return tuple(change.keys for change in combined), best
+
+
+def _all_levers(work: Workload, price: int) -> Workload:
+    """Every lever up to ``price`` at once: what does not fit then fits with none of them."""
+    while True:
+        possible = [c for c in changes(work) if c.price <= price and "checkpoint" not in c.keys]  # that may take more
+        if not possible:
+            return work
+        work = possible[0].work
+
+
+def _combined(work: Workload, count: int, price: int) -> Iterator[tuple[Change, ...]]:
+    """Sequences of ``count`` different levers up to ``price``, each applied to the result of the ones before."""
+    for names in combinations([change.keys for change in changes(work) if change.price <= price], count):
         done: list[Change] = []
         for name in names:
             now = done[-1].work if done else work
@@ -111,12 +131,8 @@ def _combined(work: Workload, count: int) -> Iterator[tuple[Change, ...]]:
 def largest_batch(work: Workload, hardware: Hardware, limit: int = 64) -> int:
     """The largest micro-batch that fits, up to ``limit``; 0 where not even one sample does."""
 
-    def fits(batch: int) -> bool:
-        phases = phase_bytes(replace(work, batch=batch), hardware)
-        return max(sum(kinds.values()) for kinds in phases.values()) <= hardware.memory
-
     low, high = 0, limit + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if fits(replace(work, batch=middle), hardware) else (low, middle)
     return low

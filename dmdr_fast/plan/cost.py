@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmdr_fast.plan.live import flash_attention
 from dmdr_fast.plan.networks import DTYPES, META, as_network, condition, latent_shape
 from dmdr_fast.plan.reward import reward_cost
-from dmdr_fast.plan.trace import few_blocks
+from dmdr_fast.plan.trace import few_blocks, update_peaks
 from dmdr_fast.plan.workload import Hardware, Workload
 from dmdr_fast.plan.zero import Engine, engines, trained_by
 
@@ -40,9 +40,13 @@ class PhaseCost:
         return max(compute, network if hardware.gpus > 1 else 0.0, self.host / hardware.host)
 
 
-@cache
 def forward_flops(work: Workload) -> float:
     """FLOPs of one forward of one sample, linear in the numbers of blocks."""
+    return _flops(Workload(work.shape, resolution=work.resolution, dtype=work.dtype))
+
+
+@cache
+def _flops(work: Workload) -> float:
     depths, few = work.shape.depths, few_blocks(work.shape)
     base = _counted(work, few)
     extra = 0.0
@@ -79,17 +83,22 @@ def units(work: Workload) -> dict[str, float]:
         "score pass": 3.0 if work.cfg else 2.0,
         "generator update": work.same_step + 1 + again + generator_backward,
     }
+    if work.policy_steps:
+        once["policy rollout"] = float(work.student_steps)
+        once["policy update"] = work.policy_steps * (1 + again + generator_backward + (work.reference is not None))
+    elif work.reference is not None:
+        once["generator update"] += 1  # the reference's forward, for the KL
     return {phase: n * work.accumulation for phase, n in once.items()}
 
 
 def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     """Every phase of one update on one GPU."""
-    one = forward_flops(replace(work, batch=1)) * work.batch
+    one = forward_flops(work) * work.batch
     found = {phase: PhaseCost(units=n, flops=n * one) for phase, n in units(work).items()}
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None:
         flops = reward_cost(work).flops * work.batch * work.accumulation
-        found["reward gradient"] = PhaseCost(flops=flops)
+        found["reward"] = PhaseCost(flops=flops)
     found["optimizer step"] = _step(work, hardware)
     return found
 
@@ -103,7 +112,9 @@ def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCos
         "rollout": [(generator, work.fake_updates * (1 if work.keep_gathered else rollout_steps(work)))],
         "fake update": [(fake, 2.0 * work.fake_updates)],
         "score pass": [(teacher, 1.0)] if teacher is fake else [(fake, 1.0), (teacher, 1.0)],
-        "generator update": [(generator, 2.0 + work.same_step)],
+        "generator update": [(generator, 2.0 + work.same_step + (work.reference is not None))],
+        "policy rollout": [(generator, 1.0 if work.keep_gathered else float(work.student_steps))],
+        "policy update": [(generator, work.policy_steps * (2.0 + (work.reference is not None)))],
     }[phase]
     received = collectives = 0.0
     if work.zero.stage == 3:
@@ -134,7 +145,6 @@ def _fetches(work: Workload, engine: Engine) -> int:
 
 def _block_inputs(work: Workload) -> float:
     """Bytes of block inputs that `offload` sends to the host in one forward: tokens times width, every block."""
-    from dmdr_fast.plan.trace import update_peaks
 
     def peak(activation: str) -> int:
         found = update_peaks(replace(work, activation=activation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dmdr_fast.config import Config
 from dmdr_fast.errors import UserError
@@ -34,14 +34,16 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         dtype=config.deepspeed.dtype,
         frozen=config.memory.frozen,
         optimizer=config.optimizer.kind,
+        student_lora=_adapter(student.lora, shape) if student.lora.rank else None,
         fake_lora=None if config.sharing == "separate" else _adapter(config.lora, shape),
         student_steps=student.steps,
         fake_updates=train.fake_updates,
         same_step=student.rollout == "same_step",
         cfg=config.teacher.cfg_scale != (1.0 if config.teacher.cfg_mode == "standard" else 0.0),
         ema=student.ema is not None,
-        keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),
+        policy_steps=_policy_steps(config),
+        reference=_reference(config),
         zero=_zero(config),
     )
 
@@ -53,7 +55,7 @@ def default_targets(shape: Shape) -> tuple[str, ...]:
 
 def _adapter(lora: Any, shape: Shape) -> Adapter:
     targets = lora.targets if shape.family == "sit" or tuple(lora.targets) != ("attn.qkv",) else default_targets(shape)
-    return Adapter(lora.rank, tuple(targets), lora.form)
+    return Adapter(lora.rank, tuple(targets), getattr(lora, "form", "standard"))
 
 
 def _shape(config: Config) -> Shape:
@@ -66,10 +68,35 @@ def _shape(config: Config) -> Shape:
 
 
 def _reward(config: Config) -> RewardPass | None:
-    reward = config.reward
-    if reward.kind == "none" or reward.weight == 0:
+    reward, rl = config.reward, config.rl
+    if rl.method == "none" or not reward.terms or config.train.cold_start_steps == config.train.generator_steps:
         return None
-    return RewardPass(chunk=reward.chunk, models=(reward.kind,) if reward.kind in REWARDS else ())
+    kinds = [term.kind for term in (*reward.terms, *reward.held_out)]
+    return RewardPass(
+        graded=rl.method == "refl",
+        chunk=rl.refl.chunk,
+        models=tuple(kind for kind in kinds if kind in REWARDS),
+        recompute=rl.refl.checkpoint,
+    )
+
+
+def _policy_steps(config: Config) -> int:
+    """Graded forwards that GRPO (a stochastic step each) or DPO (one) add."""
+    rl, last = config.rl, config.rl.grpo.noisy_last_step
+    if rl.method == "dpo":
+        return 1
+    if rl.method != "grpo" or rl.grpo.mode != "policy":
+        return 0
+    return rl.grpo.inner_epochs * (rl.grpo.trained_steps or config.student.steps - (not last))
+
+
+def _reference(config: Config) -> Literal[None, "lora_off", "frozen"]:
+    rl = config.rl
+    if rl.method != "dpo" and (rl.kl_weight == 0 or rl.regularizer == "none" or rl.method == "none"):
+        return None
+    if rl.reference == "auto":
+        return "lora_off" if config.student.lora.rank else "frozen"
+    return rl.reference
 
 
 def _zero(config: Config) -> Zero:

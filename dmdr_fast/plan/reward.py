@@ -1,9 +1,9 @@
-"""The reward's graph on meta tensors: decode a chunk, look at the images, go back to the latent."""
+"""Decoder and reward on meta tensors: decode a chunk, score the images and, for ReFL, go back to the latent."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmdr_fast import ops
 from dmdr_fast.plan.live import LiveBytes, flash_attention
 from dmdr_fast.plan.networks import DTYPES, META, latent_shape
-from dmdr_fast.plan.workload import Workload
+from dmdr_fast.plan.shapes import Shape
+from dmdr_fast.plan.workload import RewardPass, Workload
 
 MODELS = json.loads((Path(__file__).parent / "rewards.json").read_text())
-PHASE = "reward gradient"
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,15 @@ class RewardCost:
     flops: float
 
 
-@cache
 def reward_cost(work: Workload) -> RewardCost:
-    """Trace d(-R(decode(x0)))/d(x0) of one chunk, as ``dmdr_fast.algorithm.rl.refl`` runs it."""
-    options, shape = work.reward, work.shape
+    """The cost of ``work.reward`` per GPU; it depends on shape, resolution and chunk alone."""
+    chunk = min(work.reward.chunk, work.batch)
+    return _traced(work.shape, work.resolution, replace(work.reward, chunk=chunk))
+
+
+@cache
+def _traced(shape: Shape, resolution: int, options: RewardPass) -> RewardCost:
+    """Trace R(decode(x0)) of one chunk, and its gradient as ``dmdr_fast.algorithm.rl.refl`` takes it."""
     vae = shape.build_vae()
     decoder = nn.Identity() if vae is None else nn.Module.to(vae, DTYPES[options.dtype]).requires_grad_(False).eval()
     towers = [_tower(name, DTYPES[options.dtype]) for name in options.models]
@@ -46,19 +51,19 @@ def reward_cost(work: Workload) -> RewardCost:
             return family.decode(vae, latent)
         return latent if vae is None else vae.decode(latent.to(vae.dtype)).sample
 
-    chunk = min(options.chunk, work.batch)
     live = LiveBytes()
-    x0 = torch.empty(chunk, *latent_shape(shape, work.resolution), device=META)
+    x0 = torch.empty(options.chunk, *latent_shape(shape, resolution), device=META)
     with flash_attention(), FlopCounterMode(display=False) as flops, live:
-        leaf = x0.detach().requires_grad_()
+        leaf = x0.detach().requires_grad_(options.graded)
         images = checkpoint(decode, leaf, use_reentrant=False) if options.recompute else decode(leaf)
         score = sum(tower(images) for tower in towers) if towers else images.flatten(1).sum(1)
-        torch.autograd.grad(-score.sum(), leaf)
+        if options.graded:
+            score.sum().backward()  # autograd.grad would trip over the FLOP counter's hooks on the leaf
     extra = sum(MODELS[name]["text_parameters"] for name in options.models) * DTYPES[options.dtype].itemsize
     return RewardCost(
         weights=sum(_bytes(m) for m in (decoder, *towers)) + extra,
         peak=max(sum(kinds.values()) for kinds in live.peaks.values()),
-        flops=flops.get_total_flops() / chunk,
+        flops=flops.get_total_flops() / options.chunk,
     )
 
 

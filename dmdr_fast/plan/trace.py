@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import ScorePass, separate_scores, shared_scores
-from dmdr_fast.algorithm.step import Batch, Networks, Recipe, dmdr_update
+from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.plan.live import Key, LiveBytes, flash_attention
@@ -64,7 +65,7 @@ def few_blocks(shape: Shape) -> tuple[int, ...]:
 
 @dataclass
 class MetaRole:
-    """A trained role (``dmdr_fast.algorithm.step.Trained``) that says which phase runs."""
+    """A trained role (``dmdr_fast.algorithm.recipe.Trained``) that says which phase runs."""
 
     network: Network
     trained: list[nn.Parameter]
@@ -77,7 +78,7 @@ class MetaRole:
         self.wear()
         return self.network(x_t, t, condition)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def step(self) -> bool:
@@ -96,18 +97,20 @@ def traced_peaks(work: Workload) -> Peaks:
         grid=timestep_grid(work.student_steps),
         latent_shape=latent_shape(work.shape, work.resolution),
         cold_start_steps=1,
+        generator_steps=1,
         fake_updates=work.fake_updates,
         rollout_variant="same_step" if work.same_step else "backward_simulation",
         dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0),
     )
     shard = Shard(0, work.batch, work.batch)
+    batch = Batch(text, text, torch.empty(work.batch, dtype=torch.int64, device=META), {})
     with ExitStack() as stack:
         stack.enter_context(flash_attention())
         # the longest rollout
         stack.enter_context(mock.patch("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, steps: steps - 1))
         stack.enter_context(live)
         nets = _networks(work, roles, live)
-        dmdr_update(nets, lambda index, part: Batch(text, {}), None, recipe, Streams(0), 0, [shard], META)
+        dmdr_update(nets, lambda *draw: batch, None, recipe, Streams(0), 0, [shard], META)
     return {key: peak for key, peak in live.peaks.items() if key[0]}
 
 
@@ -119,7 +122,7 @@ def _networks(work: Workload, roles: Roles, live: LiveBytes) -> Networks:
             parameter.register_post_accumulate_grad_hook(live.keep_gradient if work.zero.stage == 0 else _gone)
         return MetaRole(network, trained, live, f"{name} update", lambda: roles.wear(**{name: 1.0}))
 
-    return Networks(role("generator"), role("fake"), _score(work, roles, live), lambda c: c)
+    return Networks(role("generator"), role("fake"), _score(work, roles, live))
 
 
 def _gone(parameter: Tensor) -> None:

@@ -37,8 +37,9 @@ class Zero:
 
 @dataclass(frozen=True)
 class RewardPass:
-    """The reward's gradient: decode ``chunk`` samples at a time and go back through decoder and reward model."""
+    """Decode ``chunk`` samples at a time and score them; ``graded`` (ReFL) goes back to x0 through both."""
 
+    graded: bool = True
     chunk: int = 1
     models: tuple[str, ...] = ("pickscore",)  # names of rewards.json
     tiling: bool = False
@@ -68,6 +69,8 @@ class Workload:
     ema: bool = True
     keep_gathered: bool = False
     reward: RewardPass | None = field(default_factory=RewardPass)
+    policy_steps: int = 0  # graded generator forwards that GRPO or DPO add to an update
+    reference: Literal[None, "lora_off", "frozen"] = None  # what a KL or DPO holds the generator to
     zero: Zero = Zero()
 
 

@@ -52,19 +52,40 @@ class Engine:
     roles: tuple[str, ...]
 
 
-@cache
+def networks_of(work: Workload) -> Workload:
+    """The part of ``work`` that says which networks there are: what does not matter to them is as in every other."""
+    return Workload(
+        work.shape,
+        sharing=work.sharing,
+        dtype=work.dtype,
+        frozen=work.frozen,
+        student_lora=work.student_lora,
+        fake_lora=work.fake_lora,
+    )
+
+
 def engines(work: Workload) -> dict[str, Engine]:
     """The networks of a workload by the role that they are for: generator, fake, teacher where it is one of its own."""
-    roles = build(work)
-    found, names = {}, {}
+    return _built(networks_of(work))[0]
+
+
+def trained_by(work: Workload, role: str) -> int:
+    """Elements that the role trains."""
+    return _built(networks_of(work))[1][role]
+
+
+@cache
+def _built(work: Workload) -> tuple[dict[str, Engine], dict[str, int]]:
+    roles, found, names = build(work), {}, {}
     for role in ("generator", "fake", "teacher"):
         module = getattr(roles, role)
         names.setdefault(id(module), role)
         found.setdefault(names[id(module)], module)
-    return {
+    nets = {
         name: _engine(module, tuple(r for r in ("generator", "fake") if getattr(roles, r) is module))
         for name, module in found.items()
     }
+    return nets, {role: sum(p.numel() for p in roles.trained(role)) for role in ("generator", "fake")}
 
 
 def _engine(module: nn.Module, roles: tuple[str, ...]) -> Engine:
@@ -95,15 +116,12 @@ def resident(work: Workload, gpus: int) -> dict[str, float]:
             kinds["buckets"] += zero.reduce_bucket * width
         master = 0 if zero.stage == 0 and work.dtype == "fp32" else 4
         kinds["optimizer"] += trained * (master + MOMENTS[work.optimizer]) * on_gpu
+    if work.reference == "frozen":  # a copy of the generator as RL starts
+        size = engines(work)["generator"].size
+        kinds["parameters"] += size / gpus if zero.stage == 3 else size
     if work.ema:
         kinds["EMA"] = 4 * trained_by(work, "generator") / shards
     return kinds
-
-
-@cache
-def trained_by(work: Workload, role: str) -> int:
-    """Elements that the role trains."""
-    return sum(p.numel() for p in build(work).trained(role))
 
 
 def backward_buffers(work: Workload, role: str, gpus: int) -> dict[str, float]:

@@ -10,9 +10,10 @@ import diffusers
 import torch
 
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
-from dmdr_fast.algorithm.step import Batch, Networks, Recipe, dmdr_update
+from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.recompute import set_recompute
@@ -54,7 +55,7 @@ class Role:
         self.wear()
         return self.network(x_t, t, condition)
 
-    def backward(self, loss):
+    def backward(self, loss, *, last):
         loss.backward()
 
     def step(self):
@@ -72,12 +73,14 @@ def measured_peak(work: Workload, updates: int = 2) -> int:
             grid=timestep_grid(work.student_steps),
             latent_shape=work.shape.opened().latent_shape(RESOLUTION, RESOLUTION),
             cold_start_steps=10,
+            generator_steps=10,
             fake_updates=work.fake_updates,
             dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0),
         )
-        batch, shards = Batch(text, {}), [Shard(0, work.batch, work.batch)]
+        shards = [Shard(0, work.batch, work.batch)]
+        batch = Batch(text, text, torch.arange(work.batch), {})
         for step in range(updates):
-            dmdr_update(nets, lambda index, shard: batch, None, recipe, Streams(3), step, shards, CPU)
+            dmdr_update(nets, lambda *draw: batch, None, recipe, Streams(3), step, shards, CPU)
     del ema
     return memory.peak
 
@@ -117,7 +120,7 @@ def _networks(work: Workload):
         score = shared_scores(call(fake), lambda scale: wear(fake=scale), fake_scale=1.0)
     g = role("generator", generator)
     ema = [p.detach().clone() for p in g.optimizer.param_groups[0]["params"]] if work.ema else []
-    return Networks(g, role("fake", fake), score, lambda c: c), _text(work), ema
+    return Networks(g, role("fake", fake), score), _text(work), ema
 
 
 def _text(work: Workload):
