@@ -73,7 +73,8 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
     ]
     renoise = "; ".join(laws) if recipe.renoise.kind == "dyna_rs" else recipe.renoise.kind
     standard = config.teacher.cfg_scale + (1.0 if config.teacher.cfg_mode == "offset" else 0.0)
-    master = sum(roles.trained_parameters.values()) * 12
+    # fp32 gradients, and two moments per parameter: fp32 or 8 bits
+    master = sum(roles.trained_parameters.values()) * (12 if config.optimizer.kind == "adamw" else 6)
     stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     lines = [

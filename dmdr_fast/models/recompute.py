@@ -53,7 +53,8 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
 
     Gradients are the same in every mode, those of LoRA adapters too (``dmdr_fast.models.lora``): the recomputation
     wears the scales of its forward. Call it before or after ``add_lora`` and ``patch``, on the module that the adapters
-    are added to: it may be the model with the blocks, or one around it.
+    are added to: it may be the model with the blocks, or one around it. torch.compile traces none, selective and full
+    in one graph; offload breaks it at every block.
 
     Raises:
         ValueError: an unknown mode, or a model that does not say where its blocks are.
