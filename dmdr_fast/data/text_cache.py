@@ -81,7 +81,8 @@ class TextCache:
             How many embeddings were computed.
 
         Raises:
-            UserError: a prompt longer than the encoder takes (all are checked first), or nothing can be written.
+            UserError: a prompt longer than the encoder takes (all are checked first), encoders that cannot be loaded,
+                or nothing can be written.
         """
         wanted = [(p, False) for p in list(dict.fromkeys(prompts))[part::parts]]
         wanted += [(n, True) for n in (dict.fromkeys(negatives) if part == 0 else ())]
@@ -153,8 +154,8 @@ class TextCache:
                         held = self._write(held, aside)
                     log.info("text embeddings: %d of %d", start + len(part), len(prompts))
             self._write(held, aside)
-        except ValueError as error:
-            raise UserError(f"text cache: {error}") from None
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"text embeddings: {error}") from error
         finally:
             self.encoder.release()
 

@@ -192,6 +192,18 @@ def test_a_prompt_too_long_stops_before_anything_is_computed(tmp_path):
     assert encoder.computed == []
 
 
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError])
+def test_encoders_that_cannot_be_loaded_are_the_users_to_put_right(tmp_path, error, monkeypatch):
+    cache = TextCache(Letters(), tmp_path)
+
+    def encode(prompts, *, negative):
+        raise error("text_encoder holds no weights")
+
+    monkeypatch.setattr(cache.encoder, "encode", encode)
+    with pytest.raises(UserError, match="text embeddings: text_encoder holds no weights"):
+        cache.fill(["cat"])
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written .* set DMDR_FAST_CACHE"):

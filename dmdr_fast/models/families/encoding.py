@@ -104,10 +104,12 @@ class TextEncoder:
 
         path = self.family.path
         index = self._read_index()
-        folders = [name for name in index if name.startswith("text_encoder") and (index[name] or [None])[0]]
+        folders = [name for name in index if name.startswith("text_encoder")]
         absent: dict[str, None] = dict.fromkeys([self.family.folder, "vae", *([] if encoders else folders)])
         if encoders:
             for name in folders:
+                if not (index[name] or [None])[0]:
+                    raise ValueError(f"pipeline {path}: it was saved without {name}; give a pipeline that has it")
                 loading.check_weights(path, name)
             log.info("loading the text encoders of %s (%s)", path, ", ".join(folders))
         try:

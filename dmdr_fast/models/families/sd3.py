@@ -49,8 +49,8 @@ class SD3(Family):
         return {"prompt_embeds": encoded[0][index], "pooled_embeds": encoded[2][index]}
 
     def count_tokens(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
-        """T5's; CLIP reads the first 77 of its own. Without T5 (text_encoder_3 may be left out) CLIP's."""
-        return token_counts(pipeline.tokenizer_3 or pipeline.tokenizer, prompts)
+        """T5's; CLIP reads the first 77 of its own."""
+        return token_counts(pipeline.tokenizer_3, prompts)
 
 
 def decode_shifted(vae: nn.Module, latents: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,6 +73,39 @@ def test_an_encoder_that_cannot_be_loaded(cases, tmp_path):
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="text_encoder holds no weights"):
         encoder.encode(["a"])
+
+
+def test_a_pipeline_saved_without_an_encoder(cases, tmp_path):
+    folder = shutil.copytree(cases("sd3").folder, tmp_path / "sd3")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
+    with pytest.raises(ValueError, match="it was saved without text_encoder_3"):
+        TextEncoder(open_family(folder), dtype=torch.float32).encode(["a"])
+
+
+def test_a_hub_id_is_known_by_its_commit(cases, tmp_path, monkeypatch):
+    snapshot = shutil.copytree(cases("flux").folder, tmp_path / "snapshots/0a1b2c")
+    asked = []
+
+    def download(repository, file, *, subfolder, revision):
+        asked.append((repository, revision))
+        return str(snapshot / (subfolder or "") / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    family = open_family("organisation/teacher", revision="v2")
+    assert family.network_config == cases("flux").family.network_config
+    identity = TextEncoder(family, dtype=torch.float32).identity
+    assert (identity["hub"], identity["commit"]) == ("organisation/teacher", "0a1b2c")
+    assert set(asked) == {("organisation/teacher", "v2")}
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def download(*_, **__):
+        raise ConnectionError("no route to the hub\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json could not be fetched \(no route to the hub\)"):
+        open_family("organisation/teacher")
 
 
 def test_lengths_stay_on_the_host():
