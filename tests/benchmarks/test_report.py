@@ -1,5 +1,6 @@
 """What the table says."""
 
+import json
 from dataclasses import replace
 
 from benchmarks import plot, report, resources
@@ -49,9 +50,13 @@ def test_plot_is_an_image(tmp_path):
 
 def test_resources_lists_every_kernel_with_its_numbers(tmp_path):
     path = tmp_path / "resources.json"
-    path.write_text('{"triton": {"renoise": {"registers": 32, "note": "x"}}, "cuda": {"renoise": {"stack": 0}}}')
+    versions = {
+        version: {"kernels": {"renoise": {"registers": registers, "note": "x"}}}
+        for version, registers in (("0.9", 30), ("0.10", 32))
+    }
+    path.write_text(json.dumps({"triton": versions, "cuda": {"version": "13.0", "kernels": {"renoise": {"stack": 0}}}}))
     head, triton, cuda = resources.table(path)
     assert head.split() == ["kernel", "registers", "stack"]
-    assert triton.split() == ["triton", "renoise", "32"]
+    assert triton.split() == ["triton", "0.10", "renoise", "32"]  # the newest: none is of the installed version
     assert cuda.split() == ["cuda", "renoise", "0"]
     assert resources.table(tmp_path / "none.json") == []
