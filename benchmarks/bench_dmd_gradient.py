@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import eager
-from benchmarks.case import DTYPES, Case, latent_shapes, tensor_bytes
+from benchmarks.case import DTYPES, TOKENS, Case, latent_shapes, tensor_bytes
 
 
-@pytest.mark.parametrize("shape", latent_shapes(), ids=str)
+@pytest.mark.parametrize("shape", (*latent_shapes(), TOKENS), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dmd_loss(bench, shape, dtype):
     latents = ("x0", "x_t", "pred_fake", "pred_real", "pred_real_uncond")

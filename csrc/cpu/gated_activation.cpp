@@ -56,7 +56,7 @@ void gated_activation_fwd(const dmdr_gated_activation_args &args) {
       for_items(pieces.items(), pieces.elements(), args.num_threads, [&](int64_t item) {
         const Position at(args.shape, pieces.row(item));
         const Row<Type> value(args.value, at.offset(args.value)), gate(args.gate, at.offset(args.gate));
-        const Row<Type> out(args.out, at.offset(args.out));
+        const Output<Type> out(args.out, at.offset(args.out), pieces.elements());
         for_vectors(pieces.first(item), pieces.count(item), [&](auto where) {
           out.store(where, value.load(where) * Act::of(gate.load(where)).value);
         });
@@ -75,8 +75,8 @@ void gated_activation_bwd(const dmdr_gated_activation_args &args) {
         const Position at(args.shape, pieces.row(item));
         const Row<Type> value(args.value, at.offset(args.value)), gate(args.gate, at.offset(args.gate));
         const Row<Type> grad(args.grad, at.offset(args.grad));
-        const Row<Type> grad_value(args.grad_value, at.offset(args.grad_value));
-        const Row<Type> grad_gate(args.grad_gate, at.offset(args.grad_gate));
+        const Output<Type> grad_value(args.grad_value, at.offset(args.grad_value), pieces.elements());
+        const Output<Type> grad_gate(args.grad_gate, at.offset(args.grad_gate), pieces.elements());
         for_vectors(pieces.first(item), pieces.count(item), [&](auto where) {
           const Activated act = Act::of(gate.load(where));
           const F g = grad.load(where);

@@ -9,15 +9,19 @@ namespace {
 // The rows of one (sample, row) of every tensor of the op.
 template <class Type>
 struct Rows {
-  Row<Type> x, h, gate, shift, scale, residual, y;
-  Row<Type> grad_residual, grad_y, grad_x, grad_h, grad_gate, grad_shift, grad_scale;
-  DMDR_INLINE Rows(const dmdr_gated_residual_args &args, int64_t b, int64_t t)
+  Row<Type> x, h, gate, shift, scale, residual;
+  Output<Type> alone, y;  // `alone`: the residual where no norm reads it back
+  Row<Type> grad_residual, grad_y;
+  Output<Type> grad_x, grad_h;
+  Row<Type> grad_gate, grad_shift, grad_scale;
+  DMDR_INLINE Rows(const dmdr_gated_residual_args &args, int64_t b, int64_t t, int64_t elements)
       : x(args.x, at_row(args.x, b, t)), h(args.h, at_row(args.h, b, t)), gate(args.gate, at_row(args.gate, b, t)),
         shift(args.shift, at_row(args.shift, b, t)), scale(args.scale, at_row(args.scale, b, t)),
-        residual(args.residual, at_row(args.residual, b, t)), y(args.y, at_row(args.y, b, t)),
+        residual(args.residual, at_row(args.residual, b, t)),
+        alone(args.residual, at_row(args.residual, b, t), elements), y(args.y, at_row(args.y, b, t), elements),
         grad_residual(args.grad_residual, at_row(args.grad_residual, b, t)),
-        grad_y(args.grad_y, at_row(args.grad_y, b, t)), grad_x(args.grad_x, at_row(args.grad_x, b, t)),
-        grad_h(args.grad_h, at_row(args.grad_h, b, t)), grad_gate(args.grad_gate, at_row(args.grad_gate, b, t)),
+        grad_y(args.grad_y, at_row(args.grad_y, b, t)), grad_x(args.grad_x, at_row(args.grad_x, b, t), elements),
+        grad_h(args.grad_h, at_row(args.grad_h, b, t), elements), grad_gate(args.grad_gate, at_row(args.grad_gate, b, t)),
         grad_shift(args.grad_shift, at_row(args.grad_shift, b, t)),
         grad_scale(args.grad_scale, at_row(args.grad_scale, b, t)) {}
 };
@@ -25,16 +29,16 @@ struct Rows {
 }  // namespace
 
 void gated_residual_fwd(const dmdr_gated_residual_args &args) {
-  const int64_t rows = args.shape[1], count = args.shape[DMDR_OUTER];
+  const int64_t rows = args.shape[1], count = args.shape[DMDR_OUTER], elements = args.shape[0] * rows * count;
   const bool normalises = args.y.data != nullptr;
   with_common_type({&args.x, &args.h, &args.gate, &args.shift, &args.scale, &args.residual, &args.y}, [&](auto type) {
     using Type = decltype(type);
-    for_items(args.shape[0] * rows, args.shape[0] * rows * count, args.num_threads, [&](int64_t item) {
-      const Rows<Type> of(args, item / rows, item % rows);
-      for_vectors(0, count, [&](auto where) {
-        of.residual.store(where, of.x.load(where) + of.gate.load(where) * of.h.load(where));
-      });
-      if (!normalises) return;
+    for_items(args.shape[0] * rows, elements, args.num_threads, [&](int64_t item) {
+      const Rows<Type> of(args, item / rows, item % rows, elements);
+      const auto residual = [&](auto where)
+          __attribute__((always_inline)) { return of.x.load(where) + of.gate.load(where) * of.h.load(where); };
+      if (!normalises) return for_vectors(0, count, [&](auto where) { of.alone.store(where, residual(where)); });
+      for_vectors(0, count, [&](auto where) { of.residual.store(where, residual(where)); });
       const Moments norm = moments(of.residual, count, args.eps);
       args.mean[item] = norm.mean;
       args.rstd[item] = norm.rstd;
@@ -46,6 +50,7 @@ void gated_residual_fwd(const dmdr_gated_residual_args &args) {
 void gated_residual_bwd(const dmdr_gated_residual_args &args) {
   const int64_t count = args.shape[DMDR_OUTER], stride = 3 * count;
   const RowBlocks blocks(args.shape);
+  const int64_t elements = blocks.batch * blocks.rows * count;
   const bool through_y = args.grad_y.data != nullptr, through_residual = args.grad_residual.data != nullptr;
   const bool to_x = args.grad_x.data != nullptr, to_h = args.grad_h.data != nullptr;
   with_common_type(
@@ -53,14 +58,14 @@ void gated_residual_bwd(const dmdr_gated_residual_args &args) {
        &args.grad_gate, &args.grad_shift, &args.grad_scale},
       [&](auto type) {
         using Type = decltype(type);
-        for_items(blocks.items(), blocks.batch * blocks.rows * count, args.num_threads, [&](int64_t item) {
+        for_items(blocks.items(), elements, args.num_threads, [&](int64_t item) {
           float *const space = args.workspace + item * stride;
           const VectorSum<Type> gate_sum(args.gather_gate, space, count);
           const VectorSum<Type> shift_sum(args.gather, space + count, count);
           const VectorSum<Type> scale_sum(args.gather, space + 2 * count, count);
           const int64_t sample = blocks.sample(item);
           for (int64_t row = blocks.first(item); row < blocks.first(item) + blocks.count(item); ++row) {
-            const Rows<Type> of(args, sample, row);
+            const Rows<Type> of(args, sample, row, elements);
             float mean = 0.f, rstd = 0.f, along = 0.f, across = 0.f;
             if (through_y) {
               mean = args.mean[sample * blocks.rows + row];

@@ -15,8 +15,8 @@ void layer_norm_modulate_fwd(const dmdr_layer_norm_modulate_args &args) {
       args.mean[item] = norm.mean;
       args.rstd[item] = norm.rstd;
       modulate(x, norm, Row<Type>(args.shift, at_row(args.shift, sample, row)),
-               Row<Type>(args.scale, at_row(args.scale, sample, row)), Row<Type>(args.y, at_row(args.y, sample, row)),
-               count);
+               Row<Type>(args.scale, at_row(args.scale, sample, row)),
+               Output<Type>(args.y, at_row(args.y, sample, row), args.shape[0] * rows * count), count);
     });
   });
 }
@@ -24,17 +24,18 @@ void layer_norm_modulate_fwd(const dmdr_layer_norm_modulate_args &args) {
 void layer_norm_modulate_bwd(const dmdr_layer_norm_modulate_args &args) {
   const int64_t count = args.shape[DMDR_OUTER], stride = 2 * count;
   const RowBlocks blocks(args.shape);
+  const int64_t elements = blocks.batch * blocks.rows * count;
   with_common_type(
       {&args.x, &args.scale, &args.grad_y, &args.grad_x, &args.grad_shift, &args.grad_scale}, [&](auto type) {
         using Type = decltype(type);
-        for_items(blocks.items(), blocks.batch * blocks.rows * count, args.num_threads, [&](int64_t item) {
+        for_items(blocks.items(), elements, args.num_threads, [&](int64_t item) {
           float *const space = args.workspace + item * stride;
           const VectorSum<Type> shift_sum(args.gather, space, count), scale_sum(args.gather, space + count, count);
           const int64_t sample = blocks.sample(item);
           for (int64_t row = blocks.first(item); row < blocks.first(item) + blocks.count(item); ++row) {
             const Row<Type> x(args.x, at_row(args.x, sample, row)), scale(args.scale, at_row(args.scale, sample, row));
             const Row<Type> grad(args.grad_y, at_row(args.grad_y, sample, row));
-            const Row<Type> grad_x(args.grad_x, at_row(args.grad_x, sample, row));
+            const Output<Type> grad_x(args.grad_x, at_row(args.grad_x, sample, row), elements);
             const Row<Type> grad_shift(args.grad_shift, at_row(args.grad_shift, sample, row));
             const Row<Type> grad_scale(args.grad_scale, at_row(args.grad_scale, sample, row));
             const float mean = args.mean[sample * blocks.rows + row], rstd = args.rstd[sample * blocks.rows + row];

@@ -6,7 +6,7 @@
 namespace dmdr {
 namespace DMDR_LEVEL {
 
-constexpr int64_t kPanel = 512;  // words of a row that are multiplied at a time: kTileRows such rows fit in L1
+constexpr int64_t kPanel = 256;  // words of a row that are multiplied at a time: kTileRows such rows fit in L1
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8;  // with two vectors 16 accumulators: of 32 registers
 #else
@@ -47,9 +47,8 @@ struct Pairs {
     return second == nullptr ? low : low | bits(second->load(where));
   }
   static void put(uint32_t *word, int64_t half, float value) {
-    char rounded[kLanes * 2];
-    Bfloat16::store(rounded, splat(value));
-    std::memcpy(reinterpret_cast<char *>(word) + 2 * half, rounded, 2);
+    const H rounded = Bfloat16::rounded(splat(value));
+    std::memcpy(reinterpret_cast<char *>(word) + 2 * half, &rounded, 2);
   }
 };
 #endif

@@ -60,7 +60,7 @@ DMDR_INLINE Moments moments(const Row<Type> &x, int64_t count, double eps) {
 // y = (x - mean) rstd (1 + scale) + shift
 template <class Type>
 DMDR_INLINE void modulate(const Row<Type> &x, Moments norm, const Row<Type> &shift, const Row<Type> &scale,
-                          const Row<Type> &y, int64_t count) {
+                          const Output<Type> &y, int64_t count) {
   for_vectors(0, count, [&](auto where) {
     const F normal = (x.load(where) - norm.mean) * norm.rstd;
     y.store(where, normal * (1.f + scale.load(where)) + shift.load(where));

@@ -49,15 +49,15 @@ void project_down(const dmdr_tensor &tensor, const Unit &unit, int64_t inner, co
         constexpr int kVectors = decltype(vectors)::value;
         F acc[kRows][kVectors] = {};
         char *const target = reinterpret_cast<char *>(down + row * down_row);
-        if (!first)
-          for (int i = 0; i < kRows; ++i)
-            for (int v = 0; v < kVectors; ++v)
-              acc[i][v] = read<Float32>(target + i * down_row * 4, moved(where, v * kLanes));
         multiply_add<Product>(acc, panel, kPanel, 1, right + k / Product::kPerWord * width + where.at, width,
                               words_of<Product>(length));
+        // A panel's sum is added as one number: the rounding errors of a sum grow with its length.
         for (int i = 0; i < kRows; ++i)
-          for (int v = 0; v < kVectors; ++v)
-            write<Float32>(target + i * down_row * 4, moved(where, v * kLanes), last ? acc[i][v] * scale : acc[i][v]);
+          for (int v = 0; v < kVectors; ++v) {
+            const auto to = moved(where, v * kLanes);
+            if (!first) acc[i][v] += read<Float32>(target + i * down_row * 4, to);
+            write<Float32>(target + i * down_row * 4, to, last ? acc[i][v] * scale : acc[i][v]);
+          }
       });
     }
   });
@@ -211,7 +211,7 @@ void with_products(const dmdr_multi_lora_args &args, std::initializer_list<const
   with_common_type(tensors, [&](auto type) {
 #if defined(__AVX512BF16__)
     using Type = decltype(type);
-    const bool pairs = args.A.dtype == DMDR_BF16 && args.B.dtype == DMDR_BF16 && args.rank <= kPanel;
+    const bool pairs = args.A.dtype == DMDR_BF16 && args.B.dtype == DMDR_BF16 && args.rank <= kPanel * Pairs::kPerWord;
     if constexpr (Type::kIsBfloat16)
       if (pairs) return run(Pairs{}, type);
 #endif

@@ -7,22 +7,38 @@
 
 #include "dmdr/abi.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace dmdr {
 namespace DMDR_LEVEL {
 
 // Below this many elements a kernel is done before a second thread has woken up (about 10 us at 2 elements a cycle).
 constexpr int64_t kElementsWorthThreads = 32768;
 
+// Stores past the caches (see Output in lanes.h) are ordered before what this thread does next.
+inline void publish() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // fn(item) for every item in [0, items), each on one thread. Which thread never changes a result.
 template <class Fn>
 inline void for_items(int64_t items, int64_t elements, int64_t num_threads, Fn fn) {
   if (num_threads <= 1 || items <= 1 || elements < kElementsWorthThreads) {
     for (int64_t item = 0; item < items; ++item) fn(item);
+    publish();
     return;
   }
   const int threads = static_cast<int>(num_threads < items ? num_threads : items);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < items; ++item) fn(item);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t item = 0; item < items; ++item) fn(item);
+    publish();
+  }
 }
 
 // The number of the thread that runs an item, for scratch memory that num_threads threads share.

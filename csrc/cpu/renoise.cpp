@@ -10,8 +10,10 @@ namespace {
 constexpr int64_t kPiece = 8192;
 
 template <class Type>
-void draw_piece(const dmdr_renoise_args &args, const Position &at, int64_t row, int64_t first, int64_t count) {
-  const Row<Type> x0(args.x0, at.offset(args.x0)), out(args.out, at.offset(args.out));
+void draw_piece(const dmdr_renoise_args &args, const Position &at, int64_t row, int64_t first, int64_t count,
+                int64_t elements) {
+  const Row<Type> x0(args.x0, at.offset(args.x0));
+  const Output<Type> out(args.out, at.offset(args.out), elements);
   const bool plain = args.x0.data == nullptr;
   const F alpha = splat(plain ? 0.f : args.alpha[at.batch()]), sigma = splat(plain ? 1.f : args.sigma[at.batch()]);
   const uint64_t origin = static_cast<uint64_t>(args.offset) + static_cast<uint64_t>(row) * args.shape[DMDR_OUTER];
@@ -26,9 +28,9 @@ void draw_piece(const dmdr_renoise_args &args, const Position &at, int64_t row, 
 }
 
 template <class Type>
-void mix_piece(const dmdr_renoise_args &args, const Position &at, int64_t first, int64_t count) {
+void mix_piece(const dmdr_renoise_args &args, const Position &at, int64_t first, int64_t count, int64_t elements) {
   const Row<Type> x0(args.x0, at.offset(args.x0)), noise(args.noise, at.offset(args.noise));
-  const Row<Type> out(args.out, at.offset(args.out));
+  const Output<Type> out(args.out, at.offset(args.out), elements);
   const F alpha = splat(args.alpha[at.batch()]), sigma = splat(args.sigma[at.batch()]);
   for_vectors(first, count, [&](auto where) { out.store(where, alpha * x0.load(where) + sigma * noise.load(where)); });
 }
@@ -42,9 +44,9 @@ void renoise_fwd(const dmdr_renoise_args &args) {
       const int64_t row = pieces.row(item), first = pieces.first(item), count = pieces.count(item);
       const Position at(args.shape, row);
       if (args.noise.data != nullptr)
-        mix_piece<decltype(type)>(args, at, first, count);
+        mix_piece<decltype(type)>(args, at, first, count, pieces.elements());
       else
-        draw_piece<decltype(type)>(args, at, row, first, count);
+        draw_piece<decltype(type)>(args, at, row, first, count, pieces.elements());
     });
   });
 }
@@ -55,7 +57,8 @@ void renoise_bwd(const dmdr_renoise_args &args) {
     using Type = decltype(type);
     for_items(pieces.items(), pieces.elements(), args.num_threads, [&](int64_t item) {
       const Position at(args.shape, pieces.row(item));
-      const Row<Type> grad(args.x0, at.offset(args.x0)), out(args.out, at.offset(args.out));
+      const Row<Type> grad(args.x0, at.offset(args.x0));
+      const Output<Type> out(args.out, at.offset(args.out), pieces.elements());
       const F scale = splat(args.alpha[at.batch()]);
       for_vectors(pieces.first(item), pieces.count(item),
                   [&](auto where) { out.store(where, scale * grad.load(where)); });

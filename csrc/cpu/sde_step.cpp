@@ -58,6 +58,23 @@ void draw_next(const dmdr_sde_step_args &args, const Position &at, const Coeffic
   });
 }
 
+// The mean of a piece for a given x', and the sum of squares about it: in the order of sum_square.
+template <class Type>
+double replay(const dmdr_sde_step_args &args, const Position &at, const Coefficients &step, int64_t first,
+              int64_t count, int64_t elements) {
+  const Row<Type> x(args.x, at.offset(args.x)), v(args.v, at.offset(args.v));
+  const Row<Type> next(args.next_sample, at.offset(args.next_sample));
+  const Output<Float32> mean(args.mean, at.offset(args.mean), elements);
+  const F a = splat(static_cast<float>(step.a)), b = splat(static_cast<float>(step.b));
+  F square = {};
+  for_vectors(first, count, [&](auto where) {
+    const F value = a * x.load(where) + b * v.load(where), apart = next.load(where) - value;
+    mean.store(where, value);
+    square += counted(where, apart * apart);
+  });
+  return sum(square);
+}
+
 template <class Type>
 double sum_square(const dmdr_sde_step_args &args, const Position &at, int64_t first, int64_t count) {
   const Row<Float32> mean(args.mean, at.offset(args.mean));
@@ -84,9 +101,13 @@ void sde_step_fwd(const dmdr_sde_step_args &args) {
       double square = 0.;
       for (int64_t done = 0; done < count; done += kInL1) {
         const int64_t begin = first + done, some = count - done < kInL1 ? count - done : kInL1;
-        write_mean<Type>(args, at, step, begin, some);
-        if (args.seed != nullptr) draw_next<Type>(args, at, step, row, begin, some);
-        square += sum_square<Type>(args, at, begin, some);
+        if (args.seed == nullptr) {
+          square += replay<Type>(args, at, step, begin, some, pieces.elements());
+        } else {
+          write_mean<Type>(args, at, step, begin, some);
+          draw_next<Type>(args, at, step, row, begin, some);
+          square += sum_square<Type>(args, at, begin, some);
+        }
       }
       args.workspace[item] = square;
     });
@@ -122,7 +143,8 @@ void sde_step_bwd(const dmdr_sde_step_args &args) {
           const Row<Type> next(args.next_sample, at.offset(args.next_sample));
           const Row<Type> grad_next(args.grad_next, at.offset(args.grad_next));
           const Row<Type> grad_mean(args.grad_mean, at.offset(args.grad_mean));
-          const Row<Type> grad_x(args.grad_x, at.offset(args.grad_x)), grad_v(args.grad_v, at.offset(args.grad_v));
+          const Output<Type> grad_x(args.grad_x, at.offset(args.grad_x), pieces.elements());
+          const Output<Type> grad_v(args.grad_v, at.offset(args.grad_v), pieces.elements());
           for_vectors(pieces.first(item), pieces.count(item), [&](auto where) {
             F g = {};
             if (grad_next.base != nullptr) g += grad_next.load(where);
