@@ -104,6 +104,8 @@ def _group_problems(config: Config) -> Iterator[str]:
                 "advantage_weighted_dmd has nothing to weigh; raise it, or set the mode to policy"
             )
         return
+    if rl.grpo.sde == "cps" and rl.grpo.eta >= 2.0:
+        yield f"rl.grpo.eta: {rl.grpo.eta:g} turns cps's noise angle, eta pi / 2, past a half turn; set it below 2"
     stochastic = n if rl.grpo.noisy_last_step and rl.grpo.sde != "cps" else n - 1
     if not stochastic:
         yield (

@@ -43,7 +43,7 @@ class ReFL(Section):
     """ReFL: the reward's own gradient on x0."""
 
     chunk: Positive = key(64, "Samples decoded and scored at a time; less is less memory.")
-    checkpoint: bool = key(False, "Recompute the decoder's and the reward's activations in their backward pass.")
+    checkpoint: bool = key(False, "Recompute the decoder's activations in its backward pass.")
     objective: Literal["linear", "hinge"] = key("linear", "linear: mean R; hinge: -mean max(0, margin - R).")
     margin: float = key(0.0, "The reward above which the hinge leaves a sample alone.")
 
