@@ -6,8 +6,10 @@ the deepspeed launcher where there are ranks, for the tests that are about just 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -22,9 +24,12 @@ GRACE = 20.0  # seconds that the other ranks have when one has failed, as under 
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that nothing listens on, below those that the system hands out by itself while runs start side by side."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _child(script: str, arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:

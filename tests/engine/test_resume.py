@@ -1,7 +1,6 @@
 """A run that was killed and resumed is the run that never stopped, to the byte."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -118,9 +117,9 @@ def test_two_zero3_ranks_resume_exactly(launch, run, tmp_path):
     options = [*TWELVE, "--train.micro_batch_size", "4", "--deepspeed.stage", "3"]
     code, _, err = run([*options, "--run_dir", whole], ranks=2)
     assert code == 0, err
-    process = launch([*options, "--run_dir", broken], ranks=2, fresh=True)
+    process = launch([*options, "--run_dir", broken], ranks=2)
     wait_for_step(process, broken, 7)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     code, out, err = run([*options, "--run_dir", broken], ranks=2)
     assert code == 0, err
