@@ -7,6 +7,7 @@ it has taken over all its parts, and how it ended.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -156,8 +157,7 @@ def run_jobs(jobs: Sequence[Job], *, slots: int, commit: str, deadline: float | 
             if deadline is not None and time.monotonic() >= deadline:
                 return
             running = [process for process in running if not _reported(process, len(waiting))]
-            ready = [job for job in waiting if job.after is None or is_finished(job.after)]
-            for job in ready[: slots - len(running)]:
+            for job in _ready(waiting, slots - len(running)):
                 print(f"{job.words}: starts", flush=True)
                 running.append(Process(job, commit))
                 waiting.remove(job)
@@ -170,6 +170,12 @@ def run_jobs(jobs: Sequence[Job], *, slots: int, commit: str, deadline: float | 
         for process in (p for p in running if not p.settled):
             process.process.wait()
             _reported(process, len(waiting))
+
+
+def _ready(waiting: Sequence[Job], count: int) -> list[Job]:
+    """The first ``count`` whose predecessor is finished; nothing is read from disk for a count of 0."""
+    ready = (job for job in waiting if job.after is None or is_finished(job.after))
+    return list(itertools.islice(ready, count))
 
 
 def _reported(process: Process, waiting: int) -> bool:
