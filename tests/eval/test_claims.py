@@ -157,7 +157,7 @@ def test_the_page_holds_every_number_and_its_pictures(tmp_path):
     found = page.write_page(tmp_path, MADE, ALL[::-1])
     text = (tmp_path / "claims.md").read_text()
     for verdict in found:
-        assert f"| [{verdict.claim.title}](#{verdict.claim.key}) | **{verdict.says}** |" in text
+        assert re.search(rf"\| \[{verdict.claim.title}\]\(#[a-z0-9-]+\) \| \*\*{verdict.says}\*\* \|", text)
         assert (tmp_path / "claims" / f"{verdict.claim.figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "| DMDR, ReFL | 0.400 ± 0.004 | 0.800 ± 0.000 | 0.700 ± 0.007 | −0.0500 ± 0.0005 |" in text
     assert "| DMDR, DPO | −0.0100 | 3.60 x | missed: reward by 0.0100, FD by 1.10 x the teacher's |" in text
@@ -190,6 +190,14 @@ def test_runs_come_after_those_they_start_from():
     assert runs.chosen([]) == runs.VARIANTS
     with pytest.raises(UserError, match=r"--only dmdr: no such run; expected one of cold_start, "):
         runs.chosen(["dmdr"])
+
+
+def test_a_page_of_some_runs_leaves_out_the_others(tmp_path):
+    page.write_page(tmp_path, MADE, [r for r in ALL if r.name in runs.QUICK.only])
+    text = (tmp_path / "claims.md").read_text()
+    assert "| `dmdr_refl` |" in text
+    assert "| `dmd_only` |" not in text
+    assert "| DMD only | – | – |" in text  # in the tables of its claims
 
 
 def test_a_comparison_names_what_is_not_the_same(capsys):
@@ -297,6 +305,8 @@ def test_the_command_says_when_there_is_more_to_do_and_writes_the_page_at_the_en
     committed = tmp_path / "claims.json"
     made, read = records.read_json(committed)
     assert (len(read), made["parts"], made["seeds"]) == (12, 3, [1])
+    assert command.main(words) == command.DONE  # written again, without a run
+    assert records.read_json(committed) == (made, read)
     again = [*words, "--only", "dmdr_grpo", "--compare", str(committed)]
     assert command.main(again) == command.DONE
     trainer.write_text(TRAINER.replace("1 / step", "2 / step"))

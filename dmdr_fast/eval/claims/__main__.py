@@ -85,25 +85,17 @@ def main(argv: list[str]) -> int:
     committed = read_json(given.compare)[1] if given.compare else None
     work = given.work / "compare" if given.compare else given.work  # never what the committed rows were made from
     work.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    deadline = None if given.minutes is None else started + 60 * given.minutes
-    todo = jobs_of(given.only, given.seeds, budget, work)
-    try:
-        with FileLock(work / ".lock", timeout=0):
-            try:
-                run_jobs(todo, slots=given.jobs, commit=commit(), deadline=deadline)
-            finally:
-                with (work / "parts.jsonl").open("a") as parts:
-                    parts.write(json.dumps({"seconds": time.monotonic() - started, "jobs": given.jobs}) + "\n")
-    except Timeout:
-        raise UserError(f"claims: another process runs in {work}; wait for it, or name another --work") from None
+    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
+    todo = jobs_of(given.only or budget.only, given.seeds, budget, work)
+    if not all(map(is_finished, todo)):
+        run_part(todo, given, work, deadline)
     if not all(map(is_finished, todo)):
         print("there is more to do: call again", flush=True)
         return MORE
     if committed is not None:
         wanted = [job for job in todo if not given.only or job.name in given.only]
         return DONE if compare.report(committed, [record_of(job) for job in wanted]) else DIFFERS
-    every = jobs_of([], given.seeds, budget, work)
+    every = jobs_of(budget.only, given.seeds, budget, work)
     missing = [job for job in every if not is_finished(job)]
     if missing:
         print(f"{len(missing)} of {len(every)} runs are not finished: the page is written when all are", flush=True)
@@ -113,6 +105,24 @@ def main(argv: list[str]) -> int:
         print(f"{verdict.claim.title}: {verdict.says}")
     print(f"page: {given.out / 'claims.md'}", flush=True)
     return DONE
+
+
+def run_part(todo: Sequence[Job], given: argparse.Namespace, work: Path, deadline: float | None) -> None:
+    """Run what is missing; how long that took joins the parts before it.
+
+    Raises:
+        UserError: a run failed, or another process runs in this folder.
+    """
+    started = time.monotonic()
+    try:
+        with FileLock(work / ".lock", timeout=0):
+            try:
+                run_jobs(todo, slots=given.jobs, commit=commit(), deadline=deadline)
+            finally:
+                with (work / "parts.jsonl").open("a") as parts:
+                    parts.write(json.dumps({"seconds": time.monotonic() - started, "jobs": given.jobs}) + "\n")
+    except Timeout:
+        raise UserError(f"claims: another process runs in {work}; wait for it, or name another --work") from None
 
 
 def made(given: argparse.Namespace, budget: Budget, work: Path) -> dict[str, Any]:

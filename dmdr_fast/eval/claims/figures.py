@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dmdr_fast.eval.claims.records import Record
 from dmdr_fast.eval.claims.runs import TITLES
@@ -68,6 +70,7 @@ def _against_updates(
         )
     if measure == "fd":
         axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
     _teacher_level(axis, records, measure)
     _label(axis, "step", measure)
 
@@ -91,9 +94,17 @@ def _one_against_other(axis: Axes, records: Sequence[Record], names: Sequence[st
     teacher = [spread_of(records, "teacher_50", m) for m in (x, y)]
     if None not in teacher:
         axis.scatter([teacher[0].mean], [teacher[1].mean], s=60, color=_INK, marker="*", label=TITLES["teacher_50"])
-    if "fd" in (x, y):
-        (axis.set_xscale if x == "fd" else axis.set_yscale)("log")
+    if x == "fd":
+        axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
     _label(axis, x, y)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 3, 5 of each decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _label(axis: Axes, x: str, y: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ fewer only for the cold starts that end there. Runs that begin with the same col
 process's: it is trained once per seed, and they go on from its checkpoint, which gives the bytes that a run from
 scratch gives. *DMD only* keeps the learning rates of the others and leaves the reward out. The settings of each kind of
 run are in the last table. Three numbers were chosen for this page, on seed 0: the weight of GRPO (of 0.05, 0.15 and
-0.5) and of DPO (of 0.02 and 0.05), for the goal below, and that of the KL (of 0.1 and 1), for a reward like DMDR's."""
+0.5) and of DPO (of 0.02 and 0.05), for the goal below, and that of the KL (of 0.1 and 1), for a reward like DMDR's. The
+rules were fixed before these runs, with those trials known."""
 
 
 def write_page(out: Path, made: dict[str, Any], records: Sequence[Record], *, smoke: bool = False) -> list[Verdict]:
@@ -98,7 +100,10 @@ def _made(made: dict[str, Any], records: Sequence[Record]) -> str:
 
 
 def _link(verdict: Verdict) -> str:
-    return f"[{verdict.claim.title}](#{verdict.claim.key})"
+    """To the claim's heading, by the fragment that mkdocs gives it."""
+    words = re.sub(r"[^\w\s-]", "", verdict.claim.title).lower()
+    fragment = re.sub(r"[-\s]+", "-", words)
+    return f"[{verdict.claim.title}](#{fragment})"
 
 
 def _claim(verdict: Verdict, records: Sequence[Record], shown: set[str]) -> str:
@@ -109,7 +114,7 @@ def _claim(verdict: Verdict, records: Sequence[Record], shown: set[str]) -> str:
     shown.add(claim.figure)
     return "\n\n".join(
         [
-            f'<a id="{claim.key}"></a>\n\n## {claim.title}',
+            f"## {claim.title}",
             f"**Verdict: {verdict.says}.** {claim.how}",
             table.outcomes(verdict.outcomes),
             table.results(records, claim.rows, cold_start=claim.figure == "cold_start"),
@@ -125,7 +130,9 @@ def _settings(records: Sequence[Record]) -> str:
     common.pop("seed", None)
     rows = []
     for variant in VARIANTS:
-        mine = ran.get(variant.name, {})
+        mine = ran.get(variant.name)
+        if mine is None:
+            continue
         start = f"`{variant.after}`" if variant.after else "the teacher"
         words = _words({k: v for k, v in mine.items() if k not in (*common, "seed")})
         rows.append([f"`{variant.name}`", variant.title, start, words])

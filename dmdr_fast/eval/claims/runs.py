@@ -13,16 +13,20 @@ BASE = "cold_start"  # the run that others start from, where they begin with the
 
 @dataclass(frozen=True)
 class Budget:
-    """Generator updates of the cold start and in all, between evaluations, and what else every run is told."""
+    """Generator updates of the cold start and in all, between evaluations, and what else every run is told.
+
+    only: the runs that are made; all of :data:`VARIANTS` where it is empty.
+    """
 
     cold_start: int
     total: int
     evaluate_every: int
     settings: dict[str, Any] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
 
 
 FULL = Budget(500, 700, 25)
-# A smoke test: every kind of run, on a model and lengths whose numbers mean nothing.
+# A smoke test: each phase, method and regulariser in one run, on a model and lengths whose numbers mean nothing.
 QUICK = Budget(
     4,
     6,
@@ -37,6 +41,7 @@ QUICK = Budget(
         "lora.rank": 4,
         "eval.samples": 200,
     },
+    only=("cold_start", "cold_neither", "rl_kl", "dmdr_refl", "dmdr_grpo", "dmdr_dpo"),
 )
 
 
