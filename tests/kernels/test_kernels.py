@@ -139,7 +139,7 @@ def test_a_sample_of_scale_zero_is_not_read(kernels, device):
 
 
 def test_resize_matches_torch_in_float32(kernels, device):
-    image = (torch.rand(1, 1, 90, 130) * 3 - 1.5).to(device)
+    image = (torch.rand(1, 1, 90, 130, generator=torch.Generator().manual_seed(0)) * 3 - 1.5).to(device)
     for size in ((24, 40), (100, 140)):
         args = (*size, [0.0], [1.0], True, -1.0, 1.0, False)
         ours = kernels.preprocess_reward_fwd(image, *args)[0].cpu()
