@@ -17,13 +17,15 @@ def check(config: Config) -> None:
     """Look at what the configuration names on disk.
 
     Raises:
-        UserError: run_dir cannot be written, the teacher's weights are missing, the DeepSpeed JSON is unreadable, or a
-            package that the configuration asks for is not installed, or a reward is unknown or not of the kind that
-            the RL method needs.
+        UserError: run_dir cannot be written, the teacher's weights or pipeline are missing, a file of prompts or the
+            DeepSpeed JSON is unreadable, a package that the configuration asks for is not installed, or a reward is
+            unknown or not of the kind that the RL method needs.
     """
     _check_packages(config)
     _check_run_dir(config.run_dir)
     _check_weights(config.teacher.weights)
+    _check_pipeline(config.teacher.pipeline)
+    _check_prompts(config)
     if config.deepspeed.config is not None:
         read_deepspeed_json(config.deepspeed.config)
     _check_rewards(config)
@@ -113,3 +115,27 @@ def _check_weights(weights: str | None) -> None:
         raise UserError(
             f"teacher.weights: no such file: {weights}; give a .safetensors or .pt path, or {HUB_PREFIX}ORG/REPO/FILE"
         )
+
+
+def _check_pipeline(pipeline: str | None) -> None:
+    """A folder must be there; a hub id is left to the hub."""
+    if pipeline is None:
+        return
+    folder = Path(pipeline).expanduser()
+    if not folder.is_dir() and (pipeline.startswith(("/", ".", "~")) or pipeline.count("/") != 1):
+        raise UserError(
+            f"teacher.pipeline: no such folder: {pipeline}; give a diffusers pipeline folder or a hub id ORG/NAME"
+        )
+
+
+def _check_prompts(config: Config) -> None:
+    if config.model.family == "sit":
+        return
+    from dmdr_fast.data.prompts import load_prompts
+
+    for name, path in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
+        if path is not None:
+            try:
+                load_prompts(path, config.data.key)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from dmdr_fast.config.base import Count, Section, key
+from dmdr_fast.config.data import Data
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
 from dmdr_fast.config.memory import Memory, Rollout
 from dmdr_fast.config.networks import Decoder, LoRA, Model, Student, StudentLoRA, Teacher, TeacherTraining
@@ -27,6 +28,7 @@ __all__ = [
     "AdamW",
     "Checkpoint",
     "Config",
+    "Data",
     "Decoder",
     "DeepSpeed",
     "DynaDG",
@@ -59,12 +61,15 @@ class Config(Section):
     resume: str = key(
         "auto", "auto: the newest good checkpoint in run_dir; never: start anew; or a path. Newer ones are dropped."
     )
-    sharing: Literal["separate", "shared_score"] = key(
-        "shared_score", "separate: three networks; shared_score: teacher and fake score are one frozen base and a LoRA."
+    sharing: Literal["separate", "shared_score", "shared_all"] = key(
+        "shared_score",
+        "separate: three networks; shared_score: teacher and fake score are one frozen base and a LoRA; shared_all: "
+        "that base carries the generator too, as student.lora.",
     )
     model: Model = key(Model(), "The network.")
     teacher: Teacher = key(Teacher(), "The teacher.")
     decoder: Decoder = key(Decoder(), "The decoder.")
+    data: Data = key(Data(), "Prompts.")
     student: Student = key(Student(), "The student.")
     train: Train = key(Train(), "The run.")
     dyna_dg: DynaDG = key(DynaDG(), "DynaDG.")

@@ -8,10 +8,14 @@ from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, Positi
 
 
 class Model(Section):
-    """The network that teacher, fake score and generator share: SiT, class-conditional, in latent or pixel space."""
+    """The network that teacher, fake score and generator share.
 
-    family: Literal["sit"] = key("sit", "Model family.")
-    resolution: Positive = key(8, "Image side in pixels; a multiple of the decoder's factor times patch_size.")
+    ``sit`` is class-conditional, in latent or pixel space, and described here; the others are text-to-image networks
+    that ``teacher.pipeline`` describes: of the keys below they read ``resolution`` alone.
+    """
+
+    family: Literal["sit", "sd3", "flux", "flux2", "z_image", "qwen_image", "sdxl"] = key("sit", "Model family.")
+    resolution: Positive = key(8, "Image side in pixels; a multiple of the decoder's factor times the patch.")
     channels: Positive = key(1, "Latent channels (4 for sd-vae, the image's own without a decoder).")
     patch_size: Positive = key(2, "Side of a patch in latent pixels.")
     hidden_size: Positive = key(96, "Width.")
@@ -38,6 +42,12 @@ class Teacher(Section):
     """The multi-step teacher: real score, and the start of the generator and the fake score."""
 
     weights: str | None = key(None, "Weights: a .safetensors or .pt path, or hf://ORG/REPO/FILE. null: see train.data.")
+    pipeline: str | None = key(None, "Diffusers pipeline of a text-to-image family: its folder or hub id.")
+    revision: str | None = key(None, "Branch, tag or commit of a hub id; null: its main branch.")
+    guidance: NonNegative | None = key(
+        None,
+        "Guidance scale that a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is told; null: its default.",
+    )
     cfg_scale: NonNegative = key(1.0, "CFG scale w of the real score; standard: u + w (c - u), so 1 is no CFG.")
     cfg_mode: Literal["standard", "offset"] = key("standard", "standard u + w (c - u), offset c + w (c - u).")
     sample_cfg_scale: NonNegative = key(1.0, "Standard CFG scale of the teacher's own samples in the evaluation.")
@@ -45,10 +55,11 @@ class Teacher(Section):
 
 
 class Decoder(Section):
-    """From latents to images."""
+    """From latents to images. A text-to-image family has its pipeline's VAE and reads neither kind nor path."""
 
     kind: Literal["identity", "vae"] = key("identity", "identity: latents are images; vae: diffusers' AutoencoderKL.")
     path: str | None = key(None, "Folder or hub id of the VAE.")
+    dtype: Literal["fp32", "bf16"] = key("fp32", "Type of the VAE's weights and of the decoding.")
     tiling: bool = key(False, "Decode large latents tile by tile, blended at the seams: less memory, nearly the same.")
     recompute: bool = key(False, "Recompute the decoder's blocks in the reward's backward pass: less memory, the same.")
 
@@ -57,7 +68,9 @@ class StudentLoRA(Section):
     """The generator as a LoRA on the frozen teacher's weights."""
 
     rank: Count = key(0, "Rank; 0: the whole generator is trained.")
-    targets: tuple[str, ...] = key(("attn.qkv",), "Module-name suffixes of the Linear layers that get an adapter.")
+    targets: tuple[str, ...] | None = key(
+        None, "Module-name suffixes of the Linear layers that get an adapter; null: the family's own."
+    )
     scale: PositiveFloat = key(1.0, "Scale of the adapter.")
 
 
@@ -76,10 +89,12 @@ class Student(Section):
 
 
 class LoRA(Section):
-    """The fake score's LoRA (sharing: shared_score)."""
+    """The fake score's LoRA (sharing: shared_score, shared_all)."""
 
     rank: Positive = key(32, "Rank.")
-    targets: tuple[str, ...] = key(("attn.qkv",), "Module-name suffixes of the Linear layers that get an adapter.")
+    targets: tuple[str, ...] | None = key(
+        None, "Module-name suffixes of the Linear layers that get an adapter; null: the family's own."
+    )
     form: Literal["standard", "post_projection"] = key(
         "standard", "standard: W x + s (x A) B, PEFT-exportable; post_projection: the reference's, on qkv's output."
     )

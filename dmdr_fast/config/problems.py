@@ -11,6 +11,30 @@ if TYPE_CHECKING:
 
 def problems(config: Config) -> Iterator[str]:
     """One line for each fault, naming the key and the remedy; the first is the one that a user sees."""
+    yield from _sit_problems(config) if config.model.family == "sit" else _pipeline_problems(config)
+    if config.student.steps > config.student.grid_points:
+        yield (
+            f"student.steps: {config.student.steps} steps do not fit a grid of {config.student.grid_points} times; "
+            "set student.steps to at most student.grid_points"
+        )
+    if config.train.cold_start_steps > config.train.generator_steps:
+        yield (
+            f"train.cold_start_steps: {config.train.cold_start_steps} is more than "
+            f"train.generator_steps ({config.train.generator_steps}), the total"
+        )
+    if config.renoise.t_min >= config.renoise.t_max:
+        yield f"renoise.t_min: {config.renoise.t_min} must be below renoise.t_max ({config.renoise.t_max})"
+    if config.memory.frozen == "float8" and config.deepspeed.stage == 3:
+        yield "memory.frozen: float8 weights cannot be partitioned; use int8, or deepspeed.stage 0 or 2"
+    if config.rollout.keep_gathered and config.deepspeed.stage != 3:
+        yield "rollout.keep_gathered: only deepspeed.stage=3 partitions the weights; set it, or leave this off"
+    yield from _sharing_problems(config)
+    yield from _rl_problems(config)
+    if config.eval.data is not None and config.eval.features is None:
+        yield "eval.features: missing; eval.data needs a feature classifier (digits, or a folder or hub id)"
+
+
+def _sit_problems(config: Config) -> Iterator[str]:
     model, unit = config.model, config.decoder_factor * config.model.patch_size
     if model.resolution % unit:
         yield (
@@ -21,20 +45,13 @@ def problems(config: Config) -> Iterator[str]:
         yield (
             f"model.hidden_size: {model.hidden_size} must be a multiple of 4 and of model.num_heads ({model.num_heads})"
         )
-    if config.student.steps > config.student.grid_points:
-        yield (
-            f"student.steps: {config.student.steps} steps do not fit a grid of {config.student.grid_points} times; "
-            "set student.steps to at most student.grid_points"
-        )
     if config.teacher.weights is None and config.teacher.train.data is None:
         yield "teacher.weights: missing; name the teacher's weights, or set teacher.train.data to train one first"
-    if config.train.cold_start_steps > config.train.generator_steps:
+    if config.teacher.pipeline is not None:
         yield (
-            f"train.cold_start_steps: {config.train.cold_start_steps} is more than "
-            f"train.generator_steps ({config.train.generator_steps}), the total"
+            "teacher.pipeline: set beside model.family sit, which reads teacher.weights; set model.family to the "
+            "pipeline's, or leave it out"
         )
-    if config.renoise.t_min >= config.renoise.t_max:
-        yield f"renoise.t_min: {config.renoise.t_min} must be below renoise.t_max ({config.renoise.t_max})"
     uses_digits = [
         name
         for name, value in (
@@ -52,15 +69,38 @@ def problems(config: Config) -> Iterator[str]:
         )
     if config.decoder.kind == "vae" and config.decoder.path is None:
         yield "decoder.path: missing; decoder.kind=vae needs the folder or hub id of an AutoencoderKL"
-    if config.memory.frozen == "float8" and config.deepspeed.stage == 3:
-        yield "memory.frozen: float8 weights cannot be partitioned; use int8, or deepspeed.stage 0 or 2"
-    if config.rollout.keep_gathered and config.deepspeed.stage != 3:
-        yield "rollout.keep_gathered: only deepspeed.stage=3 partitions the weights; set it, or leave this off"
     if config.decoder.kind == "identity" and (config.decoder.tiling or config.decoder.recompute):
         yield "decoder.tiling, decoder.recompute: there is no VAE to tile; set decoder.kind=vae, or leave them off"
-    yield from _rl_problems(config)
-    if config.eval.data is not None and config.eval.features is None:
-        yield "eval.features: missing; eval.data needs a feature classifier (digits, or a folder or hub id)"
+
+
+def _pipeline_problems(config: Config) -> Iterator[str]:
+    """Of the text-to-image families."""
+    family = config.model.family
+    if config.teacher.pipeline is None:
+        yield f"teacher.pipeline: missing; model.family {family} needs the folder or hub id of its diffusers pipeline"
+    if config.teacher.weights is not None:
+        yield f"teacher.weights: model.family {family} takes the weights of teacher.pipeline; leave it out"
+    if config.data.prompts is None:
+        yield f"data.prompts: missing; model.family {family} needs a .txt, .jsonl or .parquet file of prompts"
+    if family == "sdxl" and config.student.shift != 1.0:
+        yield f"student.shift: {config.student.shift:g}; SDXL's noise path has no shift, set it to 1"
+    if family == "sdxl" and config.rl.method == "grpo" and config.rl.grpo.mode == "policy":
+        yield "rl.method: the stochastic steps of grpo are of flow matching and SDXL predicts eps; take refl or dpo"
+    if config.lora.form != "standard":
+        yield f"lora.form: {config.lora.form} needs q, k and v in one layer, unlike {family}; set it to standard"
+    digits = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("digits")]
+    digits += [f"eval.{key}" for key in ("data", "features") if getattr(config.eval, key) == "digits"]
+    if digits:
+        yield f"{digits[0]}: digits are 8x8x1 images of ten classes, model.family {family} makes others of prompts"
+
+
+def _sharing_problems(config: Config) -> Iterator[str]:
+    if config.sharing != "shared_all":
+        return
+    if not config.student.lora.rank:
+        yield "student.lora.rank: 0; with sharing shared_all the generator is a LoRA on the shared base, set its rank"
+    if config.optimizer.kind != "adamw":
+        yield f"optimizer.kind: {config.optimizer.kind}; the small adapters of sharing shared_all take adamw, set it"
 
 
 def _reward_kinds(config: Config) -> list[tuple[str, str]]:

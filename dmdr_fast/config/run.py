@@ -71,7 +71,10 @@ class Evaluation(Section):
 
     samples: Count = key(2000, "Samples per row; 0: no evaluation.")
     every: Count = key(0, "Generator updates between evaluations of the generator (evaluations.jsonl); 0: at the end.")
-    data: str | None = key(None, "Real images: digits, or a folder of images. null: no evaluation.")
+    data: str | None = key(
+        None, "Real images: digits, or a folder of images. null: no evaluation, or with prompts one without FD."
+    )
+    prompts: Path | None = key(None, "Prompts of the evaluation, as data.prompts; null: the first of data.prompts.")
     features: str | None = key(None, "Feature classifier: digits, or folder or hub id of an image classifier.")
     teacher_steps: Positive = key(50, "Euler steps of the multi-step teacher.")
     batch_size: Positive = key(128, "Samples per rank and forward.")

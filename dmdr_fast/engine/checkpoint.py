@@ -2,7 +2,7 @@
 
 Layout of ``run_dir/checkpoints/step_00000120``::
 
-    generator/, fake/     DeepSpeed's own files (weights, optimizer, per rank under ZeRO)
+    generator/, fake/     DeepSpeed's own files (weights, optimizer, per rank under ZeRO), or an adapter with its own
     rank_00000.pt         EMA shard, random states of that rank
     trainer.json          step, counters, what the run is made of
     manifest.json         size and SHA-256 of every other file; its presence says that the checkpoint is whole
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmdr_fast.engine.engines import TrainedRole
+from dmdr_fast.engine.roles import AdapterRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.engine.shards import EMA
 from dmdr_fast.errors import UserError
@@ -37,7 +37,7 @@ NAME = re.compile(r"step_(\d{8})")
 class Trained:
     """Everything that a checkpoint holds."""
 
-    roles: Mapping[str, TrainedRole]
+    roles: Mapping[str, TrainedRole | AdapterRole]
     ema: EMA | None
 
 
@@ -61,9 +61,7 @@ class CheckpointFolder:
             aside.mkdir(parents=True)
         self.runtime.barrier()
         for name, role in trained.roles.items():
-            role.engine.save_checkpoint(
-                str(aside), tag=name, save_latest=False, exclude_frozen_parameters=role.adapter is not None
-            )
+            role.save(aside, name)
         torch.save(_rank_state(trained.ema), aside / f"rank_{self.runtime.rank:05d}.pt")
         if self.runtime.is_main:
             state = {"step": step, "identity": self.identity, "counters": counters, "rewards": rewards}
@@ -121,7 +119,7 @@ class CheckpointFolder:
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
         """Restore everything from a checkpoint that :meth:`find` returned; {"step", "counters", "rewards"}."""
         for name, role in trained.roles.items():
-            role.engine.load_checkpoint(str(path), tag=name, load_module_strict=role.adapter is None)
+            role.load(path, name)
         state = torch.load(path / f"rank_{self.runtime.rank:05d}.pt", map_location="cpu", weights_only=False)
         _restore_rank_state(state, trained.ema)
         return json.loads((path / "trainer.json").read_text())

@@ -6,24 +6,30 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dmdr_fast.algorithm.recipe import Recipe
+from dmdr_fast.algorithm.monitors import diversity
+from dmdr_fast.algorithm.recipe import Batch, Recipe
+from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.algorithm.rollout import Network, ode_sample, sample
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
-from dmdr_fast.engine.engines import DTYPES, Role
+from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.inputs import EvaluationData
-from dmdr_fast.engine.networks import load_network
+from dmdr_fast.engine.model import Model
+from dmdr_fast.engine.networks import frozen_role
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.eval.metrics import evaluate
 
-GRID_SAMPLES = 80  # samples per row kept for the report's picture
+GRID_SAMPLES, GRID_SIDE = 80, 256  # samples per row kept for the report's picture, and their largest side in pixels
+Draw = Callable[[Tensor, Batch, int], Tensor]  # (noise, conditions, number of the first sample) -> latents
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,11 @@ class Evaluator:
 
     config: Config
     runtime: Runtime
-    decoder: Callable[[Tensor], Tensor]
+    model: Model
+    conditions: Conditions
+    decoder: Decode
     rewards: RewardSet | None
-    data: EvaluationData
+    data: EvaluationData | None  # None: there are no real images to compare with
     recipe: Recipe
 
     def run(self, teacher: Network, generators: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -49,12 +57,12 @@ class Evaluator:
         }
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
-        table, pictures = {}, {"labels": self._labels()[:GRID_SAMPLES].cpu().numpy()}
+        table, pictures = {}, {"labels": self._rows()[:GRID_SAMPLES]}
         for name, (draw, nfe) in rows.items():
             images = self._images(draw)
             if self.runtime.is_main:
                 table[name] = self._measure(images, nfe)
-                pictures[name] = images[:GRID_SAMPLES].cpu().numpy()
+                pictures[name] = _reduced(images[:GRID_SAMPLES]).cpu().numpy()
         if self.runtime.is_main:
             _write(self.config.run_dir / "metrics.json", json.dumps(table, indent=1).encode())
             np.savez_compressed(self.config.run_dir / "samples.npz", **pictures)
@@ -75,29 +83,32 @@ class Evaluator:
     def _teacher_nfe(self, steps: int) -> int:
         return steps if self.config.teacher.sample_cfg_scale == 1.0 else 2 * steps
 
-    def _teacher(self, network: Network, steps: int) -> Callable[[Tensor, Tensor, int], Tensor]:
-        guided = guided_network(network, self.config.teacher.sample_cfg_scale, self.config.model.num_classes)
-        shift = self.config.student.shift
-        return lambda noise, labels, start: ode_sample(
-            guided, noise, labels, steps, shift=shift, kind=self.recipe.prediction, path=self.recipe.path
+    def _teacher(self, network: Network, steps: int) -> Draw:
+        shift, scale = self.model.teacher_shift, self.config.teacher.sample_cfg_scale
+        return lambda noise, batch, start: ode_sample(
+            guided_network(network, scale, batch.uncond),
+            noise,
+            batch.condition,
+            steps,
+            shift=shift,
+            kind=self.recipe.prediction,
+            path=self.recipe.path,
         )
 
-    def _generator(self, weights: Path) -> Callable[[Tensor, Tensor, int], Tensor]:
-        dtype = DTYPES[self.config.deepspeed.dtype]
-        network = load_network(self.config, weights).to(self.runtime.device, dtype).requires_grad_(False)
-        role = Role(network, dtype)
-        return lambda noise, labels, start: sample(
-            role,
+    def _generator(self, weights: Path) -> Draw:
+        network = frozen_role(self.model, self.config, self.runtime.device, weights)
+        return lambda noise, batch, start: sample(
+            network,
             lambda i: noise if i == 0 else self._noise(i, start),
-            labels,
+            batch.condition,
             self.recipe.grid,
             kind=self.recipe.prediction,
             path=self.recipe.path,
         )
 
-    def _labels(self) -> Tensor:
-        """Every class equally often, in turn."""
-        return torch.arange(self._total()) % self.config.model.num_classes
+    def _rows(self) -> np.ndarray:
+        """Every condition equally often, in turn."""
+        return np.arange(self._total()) % self.conditions.count
 
     def _total(self) -> int:
         """``eval.samples`` rounded up so that every rank does whole forwards."""
@@ -105,38 +116,57 @@ class Evaluator:
         return -(-self.config.eval.samples // unit) * unit
 
     def _noise(self, index: int, start: int) -> Tensor:
-        shape = (self.config.model.channels, self.config.latent_size, self.config.latent_size)
         shard = Shard(start, start + self.config.eval.batch_size, self._total())
-        return Streams(0).noise("evaluation", index, shape=shape, shard=shard, device=self.runtime.device)
+        return Streams(0).noise(
+            "evaluation", index, shape=self.recipe.latent_shape, shard=shard, device=self.runtime.device
+        )
 
     @torch.no_grad()
-    def _images(self, draw: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
-        labels, parts = self._labels(), []
+    def _images(self, draw: Draw) -> Tensor:
+        rows, parts = self._rows(), []
         unit = self.config.eval.batch_size * self.runtime.world_size
         for base in range(0, self._total(), unit):
             start = base + self.runtime.rank * self.config.eval.batch_size
-            y = labels[start : start + self.config.eval.batch_size].to(self.runtime.device)
-            image = self.decoder(draw(self._noise(0, start), y, start)).float().clamp(-1, 1)
+            batch = self.conditions.batch(rows[start : start + self.config.eval.batch_size])
+            image = self.decoder(draw(self._noise(0, start), batch, start)).float().clamp(-1, 1)
             parts.append(self.runtime.concatenate(image))
         return torch.cat(parts)[: self.config.eval.samples]
 
-    def _measure(self, images: Tensor, nfe: int) -> dict[str, float]:
-        labels = self._labels()[: len(images)].to(images.device)
-        rewards = {} if self.rewards is None else self.rewards.mean_scores(images, {"labels": labels})
-        return evaluate(images, labels, self.data.real_images, self.data.features, rewards, nfe)
+    def _measure(self, images: Tensor, nfe: int) -> dict[str, float | None]:
+        (classes, known), rewards = self.conditions.known(self._rows()[: len(images)]), {}
+        if self.rewards is not None:
+            rewards = self.rewards.mean_scores(images, known, chunk=self.config.eval.batch_size)
+        if self.data is not None:
+            row = evaluate(images, classes, self.data.real_images, self.data.features, rewards, nfe)
+            return row if self.model.num_classes is not None else row | {"accuracy": None}  # prompts have no class
+        spread = diversity(images, classes).item()
+        return {
+            "reward": rewards.get("reward"),
+            "held_out_reward": rewards.get("held_out_reward"),
+            "diversity": spread if np.isfinite(spread) else None,  # no prompt has two images
+            "nfe": float(nfe),
+        }
 
 
-def guided_network(network: Network, scale: float, num_classes: int) -> Network:
+def guided_network(network: Network, scale: float, uncond: Any) -> Network:
     """The teacher under standard CFG, u + w (c - u), in one batch; the plain network at w = 1."""
     if scale == 1.0:
         return network
 
-    def guided(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        both = network(torch.cat([x, x]), torch.cat([t, t]), join(labels, torch.full_like(labels, num_classes)))
-        cond, uncond = both.chunk(2)
-        return uncond + scale * (cond - uncond)
+    def guided(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        cond, plain = network(torch.cat([x, x]), torch.cat([t, t]), join(condition, uncond)).chunk(2)
+        return plain + scale * (cond - plain)
 
     return guided
+
+
+def _reduced(images: Tensor) -> Tensor:
+    """Images whose longer side is at most ``GRID_SIDE`` pixels."""
+    factor = max(images.shape[-2:]) / GRID_SIDE
+    if factor <= 1.0:
+        return images
+    size = [max(1, round(side / factor)) for side in images.shape[-2:]]
+    return F.interpolate(images, size, mode="area")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.config import Config
-from dmdr_fast.engine.engines import DTYPES, Role
+from dmdr_fast.engine.conditions import Conditions
+from dmdr_fast.engine.engines import DTYPES
+from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.optimizers import check_device
+from dmdr_fast.engine.roles import Role
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.attention import Choice, choose_attention, set_attention
 from dmdr_fast.models.eight_bit import float8_refusal, quantise_blocks
@@ -50,20 +55,21 @@ class Probe:
     t: Tensor  # fp32 [B] in (0, 1)
     condition: Any
     null: Any
+    prediction: str = "flow"
+    path: Path = FLOW
 
     @property
     def x_t(self) -> Tensor:
-        return ops.renoise(self.x0, 1.0 - self.t, self.t, noise=self.noise)
+        return ops.renoise(self.x0, *self.path.alpha_sigma(self.t), noise=self.noise)
 
 
-def class_probe(network: nn.Module, config: Config, device: torch.device, batch: int = 8) -> Probe:
-    """Gaussian latents, times over the whole range, and the first classes: the same on every rank."""
+def build_probe(model: Model, conditions: Conditions, config: Config, device: torch.device, batch: int = 8) -> Probe:
+    """Gaussian latents, times over the whole range, and the first conditions: the same on every rank."""
     rng = torch.Generator().manual_seed(config.seed)
-    shape = (batch, config.model.channels, config.latent_size, config.latent_size)
-    x0, noise = (torch.randn(shape, generator=rng).to(device) for _ in range(2))
-    classes = (torch.arange(batch) % config.model.num_classes).to(device)
+    x0, noise = (torch.randn(batch, *model.latent_shape, generator=rng).to(device) for _ in range(2))
     t = ((torch.arange(batch) + 0.5) / batch).to(device)
-    return Probe(x0, noise, t, classes, network.null_condition(classes))
+    given = conditions.batch(np.arange(batch) % conditions.count)
+    return Probe(x0, noise, t, given.condition, given.uncond, model.prediction, model.path)
 
 
 @torch.no_grad()
@@ -84,6 +90,8 @@ def dmd_gradient_change(
     wrong alike cancels. NaN where the two predictions are the same.
     """
 
+    alpha, sigma = probe.path.alpha_sigma(probe.t)
+
     def gradient(fake: Tensor, real: Tensor, uncond: Tensor) -> Tensor:
         return ops.dmd_gradient(
             probe.x0,
@@ -91,10 +99,11 @@ def dmd_gradient_change(
             fake,
             real,
             uncond if options.uses_cfg else None,
-            sigma=probe.t,
+            sigma=sigma,
+            alpha=alpha,
             cfg_scale=options.cfg_scale if options.uses_cfg else None,
             cfg_mode=options.cfg_mode,
-            prediction=options.prediction,
+            prediction=probe.prediction,
             normalizer=options.normalizer,
             eps=options.eps,
             eps_mode=options.eps_mode,

@@ -7,19 +7,20 @@ from dmdr_fast.algorithm.recipe import Recipe
 from dmdr_fast.algorithm.rl.options import DPOOptions, GRPOOptions, ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
 from dmdr_fast.config import AdamW, Config
+from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.networks import Roles
 from dmdr_fast.engine.runtime import Runtime
 
-LATENT_SATURATION = 4.0  # latents have unit variance
 
-
-def recipe_of(config: Config) -> Recipe:
+def recipe_of(config: Config, model: Model) -> Recipe:
     """The numbers that the step reads."""
-    size = config.latent_size
-    shared = config.sharing == "shared_score"
+    shared = config.sharing != "separate"
+    dmd = config.dmd.model_dump() | {"prediction": model.prediction}
     return Recipe(
         grid=timestep_grid(config.student.steps, shift=config.student.shift),
-        latent_shape=(config.model.channels, size, size),
+        latent_shape=model.latent_shape,
+        prediction=model.prediction,
+        path=model.path,
         cold_start_steps=config.train.cold_start_steps,
         generator_steps=config.train.generator_steps,
         fake_updates=config.train.fake_updates,
@@ -32,12 +33,12 @@ def recipe_of(config: Config) -> Recipe:
             dynamic_step=config.dyna_rs.dynamic_step,
             **config.renoise.model_dump(),
         ),
-        dmd=DMDOptions(cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()),
+        dmd=DMDOptions(cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **dmd),
         rl=rl_options(config),
         reward_weight=config.reward.weight,
         reward_final_weight=config.reward.final_weight,
         reward_warmup_steps=config.reward.warmup_steps,
-        saturation=1.0 if config.decoder.kind == "identity" else LATENT_SATURATION,
+        saturation=model.saturation,
     )
 
 
@@ -81,7 +82,7 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
         f"teacher    CFG scale {standard:g} (standard form)",
         f"roles      {config.sharing}; parameters trained / all: "
-        + ", ".join(f"{n} {roles.trained_parameters.get(n, 0):,} / {c:,}" for n, c in roles.total_parameters.items()),
+        + ", ".join(f"{n} {t:,} / {c:,}" for n, t, c in _sizes(roles)),
         f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
         f"renoise    {renoise}",
         f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
@@ -91,6 +92,12 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         *roles.notes,
     ]
     return "\n".join(lines)
+
+
+def _sizes(roles: Roles) -> list[tuple[str, int, int]]:
+    """(network or adapter, trained, all) parameters."""
+    trained, total = roles.trained_parameters, roles.total_parameters
+    return [(n, trained.get(n, 0), total.get(n, trained.get(n, 0))) for n in dict.fromkeys([*total, *trained])]
 
 
 def _rl_words(config: Config) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dmdr_fast.engine.roles import AdapterRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.models.lora import LoraAdapter
 
@@ -28,23 +29,22 @@ def master_shard(parameter: nn.Parameter) -> Tensor | None:
     return parameter.data
 
 
-def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_parameters(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor on the CPU) of each parameter, gathered one at a time. All ranks must iterate."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
         sharded = hasattr(parameter, "ds_tensor")
         with deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext():
             yield name, parameter.detach().cpu().clone()
 
 
 class EMA:
-    """Exponential moving average of a network's trained parameters, e <- d e + (1 - d) p, on the fp32 master shards.
+    """Exponential moving average of trained parameters by name, e <- d e + (1 - d) p, on the fp32 master shards.
 
     Made after ``deepspeed.initialize``, which shards them.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay, self.parameters = decay, dict(parameters)
         masters = {n: master_shard(p) for n, p in self.parameters.items()}
         self.shards = {n: m.detach().float().clone() for n, m in masters.items() if m is not None}
 
@@ -70,37 +70,44 @@ class EMA:
             yield name, whole.cpu().clone()
 
 
-def save_weights(
-    module: nn.Module,
-    ema: EMA | None,
-    path: Path,
-    runtime: Runtime,
-    adapter: LoraAdapter | None = None,
-    lora_scale: float = 1.0,
+def save_generator(
+    role: TrainedRole | AdapterRole, ema: EMA | None, path: Path, runtime: Runtime, *, merges_lora: bool
 ) -> None:
-    """Write the network's fp32 state dict as safetensors, the EMA in the place of trained weights where there is one.
+    """Write the generator in fp32 as safetensors, the EMA in the place of trained weights where there is one.
 
-    An adapter is merged into the weights, W + lora_scale (A B)^T in fp32, so the file is always a plain network's.
+    A generator that is a LoRA becomes a plain network's state dict with ``merges_lora``, W + lora_scale (A B)^T in
+    fp32; without, the file holds the adapter alone ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
     Written aside and renamed. All ranks must call.
     """
     weights: dict[str, Tensor] = {}
-    for name, tensor in full_parameters(module):
+    for name, tensor in full_parameters(_generator_parameters(role, merges_lora)):
         if runtime.is_main:
             weights[name] = tensor.float()
     for name, tensor in ema.full(runtime) if ema is not None else ():
         if runtime.is_main:
             weights[name] = tensor
-    if runtime.is_main and adapter is not None:
-        _merge(weights, adapter, lora_scale)
     if runtime.is_main:
+        metadata = None
+        if role.adapter is not None and merges_lora:
+            _merge(weights, role.adapter, role.lora_scale)
+        elif role.adapter is not None:
+            metadata = {"lora_scale": repr(role.lora_scale)}
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
-        save_file({n: t.contiguous() for n, t in sorted(weights.items())}, aside)
+        save_file({n: t.contiguous() for n, t in sorted(weights.items())}, aside, metadata=metadata)
         aside.rename(path)
     runtime.barrier()
 
 
+def _generator_parameters(role: TrainedRole | AdapterRole, merges_lora: bool) -> dict[str, nn.Parameter]:
+    """What the generator's file is made of, the trained ones under ``role.trained``'s names."""
+    if role.adapter is not None and not merges_lora:
+        return role.trained
+    adapters = {id(p) for a in getattr(role.module, "lora_adapters", {}).values() for p in a.parameters()}
+    return {n: p for n, p in role.module.named_parameters() if id(p) not in adapters} | role.trained
+
+
 def _merge(weights: dict[str, Tensor], adapter: LoraAdapter, scale: float) -> None:
     for layer in adapter.layers:
-        a, b = (weights.pop(f"{layer}.{name}_{adapter.role}") for name in ("lora_A", "lora_B"))
+        a, b = (weights.pop(f"{layer}.{name}") for name in ("lora_A", "lora_B"))
         weights[f"{layer}.weight"] = torch.addmm(weights[f"{layer}.weight"], b.T, a.T, alpha=scale)

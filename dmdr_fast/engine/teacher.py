@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dmdr_fast import cache
 from dmdr_fast.config import Config
 from dmdr_fast.data.digits import load_digits
-from dmdr_fast.engine.networks import build_network, resolve_weights
+from dmdr_fast.engine.sit_model import build_network, resolve_weights
 
 WARM_UP = 100  # steps of linear warm-up of the learning rate
 

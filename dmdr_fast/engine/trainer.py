@@ -21,14 +21,15 @@ from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
 from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
+from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.logs import RunLog
+from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rate, recipe_of, table_text
 from dmdr_fast.engine.rewards import RewardSet
-from dmdr_fast.engine.shards import EMA, save_weights
-from dmdr_fast.engine.teacher import teacher_weights
+from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
@@ -42,9 +43,9 @@ def train(config: Config) -> None:
         RunEnded: ``train.max_skipped`` updates in a row had non-finite gradients, a reward failed, or a monitor saw
             collapse and ``train.stop_on_collapse`` is set. A checkpoint was written.
     """
-    weights = teacher_weights(config)
+    model = open_model(config)
     ranks = runtime.start()
-    run = Run.build(config, weights, ranks)
+    run = Run.build(config, model, ranks)
     try:
         if run.updates():
             run.finish()
@@ -59,6 +60,9 @@ class Run:
 
     config: Config
     ranks: runtime.Runtime
+    model: Model
+    conditions: Conditions  # trained on
+    shown: Conditions  # of the evaluation
     recipe: Recipe
     streams: Streams
     roles: Roles
@@ -78,16 +82,17 @@ class Run:
     samples_seen: int = 0  # by this process, over all ranks
 
     @classmethod
-    def build(cls, config: Config, weights: Path, ranks: runtime.Runtime) -> Run:
+    def build(cls, config: Config, model: Model, ranks: runtime.Runtime) -> Run:
         """Build every part, resume where ``resume`` says so, and print the effective recipe once."""
         streams = Streams(config.seed)
         checkpoints = CheckpointFolder(
             config.run_dir / "checkpoints", config.checkpoint.keep, identity(config, ranks), ranks
         )
         resume_from = checkpoints.find(config.resume)
-        roles = build_roles(config, weights, ranks.device, lora_seed=int(streams.rng("lora").integers(2**31)))
-        rewards = inputs.build_rewards(config, ranks.device)
-        ema = None if config.student.ema is None else EMA(roles.generator.engine.module, config.student.ema)
+        conditions, shown = build_conditions(config, model, ranks)
+        rewards = inputs.build_rewards(config, model.num_classes, ranks.device)
+        roles = build_roles(config, model, conditions, ranks, lora_seed=int(streams.rng("lora").integers(2**31)))
+        ema = None if config.student.ema is None else EMA(roles.generator.trained, config.student.ema)
         state = {"step": 0, "counters": {}}
         if resume_from is not None:
             state = checkpoints.load(resume_from, Trained(_trained(roles), ema))
@@ -98,12 +103,15 @@ class Run:
         run = cls(
             config=config,
             ranks=ranks,
-            recipe=recipe_of(config),
+            model=model,
+            conditions=conditions,
+            shown=shown,
+            recipe=recipe_of(config, model),
             streams=streams,
             roles=roles,
             ema=ema,
             rewards=rewards,
-            decoder=inputs.build_decoder(config, ranks.device),
+            decoder=model.decoder(ranks.device),
             monitor=CollapseMonitor(config.monitors),
             evaluation=inputs.build_evaluation(config),
             checkpoints=checkpoints,
@@ -126,7 +134,7 @@ class Run:
     def updates(self) -> bool:
         """Generator updates until the last one (True) or until asked to stop (False)."""
         config, ranks, stop = self.config, self.ranks, runtime.StopRequest()
-        data = inputs.label_source(config, self.streams, ranks.device)
+        data = drawn(self.conditions, self.streams)
         reward = None if self.rewards is None else RewardModel(self.decoder, self._score)
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
@@ -152,7 +160,7 @@ class Run:
             asked = ranks.any(stop.asked)
             if due or asked or self.step % config.log.every == 0:
                 self._flush(shards[0].total)
-            if config.eval.every and self.step % config.eval.every == 0 and self.evaluation is not None:
+            if config.eval.every and self.step % config.eval.every == 0 and self._evaluates:
                 self._evaluator().append(self._role_in_training(), self.step)
             if due or asked:
                 self._checkpoint()
@@ -187,7 +195,7 @@ class Run:
         final = config.run_dir / "final" / "generator.safetensors"
         self._save_generator(final)
         self.log.close()
-        if self.evaluation is not None:
+        if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
             table = self._evaluator().run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})
             self.ranks.say(table_text(table))
@@ -198,13 +206,17 @@ class Run:
                 self.ranks.say(f"report: {write_report(config.run_dir)}")
         self.ranks.barrier()
 
+    @property
+    def _evaluates(self) -> bool:
+        """Classes are compared with real images or not at all; prompts show images and rewards."""
+        return self.evaluation is not None or (self.config.eval.samples > 0 and self.model.num_classes is None)
+
     def _evaluator(self) -> Evaluator:
-        data = self.evaluation.to(self.ranks.device)
-        return Evaluator(self.config, self.ranks, self.decoder, self.rewards, data, self.recipe)
+        data = None if self.evaluation is None else self.evaluation.to(self.ranks.device)
+        return Evaluator(self.config, self.ranks, self.model, self.shown, self.decoder, self.rewards, data, self.recipe)
 
     def _save_generator(self, path: Path) -> None:
-        role = self.roles.generator
-        save_weights(role.engine.module, self.ema, path, self.ranks, role.adapter, role.lora_scale)
+        save_generator(self.roles.generator, self.ema, path, self.ranks, merges_lora=self.model.merges_lora)
 
     def _role_in_training(self) -> Path:
         """The weights that would be saved now, in a file that the next evaluation overwrites."""
@@ -316,7 +328,7 @@ def identity(config: Config, ranks: runtime.Runtime) -> dict:
         "seed": config.seed,
         "sharing": config.sharing,
         "model": config.model.model_dump(),
-        "lora": config.lora.model_dump(mode="json") if config.sharing == "shared_score" else None,
+        "lora": config.lora.model_dump(mode="json") if config.sharing != "separate" else None,
         "student.ema": config.student.ema,
         "student.lora": config.student.lora.model_dump(mode="json"),
         "deepspeed.stage": config.deepspeed.stage,

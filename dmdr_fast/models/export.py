@@ -21,6 +21,7 @@ from dmdr_fast.models.lora_export import export_peft, merge
 log = logging.getLogger(__name__)
 
 LORA_FOLDER = "generator_lora"
+STUDENT = "student.json"  # the arguments of the pipeline's call
 
 
 def export_pipeline(
@@ -77,6 +78,7 @@ def export_pipeline(
         network.save_pretrained(aside / family.folder)
         scheduler.save_pretrained(aside / "scheduler")
         _write_index(aside, type(scheduler).__name__)
+        _write_student(aside, len(grid) - 1, resolution, family)
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -133,6 +135,16 @@ def _write_index(folder: Path, scheduler: str) -> None:
     file = folder / "model_index.json"
     index = json.loads(file.read_text()) | {"scheduler": ["diffusers", scheduler]}
     file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_student(folder: Path, steps: int, resolution: int | None, family: Family) -> None:
+    """What the pipeline is called with: the student's steps, no guidance, and what was not its default in training."""
+    arguments: dict[str, float] = {"num_inference_steps": steps, "guidance_scale": 0}
+    if resolution is not None:
+        arguments |= {"height": resolution, "width": resolution}
+    if family.length != family.default_length and "max_sequence_length" in family.encode_arguments():
+        arguments["max_sequence_length"] = family.length
+    (folder / STUDENT).write_text(json.dumps(arguments, indent=2) + "\n")
 
 
 def _warn_of_arguments(family: Family, resolution: int | None) -> None:

@@ -156,6 +156,7 @@ def add_lora(
     init_std: float | None = None,
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
+    registered: bool = True,
 ) -> LoraAdapter:
     """Give ``model`` an adapter for ``role`` on every ``nn.Linear`` whose name ends in one of ``targets``.
 
@@ -173,6 +174,8 @@ def add_lora(
             N(0, 1) for "post_projection", as the DMDR reference has it.
         dtype: of A and B; fp32 beside bf16 weights is fine.
         generator: a CPU generator; values are drawn on the CPU, the same whatever the model's device.
+        registered: False keeps A and B out of the layers' own parameters: no engine around the model sees them, so
+            ZeRO-3 leaves them whole on every rank, and ``model.to`` where they are.
 
     Raises:
         ValueError: an unknown form, a rank below 1, a role that is taken or no identifier, a target that
@@ -203,7 +206,11 @@ def add_lora(
         for name_a, name_b in PAIRS[form]:
             a, b = _start(sizes, rank, form, init_std, generator)
             for name, value in ((name_a, a), (name_b, b)):
-                layer.register_parameter(f"{name}_{role}", nn.Parameter(value.to(layer.weight.device, dtype)))
+                parameter = nn.Parameter(value.to(layer.weight.device, dtype))
+                if registered:
+                    layer.register_parameter(f"{name}_{role}", parameter)
+                else:
+                    layer.__dict__[f"{name}_{role}"] = parameter
     model.lora_adapters = {**adapters, role: adapter}
     return adapter
 

@@ -131,6 +131,48 @@ def load_partitioned(
                 buffer.copy_(stored[path].read())
 
 
+def load_whole(model: nn.Module, stored: Mapping[str, Stored], *, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill a model with parameters on meta from ``stored``, in ``dtype`` on ``device``, one tensor at a time.
+
+    Raises:
+        ValueError: a parameter that ``stored`` lacks or has in another shape; nothing is read then.
+    """
+    _check_fit(model, stored)
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                value = stored[f"{prefix}.{name}" if prefix else name].read().to(device, dtype)
+                module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            path = f"{prefix}.{name}" if prefix else name
+            if path in stored:
+                buffer.copy_(stored[path].read())
+
+
+def with_lora(stored: Mapping[str, Stored], lora: Mapping[str, Stored], scale: float) -> dict[str, Stored]:
+    """``stored`` with W + scale (A B)^T, summed in fp32, in the layers of an adapter, merged when they are read.
+
+    ``lora`` holds "LAYER.lora_A" [in, r] and "LAYER.lora_B" [r, out].
+
+    Raises:
+        ValueError: a layer that ``stored`` lacks, or factors that do not fit it.
+    """
+    merged = dict(stored)
+    for layer in sorted({name.rpartition(".")[0] for name in lora}):
+        weight, a, b = stored.get(f"{layer}.weight"), lora[f"{layer}.lora_A"], lora[f"{layer}.lora_B"]
+        if weight is None or weight.shape != (b.shape[1], a.shape[0]):
+            found = "no such layer" if weight is None else f"a layer {list(weight.shape)}"
+            raise ValueError(
+                f"weights: {layer} expected a layer [{b.shape[1]}, {a.shape[0]}] for the adapter, got {found}"
+            )
+        merged[f"{layer}.weight"] = Stored(weight.shape, partial(_merged, weight, a, b, scale))
+    return merged
+
+
+def _merged(weight: Stored, a: Stored, b: Stored, scale: float) -> Tensor:
+    return torch.addmm(weight.read().float(), b.read().float().T, a.read().float().T, alpha=scale)
+
+
 def _check_fit(model: nn.Module, stored: Mapping[str, Stored]) -> None:
     for name, parameter in model.named_parameters():
         if name not in stored:

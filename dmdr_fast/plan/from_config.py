@@ -54,12 +54,13 @@ def default_targets(shape: Shape) -> tuple[str, ...]:
 
 
 def _adapter(lora: Any, shape: Shape) -> Adapter:
-    targets = lora.targets if shape.family == "sit" or tuple(lora.targets) != ("attn.qkv",) else default_targets(shape)
-    return Adapter(lora.rank, tuple(targets), getattr(lora, "form", "standard"))
+    return Adapter(lora.rank, tuple(lora.targets or default_targets(shape)), getattr(lora, "form", "standard"))
 
 
 def _shape(config: Config) -> Shape:
     model = config.model
+    if model.family != "sit":
+        return find_shape(config.teacher.pipeline)
     sizes = ("depth", "hidden_size", "num_heads", "patch_size", "num_classes", "learn_sigma", "time_reversed")
     network = {"_class_name": "SiT", "input_size": config.latent_size, "in_channels": model.channels}
     network |= {name: getattr(model, name) for name in sizes}

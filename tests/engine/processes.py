@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 PRELOADED = ["dmdr_fast.engine.trainer", "torch.utils.tensorboard", "tqdm", "sklearn.datasets", "scipy.linalg"]
+PRELOADED += ["tests.engine.preloaded"]
 GRACE = 20.0  # seconds that the other ranks have when one has failed, as under the launcher
 
 

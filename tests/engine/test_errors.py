@@ -33,7 +33,7 @@ def refused(code, err):
         (["--run_dir", "/proc/nothing/here"], ["run_dir: /proc/nothing/here cannot be written"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml: No such file"]),
         (["--deepspeed.config", "nowhere.json"], ["deepspeed.config: nowhere.json is not a readable JSON file"]),
-        (["--sharing", "shared"], ["sharing: expected separate | shared_score; got 'shared'"]),
+        (["--sharing", "shared"], ["sharing: expected separate | shared_score | shared_all; got 'shared'"]),
         (["--lora.targets", "[attn.nothing]"], ["lora.targets", "attn.nothing"]),
     ],
     ids=lambda v: v[0].strip("-") if v and v[0].startswith("--") else "",

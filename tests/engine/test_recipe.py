@@ -7,6 +7,7 @@ import pytest
 from dmdr_fast import cli
 from dmdr_fast.config import AdamW
 from dmdr_fast.engine.recipe import learning_rate, recipe_of
+from dmdr_fast.engine.sit_model import SiTModel
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -20,7 +21,7 @@ def test_a_resolved_configuration_reads_back_as_itself(file, tmp_path):
 
 def test_the_paper_s_imagenet_numbers():
     config = cli.load(CONFIGS / "sit_xl_256.yaml")
-    recipe = recipe_of(config)
+    recipe = recipe_of(config, SiTModel(config, Path()))
     assert recipe.grid == (1.0, 0.0) and recipe.latent_shape == (4, 32, 32) and recipe.fake_updates == 5
     assert recipe.real_scale(0) == 0.75 and recipe.real_scale(10000) == 0.0 and config.dyna_dg.fake_scale == 2.0
     assert recipe.renoise.beta(0) == (4.0, 1.5) and recipe.renoise.beta(10000) == (1.0, 1.0)
@@ -31,7 +32,7 @@ def test_the_paper_s_imagenet_numbers():
 
 def test_separate_networks_have_no_dynamic_guidance():
     config, _ = cli.parse(["--config", str(CONFIGS / "digits.yaml"), "--sharing", "separate"])
-    assert recipe_of(config).real_scale(0) == 0.0
+    assert recipe_of(config, SiTModel(config, Path())).real_scale(0) == 0.0
 
 
 def test_flags_override_the_file_and_accept_yaml_values():

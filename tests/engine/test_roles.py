@@ -6,7 +6,9 @@ from safetensors.torch import save_file
 
 from dmdr_fast import cli
 from dmdr_fast.engine import runtime
-from dmdr_fast.engine.networks import build_network, build_roles
+from dmdr_fast.engine.conditions import Labels
+from dmdr_fast.engine.networks import build_roles
+from dmdr_fast.engine.sit_model import SiTModel, build_network
 
 SMALL = [
     "--rl.method",
@@ -36,7 +38,8 @@ def roles_of(ranks, tmp_path, *flags):
     for block in teacher.blocks:
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.2)
     save_file({n: p.detach().clone() for n, p in teacher.named_parameters()}, tmp_path / "teacher.safetensors")
-    return teacher, build_roles(config, tmp_path / "teacher.safetensors", ranks.device, lora_seed=0)
+    model = SiTModel(config, tmp_path / "teacher.safetensors")
+    return teacher, build_roles(config, model, Labels(10, ranks.device), ranks, lora_seed=0)
 
 
 def inputs(batch=4):

@@ -93,6 +93,27 @@ def load_module(
     return module
 
 
+def weights_of(path: str, folder: str, revision: str | None = None) -> Path:
+    """A component's .safetensors file, or its folder where it is in shards; a hub id's in the hub's own cache.
+
+    Raises:
+        FileNotFoundError: the hub does not give it.
+    """
+    if is_local(path):
+        place = Path(path).expanduser() / folder
+    else:
+        from huggingface_hub import snapshot_download
+
+        wanted = [f"{folder}/*.safetensors", f"{folder}/*.json"]
+        try:
+            root = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=["*.fp16.*"])
+        except Exception as error:  # as in resolve
+            raise FileNotFoundError(f"pipeline {path}: {folder} could not be fetched ({first_line(error)})") from None
+        place = Path(root) / folder
+    single = place / "diffusion_pytorch_model.safetensors"
+    return single if single.is_file() else place
+
+
 def check_weights(path: str, folder: str) -> None:
     """FileNotFoundError that names the first weights file that a local pipeline's ``folder`` should hold and does not.
 

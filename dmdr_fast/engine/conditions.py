@@ -1,0 +1,145 @@
+"""What samples are made of: class labels, or prompts with cached text embeddings, numbered from 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmdr_fast.algorithm.recipe import Batch, Data
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.config import Config
+from dmdr_fast.data.prompts import load_prompts
+from dmdr_fast.data.text_cache import TextCache
+from dmdr_fast.engine.engines import DTYPES
+from dmdr_fast.engine.model import Model
+from dmdr_fast.engine.pipeline_model import PipelineModel
+from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.errors import UserError
+from dmdr_fast.models.families import Condition, Family, TextEncoder, to_device
+
+
+class Conditions(Protocol):
+    """``count`` conditions; ``kind`` names their random stream."""
+
+    kind: str
+    count: int
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The conditions numbered ``rows`` int64 [B], with the null condition beside them."""
+        ...
+
+    def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        """(``Batch.classes``, ``Batch.reward_inputs``) alone, however many rows."""
+        ...
+
+
+def drawn(conditions: Conditions, streams: Streams) -> Data:
+    """Uniform draws for update ``index``: the shard's part of the global draw, each one ``group`` times."""
+
+    def draw(index: tuple[int, ...], shard: Shard, group: int = 1) -> Batch:
+        rows = streams.rng(conditions.kind, *index).integers(conditions.count, size=-(-shard.total // group))
+        return conditions.batch(rows.repeat(group)[shard.start : shard.stop])
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a class-conditional network; its class number ``count`` is the null class."""
+
+    count: int
+    device: torch.device
+
+    kind = "labels"
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        labels, known = self.known(rows)
+        return Batch(labels, torch.full_like(labels, self.count), labels, known)
+
+    def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        labels = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
+        return labels, {"labels": labels}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts whose embeddings are in the cache, padded to ``length`` tokens."""
+
+    prompts: tuple[str, ...]
+    cache: TextCache
+    family: Family
+    negative: Condition  # batch 1, on the device
+    length: int
+    device: torch.device
+
+    kind = "prompts"
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        classes, known = self.known(rows)
+        entries = [self.cache.get(prompt) for prompt in known["prompts"]]
+        condition = to_device(self.family.condition(entries, self.length), self.device)
+        return Batch(condition, self.family.null_condition(condition, self.negative), classes, known)
+
+    def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        numbers = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
+        return numbers, {"prompts": [self.prompts[row] for row in rows]}
+
+
+def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Conditions, Conditions]:
+    """What is trained on, and what the evaluation shows: labels, or prompts whose embeddings are computed here.
+
+    Ranks share the computing of what the cache lacks; the encoders are loaded only where something is, and released.
+    All ranks must call.
+
+    Raises:
+        UserError: a file of prompts that cannot be read, a prompt too long, a cache that is another encoder's.
+    """
+    if not isinstance(model, PipelineModel):
+        labels = Labels(model.num_classes, ranks.device)
+        return labels, labels
+    prompts = tuple(load_prompts(config.data.prompts, config.data.key))
+    shown = prompts if config.eval.prompts is None else tuple(load_prompts(config.eval.prompts, config.data.key))
+    trained_on, evaluated = cached_prompts(config, model, ranks, [prompts, shown])
+    return trained_on, evaluated
+
+
+def cached_prompts(
+    config: Config, model: PipelineModel, ranks: Runtime, lists: Sequence[tuple[str, ...]]
+) -> list[Prompts]:
+    """Each list of prompts with its embeddings, computed first where the cache lacks them. All ranks must call.
+
+    Raises:
+        UserError: a prompt too long, or a cache that is another encoder's.
+    """
+    negative, family = config.data.negative_prompt, model.family
+    encoder = TextEncoder(family, dtype=DTYPES[config.deepspeed.dtype], device=ranks.device)
+    cache, everything = TextCache(encoder, config.data.cache), [prompt for prompts in lists for prompt in prompts]
+    _fill(cache, everything, negative, ranks)
+    length = cache.longest(everything, [negative])
+    null = to_device(family.condition([cache.get(negative, negative=True)], length), ranks.device)
+    return [Prompts(prompts, cache, family, null, length, ranks.device) for prompts in lists]
+
+
+def _fill(cache: TextCache, prompts: Sequence[str], negative: str, ranks: Runtime) -> None:
+    """Fill the cache together; an error of one rank is every rank's."""
+    computed, fault = 0, None
+    try:
+        computed = cache.fill(prompts, [negative], part=ranks.rank, parts=ranks.world_size)
+    except UserError as error:
+        fault = str(error)
+    faults = [f for f in ranks.gather(fault) if f]
+    if faults:
+        raise UserError(faults[0])
+    cache.fill(prompts, [negative])  # what other ranks have computed, too
+    total = sum(ranks.gather(computed))
+    if total:
+        ranks.say(f"text embeddings: {total} computed into {cache.directory}")

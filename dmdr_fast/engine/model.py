@@ -1,0 +1,74 @@
+"""What a run's network is: SiT on class labels, or a family of text-to-image networks, behind one small protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dmdr_fast.algorithm.paths import Path
+from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.config import Config
+
+
+class Model(Protocol):
+    """The network that teacher, fake score and generator start from, and what belongs to it.
+
+    Networks are called as ``network(x_t, t, condition)``: x_t [B, *latent_shape] in the compute dtype, t fp32 [B]; they
+    return ``prediction`` ("flow" or "eps") on ``path`` in x_t's shape.
+
+    Attributes:
+        teacher_shift: the timestep shift of the teacher's own multi-step samples.
+        saturation: |x0| beyond which a value counts as saturated.
+        lora_targets: layers of an adapter where the configuration names none.
+        merges_lora: a generator that is a LoRA is saved merged into the weights; False: by itself.
+        num_classes: None for networks that read prompts.
+    """
+
+    prediction: str
+    path: Path
+    latent_shape: tuple[int, ...]
+    teacher_shift: float
+    saturation: float
+    lora_targets: tuple[str, ...]
+    merges_lora: bool
+    num_classes: int | None
+
+    def load(self, device: torch.device, generator: FilePath | None = None, *, whole: bool = False) -> nn.Module:
+        """The teacher's network on ``device``, or with the weights of a file that ``save_generator`` wrote.
+
+        Under stage 3 it is partitioned while it is read, in the compute dtype, and no rank ever holds all of it; unless
+        ``whole``, or where partitions go to NVMe: DeepSpeed sends them there when it takes over the network.
+
+        Raises:
+            UserError: weights that are missing, damaged or another network's.
+        """
+        ...
+
+    def decoder(self, device: torch.device) -> Decode:
+        """Latents fp32 to images in about [-1, 1]."""
+        ...
+
+
+def open_model(config: Config) -> Model:
+    """The model of ``model.family``; a digits teacher is trained first where the recipe says so. Any rank may call.
+
+    Raises:
+        UserError: the teacher cannot be had, or does not fit the configuration.
+    """
+    if config.model.family == "sit":
+        from dmdr_fast.engine.sit_model import SiTModel
+        from dmdr_fast.engine.teacher import teacher_weights
+
+        return SiTModel(config, teacher_weights(config))
+    from dmdr_fast.engine.pipeline_model import PipelineModel
+
+    return PipelineModel.open(config)
+
+
+def partitions_on_load(settings: dict[str, Any], *, whole: bool) -> bool:
+    """Whether the weights of a network with these DeepSpeed settings are partitioned as they are read."""
+    zero = settings["zero_optimization"]
+    return zero["stage"] == 3 and not whole and zero.get("offload_param", {}).get("device") != "nvme"

@@ -1,0 +1,147 @@
+"""A family of text-to-image networks as a run's model: everything from one diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmdr_fast.algorithm.paths import FLOW
+from dmdr_fast.algorithm.paths import Path as NoisePath
+from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.config import Config
+from dmdr_fast.engine.engines import DTYPES, engine_config
+from dmdr_fast.engine.model import partitions_on_load
+from dmdr_fast.engine.sit_model import LATENT_SATURATION
+from dmdr_fast.errors import UserError
+from dmdr_fast.models.families import Denoiser, Family, open_family
+from dmdr_fast.models.families.loading import check_weights, weights_of
+from dmdr_fast.models.stored import (
+    Stored,
+    load_partitioned,
+    load_whole,
+    parameters_on_meta,
+    stored_tensors,
+    with_lora,
+)
+from dmdr_fast.models.vae import save_decoder_memory
+
+PREFIX = "transformer."  # of the network's parameters in a Denoiser
+
+
+@dataclass(frozen=True)
+class PipelineModel:
+    """A pipeline's denoiser and VAE as a run's model (``dmdr_fast.engine.model.Model``)."""
+
+    config: Config
+    family: Family
+    latent_shape: tuple[int, int, int]
+
+    saturation = LATENT_SATURATION
+    merges_lora = False  # merged, the weights of a 20B network would take 80 GB of one host's memory
+    num_classes = None
+
+    @classmethod
+    def open(cls, config: Config) -> PipelineModel:
+        """Read the pipeline's configs and look for its weights; nothing is loaded.
+
+        Raises:
+            UserError: no pipeline, one of another family, weights that are missing, a resolution it cannot make.
+        """
+        teacher, name = config.teacher, config.model.family
+        try:
+            family = open_family(
+                teacher.pipeline, revision=teacher.revision, length=config.data.max_length, guidance=teacher.guidance
+            )
+            if family.name != name:
+                raise ValueError(f"pipeline {teacher.pipeline}: a {family.pipelines[0]}, of model.family {family.name}")
+            check_weights(family.path, family.folder)
+            check_weights(family.path, "vae")
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"teacher.pipeline: {error} (model.family is {name})") from None
+        try:
+            shape = family.latent_shape(config.model.resolution, config.model.resolution)
+        except ValueError as error:
+            raise UserError(f"model.resolution: {error}") from None
+        return cls(config, family, shape)
+
+    @property
+    def prediction(self) -> str:
+        return self.family.prediction
+
+    @property
+    def path(self) -> NoisePath:
+        return FLOW if self.prediction == "flow" else self.family
+
+    @property
+    def teacher_shift(self) -> float:
+        return self.family.default_shift(self.config.model.resolution, self.config.model.resolution)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return self.family.lora_targets
+
+    def load(self, device: torch.device, generator: Path | None = None, *, whole: bool = False) -> Denoiser:
+        settings, dtype = engine_config(self.config, trained=True), DTYPES[self.config.deepspeed.dtype]
+        partitioned = partitions_on_load(settings, whole=whole)
+        try:
+            if generator is None and not partitioned:
+                return Denoiser(self.family, self.family.load_transformer(dtype)).to(device)
+            with parameters_on_meta():
+                network = self.family.build_from_config(self.family.network_config)
+            stored = self._stored(generator)
+            if partitioned:
+                load_partitioned(network, stored, dtype=dtype, settings=settings)
+            else:
+                load_whole(network, stored, dtype=dtype, device=device)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"teacher.pipeline: {error}") from None
+        return Denoiser(self.family, network.eval()).to(device)
+
+    def _stored(self, generator: Path | None) -> dict[str, Stored]:
+        """The network's tensors: the teacher's, with the generator's in their place or its LoRA merged in."""
+        teacher = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))
+        if generator is None:
+            return teacher
+        trained = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(generator).items()}
+        if is_lora(trained):
+            return with_lora(teacher, trained, lora_scale(generator))
+        return teacher | trained
+
+    def decoder(self, device: torch.device) -> Decode:
+        settings = self.config.decoder
+        try:
+            vae = self.family.load_vae(DTYPES[settings.dtype]).to(device)
+            save_decoder_memory(vae, tiling=settings.tiling, recompute=settings.recompute)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"teacher.pipeline: {error}") from None
+        return PipelineDecoder(self.family, vae).decode
+
+
+@dataclass(frozen=True)
+class PipelineDecoder:
+    """The pipeline's VAE, frozen."""
+
+    family: Family
+    vae: nn.Module
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in about [-1, 1], in the VAE's dtype; differentiable."""
+        return self.family.decode(self.vae, latents)
+
+
+def is_lora(tensors: Mapping[str, Any]) -> bool:
+    """Whether a generator's file holds an adapter rather than weights."""
+    return any(name.endswith(".lora_A") for name in tensors)
+
+
+def lora_scale(generator: Path) -> float:
+    """The scale that a generator's adapter was trained at, noted in its file."""
+    from safetensors import safe_open
+
+    with safe_open(generator, framework="pt") as file:
+        return float((file.metadata() or {}).get("lora_scale", "1.0"))

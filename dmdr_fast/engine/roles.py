@@ -1,0 +1,190 @@
+"""Networks as the algorithm calls them, and what trains one: an engine of its own, or an adapter on a shared base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from dmdr_fast.config import AdamW, Config
+from dmdr_fast.engine.engines import DTYPES, clips_itself
+from dmdr_fast.engine.optimizers import build_optimizer
+from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.models.lora import LoraAdapter, Scale
+from dmdr_fast.models.partitioned import kept_whole
+
+Worn = Mapping[LoraAdapter, Scale]
+
+
+class Role:
+    """A network as the algorithm calls it: fp32 latents in, fp32 predictions out, compute dtype in between.
+
+    ``worn`` says which adapters of the network act in this role, and how much; None is off.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, worn: Worn | None = None) -> None:
+        self.network, self.dtype, self.worn = network, dtype, dict(worn or {})
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        for adapter, scale in self.worn.items():
+            adapter.set_scale(scale)
+        return self.network(x_t.to(self.dtype), t, condition).float()
+
+
+class FrozenRole(Role):
+    """A role that is only evaluated."""
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        return super().__call__(x_t, t, condition)
+
+
+class TrainedRole(Role):
+    """A role with an engine behind it (``dmdr_fast.algorithm.recipe.Trained``).
+
+    A LoRA role passes its adapter: the graded forward wears it at ``lora_scale``.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        config: Config,
+        adapter: LoraAdapter | None = None,
+        lora_scale: float = 1.0,
+    ) -> None:
+        super().__init__(engine, DTYPES[config.deepspeed.dtype], {} if adapter is None else {adapter: lora_scale})
+        self.engine, self.module, self.adapter, self.lora_scale = engine, engine.module, adapter, lora_scale
+        self.keep_gathered = config.rollout.keep_gathered
+        self.own_clip = config.optimizer.clip if clips_itself(config) else None
+        self.gradient_norm = float("nan")  # of the last step that was applied, before clipping
+
+    def whole_weights(self) -> AbstractContextManager:
+        """Inside, forwards without grad find the weights gathered (``rollout.keep_gathered``); none may change them."""
+        return kept_whole(self.module.parameters()) if self.keep_gathered else nullcontext()
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by the module's names; an adapter's as "LAYER.lora_A"."""
+        if self.adapter is not None:
+            return dict(self.adapter.named_parameters())
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; DeepSpeed averages over micro-steps and ranks.
+
+        A micro-batch may have several losses, so DeepSpeed, which would count calls, is told which is the last.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+
+    def step(self) -> bool:
+        """Clip and step. A non-finite gradient anywhere leaves weights and optimizer untouched on every rank.
+
+        ZeRO's optimizers decide that from the global norm that they need for clipping. The plain fp32 engine has no
+        such check: its gradients, by now the same on all ranks, are looked at here.
+        """
+        if self.own_clip is None:
+            self.engine.step()
+            applied, norm = self.engine.was_step_applied(), self.engine.get_global_grad_norm()
+        else:
+            norm = clip(self.module.parameters(), self.own_clip)
+            applied = bool(torch.isfinite(norm))
+            if not applied:
+                self.engine.zero_grad()  # AdamW passes over parameters without a gradient
+            self.engine.step()
+        if applied:
+            self.gradient_norm = float(norm)
+        return applied
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write weights and optimizer to ``folder/name``. All ranks must call."""
+        self.engine.save_checkpoint(
+            str(folder), tag=name, save_latest=False, exclude_frozen_parameters=self.adapter is not None
+        )
+
+    def load(self, folder: Path, name: str) -> None:
+        """Take up what :meth:`save` wrote. All ranks must call."""
+        self.engine.load_checkpoint(str(folder), tag=name, load_module_strict=self.adapter is None)
+
+
+class AdapterRole(Role):
+    """A role that is one adapter on a frozen base which other roles share (``sharing: shared_all``).
+
+    The base may be partitioned; the adapter, fp32 and small, is whole on every rank, with an AdamW of its own. Its
+    gradients are averaged over the ranks in one all-reduce per step.
+    """
+
+    def __init__(
+        self, base: nn.Module, config: Config, adapter: LoraAdapter, worn: Worn, settings: AdamW, ranks: Runtime
+    ) -> None:
+        super().__init__(base, DTYPES[config.deepspeed.dtype], worn)
+        self.module, self.adapter, self.lora_scale, self.ranks = base, adapter, worn[adapter], ranks
+        self.parameters = list(adapter.parameters())
+        self.optimizer = build_optimizer(self.parameters, settings, "adamw")
+        self.keep_gathered = config.rollout.keep_gathered
+        self.accumulation, self.clip = config.train.gradient_accumulation, config.optimizer.clip
+        self.gradient_norm = float("nan")
+
+    def whole_weights(self) -> AbstractContextManager:
+        """As :meth:`TrainedRole.whole_weights`."""
+        return kept_whole(self.module.parameters()) if self.keep_gathered else nullcontext()
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, as "LAYER.lora_A"."""
+        return dict(self.adapter.named_parameters())
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of one loss; on the last one they are averaged over the ranks."""
+        (loss / self.accumulation).backward()
+        if last and self.ranks.world_size > 1:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]  # the same ones on every rank
+            flat = self.ranks.mean(torch.cat([g.flatten() for g in gradients]))
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def step(self) -> bool:
+        """Clip and step; a gradient that is not finite, on whichever rank, leaves everything as it was on all."""
+        norm = clip(self.parameters, self.clip)
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            self.optimizer.step()
+            self.gradient_norm = float(norm)
+        self.optimizer.zero_grad()
+        return applied
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write adapter and optimizer, the same on every rank, to ``folder/name``. All ranks must call."""
+        if self.ranks.is_main:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            state = {"adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(state, folder / name / "adapter.pt")
+        self.ranks.barrier()
+
+    def load(self, folder: Path, name: str) -> None:
+        """Take up what :meth:`save` wrote. All ranks must call."""
+        state = torch.load(folder / name / "adapter.pt", map_location="cpu", weights_only=True)
+        self.adapter.load_state_dict(state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def clip(parameters: Iterable[nn.Parameter], bound: float) -> Tensor:
+    """Scale the gradients to norm ``bound`` where theirs is larger (0: never); returns the norm from before."""
+    graded = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in graded])
+    if bound:
+        torch.nn.utils.clip_grads_with_norm_(graded, bound, norm)
+    return norm

@@ -1,0 +1,119 @@
+"""SiT: the class-conditional network of ``model``, with weights from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dmdr_fast.algorithm.paths import FLOW
+from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.config import Config
+from dmdr_fast.engine.engines import DTYPES, engine_config
+from dmdr_fast.engine.model import partitions_on_load
+from dmdr_fast.errors import UserError
+from dmdr_fast.models.sit import SiT, load_sit_weights
+from dmdr_fast.models.sit_weights import stored_sit_tensors
+from dmdr_fast.models.stored import load_partitioned, parameters_on_meta
+from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder, save_decoder_memory
+from dmdr_fast.preflight import HUB_PREFIX
+
+LATENT_SATURATION = 4.0  # latents have unit variance
+
+
+def build_network(config: Config) -> SiT:
+    """The network of ``model``, untrained."""
+    m = config.model
+    return SiT(
+        input_size=config.latent_size,
+        patch_size=m.patch_size,
+        in_channels=m.channels,
+        hidden_size=m.hidden_size,
+        depth=m.depth,
+        num_heads=m.num_heads,
+        num_classes=m.num_classes,
+        learn_sigma=m.learn_sigma,
+        time_reversed=m.time_reversed,
+    )
+
+
+def resolve_weights(weights: str) -> Path:
+    """A local path from a path or ``hf://ORG/REPO/FILE``, downloaded into the hub's own cache.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
+    if not weights.startswith(HUB_PREFIX):
+        return Path(weights).expanduser()
+    organisation, repository, file = weights.removeprefix(HUB_PREFIX).split("/", 2)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(f"{organisation}/{repository}", file))
+    except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"teacher.weights: {weights} could not be fetched: {reason}; give a local path") from None
+
+
+@dataclass(frozen=True)
+class SiTModel:
+    """SiT as a run's model (``dmdr_fast.engine.model.Model``). ``teacher`` is the file of the teacher's weights."""
+
+    config: Config
+    teacher: Path
+
+    prediction = "flow"
+    path = FLOW
+    lora_targets = ("attn.qkv",)
+    merges_lora = True
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.config.latent_size
+        return self.config.model.channels, size, size
+
+    @property
+    def teacher_shift(self) -> float:
+        return self.config.student.shift
+
+    @property
+    def saturation(self) -> float:
+        return 1.0 if self.config.decoder.kind == "identity" else LATENT_SATURATION
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.model.num_classes
+
+    def load(self, device: torch.device, generator: Path | None = None, *, whole: bool = False) -> SiT:
+        weights, settings = generator or self.teacher, engine_config(self.config, trained=True)
+        try:
+            if not partitions_on_load(settings, whole=whole):
+                network = build_network(self.config)
+                load_sit_weights(network, weights)
+                return network.to(device)
+            with parameters_on_meta():
+                network = build_network(self.config)
+            stored = stored_sit_tensors(network, weights)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"teacher.weights: {error}") from None
+        load_partitioned(network, stored, dtype=DTYPES[self.config.deepspeed.dtype], settings=settings)
+        return network
+
+    def decoder(self, device: torch.device) -> Decode:
+        config = self.config
+        if config.decoder.kind == "identity":
+            return IdentityDecoder().decode
+        try:
+            decoder = LatentDecoder.from_pretrained(config.decoder.path, dtype=DTYPES[config.decoder.dtype]).to(device)
+            save_decoder_memory(decoder.vae, tiling=config.decoder.tiling, recompute=config.decoder.recompute)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"decoder.path: {error}") from None
+        factor = 2 ** (len(decoder.vae.config.block_out_channels) - 1)
+        if (factor, decoder.vae.config.latent_channels) != (config.decoder_factor, config.model.channels):
+            raise UserError(
+                f"decoder.path: {config.decoder.path} makes {factor} pixels of a latent pixel and takes "
+                f"{decoder.vae.config.latent_channels} channels; expected {config.decoder_factor} and model.channels "
+                f"{config.model.channels}"
+            )
+        return decoder.decode

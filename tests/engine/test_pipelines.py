@@ -1,0 +1,142 @@
+"""Every family from its pipeline to a pipeline: prompts, cache, two ZeRO-3 ranks, a kill, a resume, an export."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dmdr_fast import sample
+from dmdr_fast.cli import run_user_command
+from dmdr_fast.data.text_cache import TextCache
+from dmdr_fast.engine.pipeline_model import is_lora
+from dmdr_fast.export import export_run
+from dmdr_fast.models.families import TextEncoder
+from tests.families import PIPELINES, PROMPTS
+from tests.models.families.test_export import assert_same_images
+from tests.rewards.conftest import small_clip  # noqa: F401, a fixture
+
+from .pipeline_runs import BRIGHTNESS, SIZE, opened, words
+
+FINAL = "final/generator.safetensors"
+LORA = {"student__lora__rank": 2}
+# How each family runs: together they see every sharing, whole and LoRA generators, with CFG and without.
+RUNS = {
+    "sd3": {"sharing": "shared_all", "teacher__cfg_scale": 3, **LORA},
+    "flux": {"sharing": "shared_score", "teacher__guidance": 2.5},
+    "flux2": {"sharing": "shared_score", **LORA},
+    "z_image": {"sharing": "separate", "teacher__cfg_scale": 2},
+    "qwen_image": {"sharing": "shared_all", "teacher__cfg_scale": 4, **LORA},
+    "sdxl": {"sharing": "shared_score", "teacher__cfg_scale": 5},
+}
+ZERO3 = {"deepspeed__stage": 3, "train__micro_batch_size": 2, "checkpoint__every": 1, "checkpoint__keep": 9}
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def difference(a, b):
+    """|a - b| / |a| over all tensors; of adapters over every B, which starts at zero and so is the update itself."""
+    names = [name for name in a if not name.endswith("lora_A")]
+    one, two = (torch.cat([weights[name].flatten() for name in names]) for weights in (a, b))
+    return ((one - two).norm() / one.norm()).item()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The pipelines, the prompts and the text cache of all these runs."""
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture(scope="session")
+def changes(request):
+    """changes(family) -> the keys of its runs; SD3's follows CLIP score too."""
+    clip = request.getfixturevalue("small_clip").path
+    clip_score = [{"kind": "clip_score", "path": str(clip), "weight": 0.1}, {"kind": BRIGHTNESS}]
+    return lambda family: RUNS[family] | ({"reward__terms": json.dumps(clip_score)} if family == "sd3" else {})
+
+
+@pytest.fixture(scope="session")
+def finished(launch, run, folder, changes, tmp_path_factory):
+    """finished(family) -> run_dir of a run on two ZeRO-3 ranks, killed after its second update and resumed; once."""
+    done = {}
+
+    def result(family):
+        if family not in done:
+            run_dir = done[family] = tmp_path_factory.mktemp(family)
+            arguments = words(family, folder, run_dir, **changes(family), **ZERO3)
+            process = launch(arguments, ranks=2, small=False)
+            while process.poll() is None and not (run_dir / "checkpoints/step_00000002/manifest.json").exists():
+                time.sleep(0.005)
+            process.kill()
+            _, err = process.communicate()
+            assert not (run_dir / FINAL).exists(), err
+            assert (run_dir / "checkpoints/step_00000002").is_dir(), err
+            code, out, err = run(arguments, ranks=2, small=False)
+            assert code == 0, err
+            assert "resumed from" in out and "step 2" in out and "text embeddings" not in out
+        return done[family]
+
+    return result
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_exported_pipeline_draws_the_images_of_the_trainer(finished, tmp_path, family):
+    run_dir = finished(family)
+    assert [("reward" in record, "dmd_loss" in record) for record in records(run_dir)] == [
+        (False, True),
+        (True, True),
+        (True, True),
+    ]
+    config, model = vars(opened(run_dir)).values()
+    assert is_lora(load_file(run_dir / FINAL)) == (config.student.lora.rank > 0)
+    start = load_file(run_dir / "cold_start/generator.safetensors")
+    assert difference(start, load_file(run_dir / FINAL)) > 1e-3
+    export_run(run_dir, tmp_path / "out", dtype="fp32")
+    cpu = torch.device("cpu")
+    network = model.load(cpu, run_dir / FINAL, whole=True)
+    cache = TextCache(TextEncoder(model.family, dtype=torch.float32), config.data.cache)
+    case = SimpleNamespace(
+        family=model.family,
+        entries=[cache.get(prompt) for prompt in PROMPTS],
+        pipeline=SimpleNamespace(vae=model.family.load_vae(torch.float32)),
+    )
+    size = {} if model.family.sized else {"height": SIZE, "width": SIZE}
+    assert_same_images(case, tmp_path / "out", network.transformer, (1.0, 0.5, 0.0), model.family.guidance, **size)
+
+
+def test_sampling_a_run_and_its_pipeline(finished, tmp_path):
+    run_dir, prompts = finished("sd3"), list(PROMPTS)
+    assert not run_user_command(sample.main, [str(run_dir), "--prompts", *prompts, "--out", str(tmp_path / "run.png")])
+    images = sample.sample_run(run_dir, prompts)
+    alone = sample.sample_run(run_dir, prompts[:1])
+    torch.testing.assert_close(alone[0], images[0], rtol=0, atol=1e-5)  # an image does not depend on its company
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / "run.png"))).permute(2, 0, 1)
+    assert grid.shape == (3, 2 * SIZE, 2 * SIZE)
+    for i, image in enumerate(images):
+        top, left = SIZE * (i // 2), SIZE * (i % 2)
+        cell = grid[:, top : top + SIZE, left : left + SIZE]
+        assert (cell / 127.5 - 1 - image).abs().max() < 0.51 / 127.5
+    assert (grid[:, SIZE:, SIZE:] == 255).all()
+    export_run(run_dir, tmp_path / "out", dtype="fp32")
+    arguments = [str(tmp_path / "out"), "--prompts", *prompts, "--out", str(tmp_path / "pipeline.png")]
+    assert not run_user_command(sample.main, arguments)
+    assert Image.open(tmp_path / "pipeline.png").size == (2 * SIZE, 2 * SIZE)
+    assert run_user_command(sample.main, [str(tmp_path), "--prompts", "sea"]) == 2
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_two_zero3_ranks_equal_one_rank(finished, run, folder, changes, tmp_path, family):
+    """shared_score (FLUX.1) and shared_all (SD3), with a kill in between on the two ranks."""
+    code, _, err = run(words(family, folder, tmp_path, **changes(family)), small=False)
+    assert code == 0, err
+    assert difference(*(load_file(f / FINAL) for f in (tmp_path, finished(family)))) < 1e-4
+    for a, b in zip(records(tmp_path), records(finished(family)), strict=True):
+        for name in ("dmd_loss", "fake_loss", "reward", "generator_grad_norm", "fake_grad_norm"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
