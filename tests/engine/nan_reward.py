@@ -30,8 +30,8 @@ class Poisoned(torch.nn.Module):
         return values
 
 
-def poisoned(config, device):
-    rewards = build(config, device)
+def poisoned(*given):
+    rewards = build(*given)
     rewards.terms = [(Poisoned(reward), weight, normalize) for reward, weight, normalize in rewards.terms]
     return rewards
 
