@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from .test_distributed import weight_difference
+from .test_resume import wait_for_step
 
 REWARDS = Path(__file__).with_name("user_rewards.py")
 FOUR = ["--train.cold_start_steps", "1", "--train.generator_steps", "4", "--train.fake_updates", "1"]
@@ -85,18 +86,16 @@ RESUMED = {
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_killed_and_resumed_is_uninterrupted_to_the_byte(run, launch, tmp_path, method):
-    """Stopped after update 3 by its own length, which leaves what a kill leaves: a checkpoint, and nothing more."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = [*RESUMED[method], "--train.cold_start_steps", "1", "--checkpoint.every", "1"]
-    code, _, err = run([*options, "--train.generator_steps", "6", "--run_dir", whole])
+    code, _, err = run([*options, "--train.generator_steps", "24", "--run_dir", whole])
     assert code == 0, err
-    process = launch([*options, "--train.generator_steps", "6", "--run_dir", broken])
-    while process.poll() is None and not (broken / "checkpoints" / "step_00000003" / "manifest.json").exists():
-        pass
+    process = launch([*options, "--train.generator_steps", "24", "--run_dir", broken])
+    wait_for_step(process, broken, 3)
     process.kill()
     process.communicate()
     assert not (broken / FINAL).exists()
-    code, out, err = run([*options, "--train.generator_steps", "6", "--run_dir", broken])
+    code, out, err = run([*options, "--train.generator_steps", "24", "--run_dir", broken])
     assert code == 0 and "resumed from" in out, err
     assert (whole / FINAL).read_bytes() == (broken / FINAL).read_bytes()
 
