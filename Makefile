@@ -16,7 +16,7 @@ quickstart: install  ## train a digits teacher, distil it, draw the report: runs
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/deepspeed dmdr_fast/train.py --config configs/digits.yaml
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests
+	$(BIN)/python -m pytest -n 3 --dist worksteal tests
 
 bench: install
 	$(BIN)/python -m pytest benchmarks

@@ -54,5 +54,6 @@ def test_renoise_by_given_noise(bench, shape, dtype):
             backward_bytes=tensor_bytes(2, shape, dtype),
             wrt=("x0",),
             variant="noise",
+            note="both read and write each tensor once; torch.compile's generated code stores through the cache",
         )
     )

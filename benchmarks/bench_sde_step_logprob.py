@@ -60,5 +60,6 @@ def test_replay(bench, shape, dtype):
             options=OPTIONS,
             outputs=("logprob",),
             variant="replay",
+            note="both read and write each tensor once and are bound by memory",
         )
     )

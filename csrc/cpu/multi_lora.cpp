@@ -102,10 +102,14 @@ void accumulate_outer(const dmdr_tensor &tensor, const Unit &unit, const float *
                       int64_t columns, uint32_t *weights, float *sums) {
   constexpr int64_t kStep = Product::kPerWord;
   const int64_t words = words_of<Product>(unit.count);
+  // Tile by tile, each [words][ranks of the tile]: what a tile reads is contiguous, at any rank.
   std::memset(weights, 0, words * rank * 4);
-  for (int64_t row = 0; row < unit.count; ++row)
-    for (int64_t r = 0; r < rank; ++r)
-      Product::put(weights + row / kStep * rank + r, row % kStep, down[row * down_row + r]);
+  for_row_tiles(rank, [&](auto ranks, int64_t r) {
+    constexpr int kRanks = decltype(ranks)::value;
+    for (int64_t row = 0; row < unit.count; ++row)
+      for (int i = 0; i < kRanks; ++i)
+        Product::put(weights + r * words + row / kStep * kRanks + i, row % kStep, down[row * down_row + r + i]);
+  });
   alignas(64) uint32_t panel[kUnitRows * kOuterColumns];  // the unit's rows as words, for all ranks to read from L1
   for (int64_t begin = 0; begin < columns; begin += kOuterColumns) {
     const int64_t some = columns - begin < kOuterColumns ? columns - begin : kOuterColumns;
@@ -126,7 +130,7 @@ void accumulate_outer(const dmdr_tensor &tensor, const Unit &unit, const float *
         for (int i = 0; i < kRanks; ++i)
           for (int v = 0; v < kVectors; ++v)
             acc[i][v] = read<Float32>(target + i * columns * 4, moved(where, v * kLanes));
-        multiply_add<Product>(acc, weights + r, 1, rank, panel + where.at, kOuterColumns, words);
+        multiply_add<Product>(acc, weights + r * words, 1, kRanks, panel + where.at, kOuterColumns, words);
         for (int i = 0; i < kRanks; ++i)
           for (int v = 0; v < kVectors; ++v)
             write<Float32>(target + i * columns * 4, moved(where, v * kLanes), acc[i][v]);

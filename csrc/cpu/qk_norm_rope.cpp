@@ -105,8 +105,9 @@ void backward_token(const dmdr_qk_norm_rope_args &args, const dmdr_qk_side &side
   const Angles<Type> angles(args, sample, row);
   const Row<Type> weight(side.weight, 0);
   const bool weighted = side.weight.data != nullptr, sums_weight = side.grad_weight != nullptr;
-  alignas(64) float turned[DMDR_ROPE_FEATURES];
-  char *const turned_row = reinterpret_cast<char *>(turned);
+  alignas(64) float turned[DMDR_ROPE_FEATURES], of_heads[DMDR_ROPE_FEATURES];
+  char *const turned_row = reinterpret_cast<char *>(turned), *const heads_sum = reinterpret_cast<char *>(of_heads);
+  if (sums_weight) std::memset(of_heads, 0, args.features * 4);
   for (int64_t head = 0; head < side.heads; ++head) {
     const Row<Type> x = head_row<Type>(side.x, sample, row, head), grad = head_row<Type>(side.grad, sample, row, head);
     const Row<Type> grad_x = head_row<Type>(side.grad_x, sample, row, head);
@@ -118,7 +119,7 @@ void backward_token(const dmdr_qk_norm_rope_args &args, const dmdr_qk_side &side
                           const F normal = x.load(where) * rstd;
                           F g = read<Float32>(turned_row, where);
                           if (sums_weight)
-                            write<Float32>(weight_sum, where, read<Float32>(weight_sum, where) + g * normal);
+                            write<Float32>(heads_sum, where, read<Float32>(heads_sum, where) + g * normal);
                           if (weighted) {
                             g *= weight.load(where);
                             write<Float32>(turned_row, where, g);
@@ -129,6 +130,11 @@ void backward_token(const dmdr_qk_norm_rope_args &args, const dmdr_qk_side &side
       grad_x.store(where, rstd * (read<Float32>(turned_row, where) - x.load(where) * rstd * along));
     });
   }
+  // A token's sum is added as one number: the rounding errors of a sum grow with its length.
+  if (sums_weight)
+    for_vectors(0, args.features, [&](auto where) {
+      write<Float32>(weight_sum, where, read<Float32>(weight_sum, where) + read<Float32>(heads_sum, where));
+    });
 }
 
 template <class Type>
@@ -144,9 +150,9 @@ void backward_side(const dmdr_qk_norm_rope_args &args, const dmdr_qk_side &side,
   });
   if (side.grad_weight == nullptr) return;
   for (int64_t i = 0; i < features; ++i) {
-    float total = 0.f;
+    double total = 0.;
     for (int64_t item = 0; item < blocks.items(); ++item) total += workspace[item * features + i];
-    side.grad_weight[i] = total;
+    side.grad_weight[i] = static_cast<float>(total);
   }
 }
 

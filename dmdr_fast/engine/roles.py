@@ -129,7 +129,7 @@ class AdapterRole(Role):
         super().__init__(base, DTYPES[config.deepspeed.dtype], worn)
         self.module, self.adapter, self.lora_scale, self.ranks = base, adapter, worn[adapter], ranks
         self.parameters = list(adapter.parameters())
-        self.optimizer = build_optimizer(self.parameters, settings, "adamw")
+        self.optimizer = build_optimizer(self.parameters, settings, config.optimizer.kind)
         self.keep_gathered = config.rollout.keep_gathered
         self.accumulation, self.clip = config.train.gradient_accumulation, config.optimizer.clip
         self.gradient_norm = float("nan")

@@ -31,12 +31,13 @@ def changes(work: Workload) -> Iterator[Change]:
         yield Change(f"memory.activation: {mode}", replace(work, activation=mode), 0)
     if work.zero.stage < 3:
         yield Change("deepspeed.stage: 3", replace(work, zero=replace(work.zero, stage=3)), 0)
-    if work.zero.stage and work.zero.reduce_bucket > 50_000_000:
+    engines = work.zero.stage and work.sharing != "shared_all"  # whose adapters have neither buckets nor shards
+    if engines and work.zero.reduce_bucket > 50_000_000:
         zero = replace(work.zero, reduce_bucket=50_000_000)
         yield Change("zero_optimization.reduce_bucket_size: 5e7", replace(work, zero=zero), 0)
     if work.keep_gathered:
         yield Change("rollout.keep_gathered: false", replace(work, keep_gathered=False), 0)
-    if work.zero.stage and not work.zero.offload_optimizer:
+    if engines and not work.zero.offload_optimizer:
         zero = replace(work.zero, offload_optimizer=True)
         yield Change("zero_optimization.offload_optimizer.device: cpu", replace(work, zero=zero), 0)
     yield from _reward_changes(work)
@@ -57,8 +58,10 @@ def _reward_changes(work: Workload) -> Iterator[Change]:
         return
     if min(reward.chunk, work.batch) > 1:
         yield Change("rl.refl.chunk: 1", replace(work, reward=replace(reward, chunk=1)), 0)
-    if not reward.recompute:
-        yield Change("rl.refl.checkpoint: true", replace(work, reward=replace(reward, recompute=True)), 0)
+    if work.shape.vae is not None and not reward.recompute:
+        yield Change("decoder.recompute: true", replace(work, reward=replace(reward, recompute=True)), 0)
+    if not reward.checkpoint:
+        yield Change("rl.refl.checkpoint: true", replace(work, reward=replace(reward, checkpoint=True)), 0)
     if reward.dtype == "fp32":
         yield Change("decoder.dtype: bf16", replace(work, reward=replace(reward, dtype="bf16")), 1)
 
@@ -108,7 +111,9 @@ def _shortest(found: list[tuple[Change, ...]], hardware: Hardware) -> tuple[tupl
 def _all_levers(work: Workload, price: int) -> Workload:
     """Every lever up to ``price`` at once: what does not fit then fits with none of them."""
     while True:
-        possible = [c for c in changes(work) if c.price <= price and "checkpoint" not in c.keys]  # that may take more
+        possible = [c for c in changes(work) if c.price <= price]
+        # Recomputing the whole decoder may take more.
+        possible = [c for c in possible if not c.keys.startswith("rl.refl.checkpoint")]
         if not possible:
             return work
         work = possible[0].work

@@ -126,12 +126,14 @@ def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCos
     role = phase.partition(" ")[0]
     if role in ("fake", "generator"):
         repeats = work.fake_updates if role == "fake" else 1
-        gradients = trained_by(work, role) * DTYPES[work.dtype].itemsize
-        if work.zero.stage == 0:  # all-reduce, once per update: everything is sent twice
+        whole = work.sharing == "shared_all"  # adapters in fp32, their gradients in one flat tensor
+        gradients = trained_by(work, role) * (4 if whole else DTYPES[work.dtype].itemsize)
+        if work.zero.stage == 0 or whole:  # all-reduce, once per update: everything is sent twice
             received += 2 * gradients * repeats * (n - 1) / n
         else:
             received += gradients * repeats * micro * (n - 1) / n
-        collectives += repeats * micro * math.ceil(gradients / (work.zero.reduce_bucket * DTYPES[work.dtype].itemsize))
+        buckets = math.ceil(gradients / (work.zero.reduce_bucket * DTYPES[work.dtype].itemsize))
+        collectives += repeats if whole else repeats * micro * buckets
         if work.activation == "offload":
             tokens = _block_inputs(work)
             host += 2 * tokens * repeats * micro
@@ -155,12 +157,13 @@ def _block_inputs(work: Workload) -> float:
 
 def _step(work: Workload, hardware: Hardware) -> PhaseCost:
     """Read and write master, moments, gradient and weights of what this GPU steps; stage 2 gathers the weights."""
-    shards = hardware.gpus if work.zero.stage else 1
+    whole = work.sharing == "shared_all"
+    shards = hardware.gpus if work.zero.stage and not whole else 1
     width = DTYPES[work.dtype].itemsize
     steps = trained_by(work, "generator") + work.fake_updates * trained_by(work, "fake")
     touched = steps / shards * (24 + 3 * width + 4)
-    received = steps * width * (hardware.gpus - 1) / hardware.gpus if work.zero.stage == 2 else 0.0
-    if work.zero.offload_optimizer:
+    received = steps * width * (hardware.gpus - 1) / hardware.gpus if work.zero.stage == 2 and not whole else 0.0
+    if work.zero.offload_optimizer and not whole:
         return PhaseCost(received=received, host=steps / shards * 2 * width + touched / 4)
     host = steps / shards * 4 if work.optimizer == "paged_adamw_8bit" else 0.0
     return PhaseCost(hbm=touched, received=received, host=host)

@@ -72,12 +72,15 @@ def _reward(config: Config) -> RewardPass | None:
     reward, rl = config.reward, config.rl
     if rl.method == "none" or not reward.terms or config.train.cold_start_steps == config.train.generator_steps:
         return None
-    kinds = [term.kind for term in (*reward.terms, *reward.held_out)]
+    terms = [term for term in (*reward.terms, *reward.held_out) if term.kind in REWARDS]
     return RewardPass(
         graded=rl.method == "refl",
         chunk=rl.refl.chunk,
-        models=tuple(kind for kind in kinds if kind in REWARDS),
-        recompute=rl.refl.checkpoint,
+        models=tuple((term.kind, term.options.get("dtype", "fp32")) for term in terms),
+        tiling=config.decoder.tiling,
+        recompute=config.decoder.recompute,
+        checkpoint=rl.refl.checkpoint,
+        dtype=config.decoder.dtype,
     )
 
 

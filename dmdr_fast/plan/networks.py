@@ -100,12 +100,13 @@ def build(work: Workload, prepare: Callable[[nn.Module], None] = lambda model: N
         if score_base and work.frozen != "native":
             quantise_blocks(model.requires_grad_(False), "int8")  # float8 takes as much, and torchao to make it
         prepare(model)
+        # Under shared_all adapters are fp32 and no part of the engine, as dmdr_fast.engine.networks has it.
+        whole = work.sharing == "shared_all"
+        own = {"dtype": torch.float32 if whole else dtype, "registered": not whole}
         with META:
             for role, lora in roles.items():
                 if lora is not None:
-                    adapters[role] = add_lora(
-                        model, role, rank=lora.rank, targets=lora.targets, form=lora.form, dtype=dtype
-                    )
+                    adapters[role] = add_lora(model, role, rank=lora.rank, targets=lora.targets, form=lora.form, **own)
         return model
 
     if work.sharing == "shared_all":

@@ -13,7 +13,9 @@ def described(work: Workload) -> str:
     """The workload in a line."""
     total = sum(engine.weights for engine in engines(work).values())
     generator = f"LoRA {work.student_lora.rank}" if work.student_lora else "all weights"
-    rl = "no reward" if work.reward is None else f"reward {' + '.join(work.reward.models) or 'without a network'}"
+    rl = "no reward"
+    if work.reward is not None:
+        rl = f"reward {' + '.join(name for name, _ in work.reward.models) or 'without a network'}"
     return (
         f"{work.shape.name} at {work.resolution} px, sharing {work.sharing}, generator trains {generator} "
         f"({trained_by(work, 'generator') / 1e9:.2f}B of {total / 1e9:.2f}B stored), activation {work.activation}, "

@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmdr_fast import ops
+from dmdr_fast.models.vae import save_decoder_memory
 from dmdr_fast.plan.live import LiveBytes, flash_attention
 from dmdr_fast.plan.networks import DTYPES, META, latent_shape
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import RewardPass, Workload
 
+REWARD_DTYPES = DTYPES | {"fp16": torch.float16}
 MODELS = json.loads((Path(__file__).parent / "rewards.json").read_text())
 
 
@@ -41,9 +43,9 @@ def _traced(shape: Shape, resolution: int, options: RewardPass) -> RewardCost:
     """Trace R(decode(x0)) of one chunk, and its gradient as ``dmdr_fast.algorithm.rl.refl`` takes it."""
     vae = shape.build_vae()
     decoder = nn.Identity() if vae is None else nn.Module.to(vae, DTYPES[options.dtype]).requires_grad_(False).eval()
-    towers = [_tower(name, DTYPES[options.dtype]) for name in options.models]
-    if options.tiling and vae is not None:
-        vae.enable_tiling()
+    towers = [_tower(name, REWARD_DTYPES[dtype]) for name, dtype in options.models]
+    if vae is not None:
+        save_decoder_memory(vae, tiling=options.tiling, recompute=options.recompute)
     family = None if shape.family == "sit" else shape.opened()
 
     def decode(latent):
@@ -55,13 +57,13 @@ def _traced(shape: Shape, resolution: int, options: RewardPass) -> RewardCost:
     x0 = torch.empty(options.chunk, *latent_shape(shape, resolution), device=META)
     with flash_attention(), FlopCounterMode(display=False) as flops, live:
         leaf = x0.detach().requires_grad_(options.graded)
-        images = checkpoint(decode, leaf, use_reentrant=False) if options.recompute else decode(leaf)
+        images = checkpoint(decode, leaf, use_reentrant=False) if options.checkpoint else decode(leaf)
         score = sum(tower(images) for tower in towers) if towers else images.flatten(1).sum(1)
         if options.graded:
             score.sum().backward()  # autograd.grad would trip over the FLOP counter's hooks on the leaf
-    extra = sum(MODELS[name]["text_parameters"] for name in options.models) * DTYPES[options.dtype].itemsize
+    texts = [MODELS[name]["text_parameters"] * REWARD_DTYPES[dtype].itemsize for name, dtype in options.models]
     return RewardCost(
-        weights=sum(_bytes(m) for m in (decoder, *towers)) + extra,
+        weights=sum(_bytes(m) for m in (decoder, *towers)) + sum(texts),
         peak=max(sum(kinds.values()) for kinds in live.peaks.values()),
         flops=flops.get_total_flops() / options.chunk,
     )

@@ -37,14 +37,19 @@ class Zero:
 
 @dataclass(frozen=True)
 class RewardPass:
-    """Decode ``chunk`` samples at a time and score them; ``graded`` (ReFL) goes back to x0 through both."""
+    """Decode ``chunk`` samples at a time and score them; ``graded`` (ReFL) goes back to x0 through both.
+
+    tiling, recompute and dtype are the keys of ``decoder``, checkpoint that of ``rl.refl``. Reward models are fp32
+    unless their options say otherwise.
+    """
 
     graded: bool = True
     chunk: int = 1
-    models: tuple[str, ...] = ("pickscore",)  # names of rewards.json
+    models: tuple[tuple[str, str], ...] = (("pickscore", "fp32"),)  # names of rewards.json, types
     tiling: bool = False
     recompute: bool = False
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of decoder and reward models
+    checkpoint: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)

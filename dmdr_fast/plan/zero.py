@@ -14,6 +14,8 @@ reduce bucket (elements)       -                      2, twice, backward  2, alw
 =============================  =====================  ==================  ====================
 
 Stage 0 in fp32 has no master: the weights are it. 8-bit Adam keeps 2 bytes and two fp32 scales per 256 elements.
+Under `shared_all` the adapters are fp32 and whole on every GPU at every stage: 4 bytes each of weight and gradient,
+Adam's 8, the generator's EMA 4, and two copies of the gradients while they are averaged. The base trains nothing.
 """
 
 from __future__ import annotations
@@ -116,6 +118,11 @@ def resident(work: Workload, gpus: int) -> dict[str, float]:
             kinds["buckets"] += zero.reduce_bucket * width
         master = 0 if zero.stage == 0 and work.dtype == "fp32" else 4
         kinds["optimizer"] += trained * (master + MOMENTS[work.optimizer]) * on_gpu
+    if work.sharing == "shared_all":
+        adapters = trained_by(work, "generator") + trained_by(work, "fake")
+        kinds["parameters"] += 4 * adapters
+        kinds["optimizer"] += MOMENTS[work.optimizer] * adapters
+        shards = 1
     if work.reference == "frozen":  # a copy of the generator as RL starts
         size = engines(work)["generator"].size
         kinds["parameters"] += size / gpus if zero.stage == 3 else size
@@ -127,6 +134,8 @@ def resident(work: Workload, gpus: int) -> dict[str, float]:
 def backward_buffers(work: Workload, role: str, gpus: int) -> dict[str, float]:
     """Bytes per GPU beside the activations while the role runs backward, by kind."""
     zero, width = work.zero, WIDTH[work.dtype]
+    if zero.stage and work.sharing == "shared_all":  # at stage 0 the trace has them
+        return {"gradients": 4.0 * trained_by(work, role)}
     if zero.stage != 2:
         return {}
     return {
@@ -139,6 +148,8 @@ def step_buffers(work: Workload, role: str, gpus: int) -> dict[str, float]:
     """Bytes per GPU while the role's optimizer steps, by kind."""
     zero, width = work.zero, WIDTH[work.dtype]
     trained = trained_by(work, role)
+    if work.sharing == "shared_all":
+        return {"gradients": 4.0 * trained * (3 if gpus > 1 else 1)}
     if zero.offload_optimizer:
         return {}
     if zero.stage == 0:

@@ -28,7 +28,8 @@ def test_bytes_per_parameter_of_each_sharing():
     shared_score = replace(work, fake_lora=LORA)
     assert state(shared_score, 8) == pytest.approx((22 * weights + 16 * adapter) / 8)
     shared_all = replace(work, sharing="shared_all", fake_lora=LORA, student_lora=LORA)
-    assert state(shared_all, 8) == pytest.approx((2 * weights + (16 + 20) * adapter) / 8)
+    # the adapters are whole on every GPU, and their gradients there only from the backward pass to the step
+    assert state(shared_all, 8) == pytest.approx(2 * weights / 8 + (12 + 16) * adapter)
 
 
 @pytest.mark.parametrize(
