@@ -58,7 +58,7 @@ def _reward_changes(work: Workload) -> Iterator[Change]:
         return
     if min(reward.chunk, work.batch) > 1:
         yield Change("rl.refl.chunk: 1", replace(work, reward=replace(reward, chunk=1)), 0)
-    if work.shape.vae is not None and not reward.recompute:
+    if work.shape.vae_recomputes and not reward.recompute:
         yield Change("decoder.recompute: true", replace(work, reward=replace(reward, recompute=True)), 0)
     if not reward.checkpoint:
         yield Change("rl.refl.checkpoint: true", replace(work, reward=replace(reward, checkpoint=True)), 0)

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmdr_fast import ops
+from dmdr_fast.errors import UserError
 from dmdr_fast.models.vae import save_decoder_memory
-from dmdr_fast.plan.live import LiveBytes, flash_attention
+from dmdr_fast.plan.live import LiveBytes, flash_attention, no_collector
 from dmdr_fast.plan.networks import DTYPES, META, latent_shape
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import RewardPass, Workload
@@ -45,7 +46,10 @@ def _traced(shape: Shape, resolution: int, options: RewardPass) -> RewardCost:
     decoder = nn.Identity() if vae is None else nn.Module.to(vae, DTYPES[options.dtype]).requires_grad_(False).eval()
     towers = [_tower(name, REWARD_DTYPES[dtype]) for name, dtype in options.models]
     if vae is not None:
-        save_decoder_memory(vae, tiling=options.tiling, recompute=options.recompute)
+        try:
+            save_decoder_memory(vae, tiling=options.tiling, recompute=options.recompute)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     family = None if shape.family == "sit" else shape.opened()
 
     def decode(latent):
@@ -55,7 +59,7 @@ def _traced(shape: Shape, resolution: int, options: RewardPass) -> RewardCost:
 
     live = LiveBytes()
     x0 = torch.empty(options.chunk, *latent_shape(shape, resolution), device=META)
-    with flash_attention(), FlopCounterMode(display=False) as flops, live:
+    with no_collector(), flash_attention(), FlopCounterMode(display=False) as flops, live:
         leaf = x0.detach().requires_grad_(options.graded)
         images = checkpoint(decode, leaf, use_reentrant=False) if options.checkpoint else decode(leaf)
         score = sum(tower(images) for tower in towers) if towers else images.flatten(1).sum(1)

@@ -95,6 +95,15 @@ class Shape:
                 return SiT(**{k: v for k, v in self.config.items() if not k.startswith("_")})
             return FAMILIES[self.family].build_from_config(self.config)
 
+    @property
+    def vae_recomputes(self) -> bool:
+        """Whether there is a VAE that can recompute its decoder's blocks."""
+        if self.vae is None:
+            return False
+        import diffusers
+
+        return getattr(diffusers, self.vae_config["_class_name"])._supports_gradient_checkpointing
+
     def build_vae(self) -> nn.Module | None:
         """The VAE on the meta device; None for pixel-space models."""
         if self.vae is None:

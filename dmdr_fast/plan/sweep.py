@@ -66,6 +66,7 @@ def sweep_plot(plans: Sequence[Plan], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
     counts = sorted({plan.hardware.gpus for plan in plans})
     figure, axes = pyplot.subplots(2, len(counts), figsize=(1.5 + 5 * len(counts), 7.5), squeeze=False, sharex=True)
@@ -84,12 +85,20 @@ def sweep_plot(plans: Sequence[Plan], path: Path) -> None:
             time.plot([p.work.batch for p in fitting], seconds, marker=".", **style)
         memory.axhline(plans[0].hardware.memory / GB, color="black", linewidth=0.8)
         memory.set(title=f"{plans[0].work.shape.name}, {count} GPUs", yscale="log")
+        memory.set_yticks([t for t in (10, 20, 40, 80, 160, 320, 640) if _within(t, memory.get_ylim())])
         time.set(xlabel="micro-batch per GPU", xscale="log", xticks=sorted({p.work.batch for p in plans}))
-        time.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        time.xaxis.set_minor_locator(NullLocator())
+        memory.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (memory.yaxis, time.xaxis):
+            axis.set_major_formatter(ScalarFormatter())
     axes[0, 0].set(ylabel="peak, GB per GPU (line: the GPU's memory)")
     axes[1, 0].set(ylabel="ms per sample, where it fits (estimate)")
-    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=3.5)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _within(value: float, limits: tuple[float, float]) -> bool:
+    return limits[0] <= value <= limits[1]

@@ -53,6 +53,22 @@ def test_each_role_wears_its_own_adapter(made):
     assert (outputs[1] - outputs[2]).norm() > 0.01 * outputs[0].norm()
 
 
+def test_the_adapters_are_trained_by_the_optimizer_that_is_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def build_optimizer(parameters, settings, kind):
+        asked.append(kind)
+        return torch.optim.AdamW(parameters, lr=settings.lr)
+
+    monkeypatch.setattr("dmdr_fast.engine.roles.build_optimizer", build_optimizer)
+    ranks = runtime.start()
+    config = config_of("z_image", tmp_path, tmp_path / "run", sharing="shared_all", student__lora__rank=2)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": "adamw_8bit"})})
+    model = PipelineModel.open(config)
+    build_roles(config, model, build_conditions(config, model, ranks)[0], ranks, lora_seed=0)
+    assert asked == ["adamw_8bit"] * 2
+
+
 @torch.no_grad()
 def test_the_file_merged_into_the_teacher_is_the_generator(made, tmp_path):
     roles, model, ranks, (x, t, batch) = made

@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from dmdr_fast.cli import CONFIGS, load
 from dmdr_fast.errors import UserError
+from dmdr_fast.models.vae import save_decoder_memory
+from dmdr_fast.plan.from_config import workload
 from dmdr_fast.plan.shapes import count, find_shape, published
 from tests.plan.measured import FLUX, VAE
 
@@ -36,6 +39,19 @@ def test_a_folder_gives_the_shape_of_its_json_files(tmp_path):
     assert shape.family == "flux" and shape.depths == (1, 3)
     assert all(p.is_meta for p in shape.build().parameters())
     assert shape.with_depths((2, 1)).depths == (2, 1)
+
+
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
+def test_a_recipe_s_vae_has_the_levers_it_asks_for(recipe):
+    config = load(recipe)
+    shape = workload(config).shape
+    vae = shape.build_vae()
+    assert config.decoder.recompute <= shape.vae_recomputes
+    if vae is not None:
+        save_decoder_memory(vae, tiling=config.decoder.tiling, recompute=config.decoder.recompute)
 
 
 def test_an_unknown_name_lists_the_known_ones():

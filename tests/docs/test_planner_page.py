@@ -1,0 +1,17 @@
+"""The planner's page shows what the planner says."""
+
+import re
+from pathlib import Path
+
+from dmdr_fast.cli import CONFIGS
+from dmdr_fast.plan.__main__ import main
+
+PAGE = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
+
+
+def test_the_answer_for_flux_is_the_planner_s(capsys):
+    shown = re.search(r"The full answer for FLUX\.1-dev:\n\n```\n(.*?)\n```", PAGE, re.S)[1]
+    assert main(["--config", str(CONFIGS / "flux_dev.yaml"), "--gpus", "8", "--gpu-memory", "80"]) == 0
+    assert capsys.readouterr().out.strip() == shown
+    peak = re.search(r"fits: ([\d.]+) of 80 GB", shown)[1]
+    assert f"| **{peak}** |" in PAGE
