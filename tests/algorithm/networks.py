@@ -30,11 +30,11 @@ class Denoiser(nn.Module):
 
 
 class PlainRole:
-    """A module with a torch optimizer, as ``dmdr_fast.algorithm.recipe.Trained`` asks."""
+    """A module with a torch optimizer (SGD), as ``dmdr_fast.algorithm.recipe.Trained`` asks."""
 
-    def __init__(self, module, lr=1e-2, before=None):
+    def __init__(self, module, lr=1e-2, before=None, optimizer=None):
         self.module, self.before = module, before
-        self.optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr)
+        self.optimizer = optimizer or torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr)
         self.forwards = 0
 
     def __call__(self, x, t, condition):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from dmdr_fast.errors import UserError
 from dmdr_fast.models.sit import SiT
 from tests.engine.memory_worker import SIZES
 from tests.engine.test_roles import inputs, roles_of
+from tests.two_ranks import run_two_ranks
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 
@@ -77,25 +75,7 @@ def test_two_ranks_read_their_parts_and_gather_once(tmp_path):
     torch.manual_seed(0)
     weights = {name: 0.1 * torch.randn(p.shape) for name, p in SiT(**SIZES).named_parameters()}
     save_file(weights, tmp_path / "sit.safetensors")
-    environment = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(tmp_path / "store"), str(tmp_path / "sit.safetensors")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+    run_two_ranks(WORKER, tmp_path / "store", tmp_path / "sit.safetensors")
 
 
 @pytest.mark.parametrize("sharing", ["separate", "shared_score"])

@@ -20,6 +20,7 @@ from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload, Zero
 from tests.algorithm.memory import PeakMemory
+from tests.algorithm.networks import PlainRole
 
 CPU = torch.device("cpu")
 SD3 = {
@@ -42,26 +43,6 @@ SHAPES = {
     "flux": Shape("small-flux", "flux", json.dumps(FLUX), json.dumps(VAE), 40),
 }
 RESOLUTION = 256
-
-
-class Role:
-    """A trained role with AdamW, fp32 or bf16 weights as they are."""
-
-    def __init__(self, network, parameters, wear):
-        self.network, self.wear = network, wear
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-    def __call__(self, x_t, t, condition):
-        self.wear()
-        return self.network(x_t, t, condition)
-
-    def backward(self, loss, *, last):
-        loss.backward()
-
-    def step(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return True
 
 
 def measured_peak(work: Workload, updates: int = 2) -> int:
@@ -108,7 +89,8 @@ def _networks(work: Workload):
 
     def role(name, model):
         trained = adapters[name].parameters() if name in adapters else model.parameters()
-        return Role(call(model), list(trained), lambda: wear(**{name: 1.0}))
+        optimizer = torch.optim.AdamW(list(trained), lr=1e-4, fused=True)
+        return PlainRole(call(model), before=lambda: wear(**{name: 1.0}), optimizer=optimizer)
 
     if work.sharing == "shared_all":
         generator = fake = build(generator=work.student_lora, fake=work.fake_lora)
