@@ -39,8 +39,17 @@ class FrozenReference:
         self.network: Network | None = None
 
     def load(self, weights: Path) -> None:
-        """Take the weights of a file that ``dmdr_fast.engine.shards.save_generator`` wrote. All ranks must call."""
+        """Take the weights of a file that ``dmdr_fast.engine.shards.save_generator`` wrote. All ranks must call.
+
+        Raises:
+            UserError: no such file, as after a move of the run without it.
+        """
         if self.network is None:
+            if not weights.is_file():
+                raise UserError(
+                    f"{weights}: missing, and the KL or DPO of this run holds the generator to it: put it back, or "
+                    "start again with --resume never"
+                )
             self.network = frozen_role(self.model, self.config, self.device, weights)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:

@@ -9,6 +9,7 @@ from dmdr_fast.engine import runtime
 from dmdr_fast.engine.conditions import Labels
 from dmdr_fast.engine.networks import build_roles
 from dmdr_fast.engine.sit_model import SiTModel, build_network
+from dmdr_fast.errors import UserError
 
 SMALL = [
     "--rl.method",
@@ -86,3 +87,9 @@ def test_only_the_adapter_of_the_fake_score_is_trained(ranks, tmp_path):
     torch.testing.assert_close(scores.fake, moved)
     torch.testing.assert_close(scores.real, teacher)
     assert not torch.equal(moved, teacher)
+
+
+def test_a_reference_that_is_gone_is_named(ranks, tmp_path):
+    _, roles = roles_of(ranks, tmp_path, "--rl.method", "dpo", "--reward.terms", "[{kind: digits}]")
+    with pytest.raises(UserError, match=r"gone\.safetensors: missing, and the KL or DPO"):
+        roles.frozen_reference.load(tmp_path / "gone.safetensors")
