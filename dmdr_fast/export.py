@@ -29,6 +29,18 @@ def main(argv: list[str]) -> None:
     )
 
 
+def run_weights(command: str, run_dir: Path, weights: Path | None) -> Path:
+    """The generator's file that ``command`` reads: ``weights``, or the final one of the run.
+
+    Raises:
+        UserError: it is not there.
+    """
+    file = weights or run_dir / FINAL
+    if not file.is_file():
+        raise UserError(f"{command}: no weights at {file}; let the run finish, or give those of a phase with --weights")
+    return file
+
+
 def export_run(run_dir: Path, out: Path, weights: Path | None = None, dtype: str = "bf16") -> int:
     """Write the generator of a run as a pipeline into ``out`` (``dmdr_fast.models.export``); returns its steps.
 
@@ -46,9 +58,7 @@ def export_run(run_dir: Path, out: Path, weights: Path | None = None, dtype: str
     config = load(run_dir / "config.yaml")
     if config.model.family == "sit":
         raise UserError(f"export: {run_dir} is a run of SiT, which no diffusers pipeline holds; use {run_dir / FINAL}")
-    file = weights or run_dir / FINAL
-    if not file.is_file():
-        raise UserError(f"export: no weights at {file}; let the run finish, or give those of a phase with --weights")
+    file = run_weights("export", run_dir, weights)
     model = PipelineModel.open(config)
     try:
         tensors = load_file(file)

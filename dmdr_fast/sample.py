@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dmdr_fast.cli import load, run_user_command
 from dmdr_fast.data.prompts import load_prompts
 from dmdr_fast.errors import UserError
-from dmdr_fast.export import FINAL
+from dmdr_fast.export import FINAL, run_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +63,7 @@ def sample_run(run_dir: Path, prompts: list[str], *, seed: int = 0, weights: Pat
     config = load(run_dir / "config.yaml")
     if config.model.family == "sit":
         raise UserError(f"sample: {run_dir} is a run on class labels; its samples are in report.html")
-    file = weights or run_dir / FINAL
-    if not file.is_file():
-        raise UserError(f"sample: no weights at {file}; let the run finish, or give those of a phase with --weights")
+    file = run_weights("sample", run_dir, weights)
     ranks, model = runtime.start(), PipelineModel.open(config)
     (conditions,) = cached_prompts(config, model, ranks, [tuple(prompts)])
     recipe, streams, images = recipe_of(config, model), Streams(seed), []

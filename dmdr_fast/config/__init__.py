@@ -94,6 +94,22 @@ class Config(Section):
         return self.model.resolution // self.decoder_factor
 
     @property
+    def uses_cfg(self) -> bool:
+        """Whether the teacher's unconditional prediction matters: not at standard scale 1 or offset scale 0."""
+        return self.teacher.cfg_scale != (1.0 if self.teacher.cfg_mode == "standard" else 0.0)
+
+    @property
+    def reference_kind(self) -> Literal[None, "lora_off", "frozen"]:
+        """What a KL or DPO holds the generator to; None where neither is used."""
+        rl = self.rl
+        uses_kl = rl.kl_weight > 0 and rl.regularizer != "none" and rl.method != "none"
+        if not uses_kl and rl.method != "dpo":
+            return None
+        if rl.reference == "auto":
+            return "lora_off" if self.student.lora.rank else "frozen"
+        return rl.reference
+
+    @property
     def decoder_factor(self) -> int:
         """Image pixels per latent pixel: 8 for the AutoencoderKL of Stable Diffusion, 1 without a decoder."""
         return 8 if self.decoder.kind == "vae" else 1

@@ -138,7 +138,7 @@ def _group_problems(config: Config) -> Iterator[str]:
             "policy"
         )
     if rl.grpo.mode != "policy":
-        if config.teacher.cfg_scale == (1.0 if config.teacher.cfg_mode == "standard" else 0.0):
+        if not config.uses_cfg:
             yield (
                 f"teacher.cfg_scale: {config.teacher.cfg_scale:g} is no guidance, so rl.grpo.mode "
                 "advantage_weighted_dmd has nothing to weigh; raise it, or set the mode to policy"

@@ -61,13 +61,24 @@ class Roles:
     """The networks of a run as the algorithm, the checkpoint and the evaluation need them."""
 
     networks: Networks
-    generator: TrainedRole | AdapterRole
-    fake: TrainedRole | AdapterRole
     teacher: Network  # the plain teacher, without LoRA
-    frozen_reference: FrozenReference | None
     trained_parameters: dict[str, int]
     total_parameters: dict[str, int]
     notes: tuple[str, ...] = ()  # what the memory levers took, and why
+
+    @property
+    def generator(self) -> TrainedRole | AdapterRole:
+        return self.networks.generator
+
+    @property
+    def fake(self) -> TrainedRole | AdapterRole:
+        return self.networks.fake
+
+    @property
+    def frozen_reference(self) -> FrozenReference | None:
+        """The reference where it is one that must be loaded when RL begins."""
+        reference = self.networks.reference
+        return reference if isinstance(reference, FrozenReference) else None
 
 
 def build_roles(config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int) -> Roles:
@@ -112,13 +123,10 @@ def _engines(config: Config, model: Model, conditions: Conditions, ranks: Runtim
         teacher = FrozenRole(frozen_network(teacher_net, config, device), dtype)
         score = separate_scores(fake, teacher)
     lora_off = None if generator_adapter is None else FrozenRole(generator.engine, dtype, {generator_adapter: None})
-    reference, frozen = _reference(config, model, device, lora_off)
+    reference = _reference(config, model, device, lora_off)
     return Roles(
         networks=Networks(generator, fake, score, reference),
-        generator=generator,
-        fake=fake,
         teacher=teacher,
-        frozen_reference=frozen,
         trained_parameters={n: trained for n, (trained, _) in counts.items() if trained},
         total_parameters={n: total for n, (_, total) in counts.items()},
         notes=tuple(notes),
@@ -150,37 +158,20 @@ def _shared_all(config: Config, model: Model, conditions: Conditions, ranks: Run
     fake = AdapterRole(base, config, f, {g: None, f: fake_scale}, config.optimizer.fake, ranks)
     teacher = FrozenRole(base, dtype, {g: None, f: None})
     score = shared_scores(Role(base, dtype, {g: None}), f.set_scale, fake_scale=fake_scale)
-    reference, frozen = _reference(config, model, device, teacher)
+    reference = _reference(config, model, device, teacher)
     return Roles(
         networks=Networks(generator, fake, score, reference),
-        generator=generator,
-        fake=fake,
         teacher=teacher,
-        frozen_reference=frozen,
         trained_parameters={n: sum(p.numel() for p in a.parameters()) for n, a in adapters.items()},
         total_parameters={"base": total},
         notes=tuple(notes),
     )
 
 
-def _reference(
-    config: Config, model: Model, device: torch.device, lora_off: Network | None
-) -> tuple[Network | None, FrozenReference | None]:
-    """What a KL or DPO holds the generator to, and the same once more where it must be loaded when RL begins."""
-    kind = reference_kind(config)
-    frozen = FrozenReference(model, config, device) if kind == "frozen" else None
-    return (lora_off if kind == "lora_off" else frozen), frozen
-
-
-def reference_kind(config: Config) -> str | None:
-    """What a KL or DPO holds the generator to: ``lora_off``, ``frozen``, or None where neither is used."""
-    rl = config.rl
-    uses_kl = rl.kl_weight > 0 and rl.regularizer != "none" and rl.method != "none"
-    if not uses_kl and rl.method != "dpo":
-        return None
-    if rl.reference == "auto":
-        return "lora_off" if config.student.lora.rank else "frozen"
-    return rl.reference
+def _reference(config: Config, model: Model, device: torch.device, lora_off: Network | None) -> Network | None:
+    """What a KL or DPO holds the generator to; a frozen one is loaded when RL begins."""
+    kind = config.reference_kind
+    return FrozenReference(model, config, device) if kind == "frozen" else lora_off if kind == "lora_off" else None
 
 
 def _lora(

@@ -44,7 +44,35 @@ class FrozenRole(Role):
         return super().__call__(x_t, t, condition)
 
 
-class TrainedRole(Role):
+class _Trained(Role):
+    """What the trained roles share: where ``optimizer`` steps the weights, or the adapter, of ``module``."""
+
+    module: nn.Module
+    adapter: LoraAdapter | None
+    optimizer: Any
+    gradient_norm = float("nan")  # of the last step that was applied, before clipping
+
+    def __init__(self, network: nn.Module, config: Config, worn: Worn) -> None:
+        super().__init__(network, DTYPES[config.deepspeed.dtype], worn)
+        self.keep_gathered = config.rollout.keep_gathered
+
+    def whole_weights(self) -> AbstractContextManager:
+        """Inside, forwards without grad find the weights gathered (``rollout.keep_gathered``); none may change them."""
+        return kept_whole(self.module.parameters()) if self.keep_gathered else nullcontext()
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by the module's names; an adapter's as "LAYER.lora_A"."""
+        if self.adapter is not None:
+            return dict(self.adapter.named_parameters())
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+
+class TrainedRole(_Trained):
     """A role with an engine behind it (``dmdr_fast.algorithm.recipe.Trained``).
 
     A LoRA role passes its adapter: the graded forward wears it at ``lora_scale``.
@@ -57,22 +85,10 @@ class TrainedRole(Role):
         adapter: LoraAdapter | None = None,
         lora_scale: float = 1.0,
     ) -> None:
-        super().__init__(engine, DTYPES[config.deepspeed.dtype], {} if adapter is None else {adapter: lora_scale})
+        super().__init__(engine, config, {} if adapter is None else {adapter: lora_scale})
         self.engine, self.module, self.adapter, self.lora_scale = engine, engine.module, adapter, lora_scale
-        self.keep_gathered = config.rollout.keep_gathered
+        self.optimizer = engine.optimizer
         self.own_clip = config.optimizer.clip if clips_itself(config) else None
-        self.gradient_norm = float("nan")  # of the last step that was applied, before clipping
-
-    def whole_weights(self) -> AbstractContextManager:
-        """Inside, forwards without grad find the weights gathered (``rollout.keep_gathered``); none may change them."""
-        return kept_whole(self.module.parameters()) if self.keep_gathered else nullcontext()
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What the optimizer moves, by the module's names; an adapter's as "LAYER.lora_A"."""
-        if self.adapter is not None:
-            return dict(self.adapter.named_parameters())
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; DeepSpeed averages over micro-steps and ranks.
@@ -101,10 +117,6 @@ class TrainedRole(Role):
             self.gradient_norm = float(norm)
         return applied
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-
     def save(self, folder: Path, name: str) -> None:
         """Write weights and optimizer to ``folder/name``. All ranks must call."""
         self.engine.save_checkpoint(
@@ -116,7 +128,7 @@ class TrainedRole(Role):
         self.engine.load_checkpoint(str(folder), tag=name, load_module_strict=self.adapter is None)
 
 
-class AdapterRole(Role):
+class AdapterRole(_Trained):
     """A role that is one adapter on a frozen base which other roles share (``sharing: shared_all``).
 
     The base may be partitioned; the adapter, fp32 and small, is whole on every rank, with an AdamW of its own. Its
@@ -126,22 +138,11 @@ class AdapterRole(Role):
     def __init__(
         self, base: nn.Module, config: Config, adapter: LoraAdapter, worn: Worn, settings: AdamW, ranks: Runtime
     ) -> None:
-        super().__init__(base, DTYPES[config.deepspeed.dtype], worn)
+        super().__init__(base, config, worn)
         self.module, self.adapter, self.lora_scale, self.ranks = base, adapter, worn[adapter], ranks
         self.parameters = list(adapter.parameters())
         self.optimizer = build_optimizer(self.parameters, settings, config.optimizer.kind)
-        self.keep_gathered = config.rollout.keep_gathered
         self.accumulation, self.clip = config.train.gradient_accumulation, config.optimizer.clip
-        self.gradient_norm = float("nan")
-
-    def whole_weights(self) -> AbstractContextManager:
-        """As :meth:`TrainedRole.whole_weights`."""
-        return kept_whole(self.module.parameters()) if self.keep_gathered else nullcontext()
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What the optimizer moves, as "LAYER.lora_A"."""
-        return dict(self.adapter.named_parameters())
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of one loss; on the last one they are averaged over the ranks."""
@@ -161,10 +162,6 @@ class AdapterRole(Role):
             self.gradient_norm = float(norm)
         self.optimizer.zero_grad()
         return applied
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def save(self, folder: Path, name: str) -> None:
         """Write adapter and optimizer, the same on every rank, to ``folder/name``. All ranks must call."""

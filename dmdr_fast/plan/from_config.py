@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dmdr_fast.config import Config
 from dmdr_fast.errors import UserError
@@ -39,11 +39,11 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         student_steps=student.steps,
         fake_updates=train.fake_updates,
         same_step=student.rollout == "same_step",
-        cfg=config.teacher.cfg_scale != (1.0 if config.teacher.cfg_mode == "standard" else 0.0),
+        cfg=config.uses_cfg,
         ema=student.ema is not None,
         reward=_reward(config),
         policy_steps=_policy_steps(config),
-        reference=_reference(config),
+        reference=config.reference_kind,
         zero=_zero(config),
     )
 
@@ -92,15 +92,6 @@ def _policy_steps(config: Config) -> int:
     if rl.method != "grpo" or rl.grpo.mode != "policy":
         return 0
     return rl.grpo.inner_epochs * (rl.grpo.trained_steps or config.student.steps - (not last))
-
-
-def _reference(config: Config) -> Literal[None, "lora_off", "frozen"]:
-    rl = config.rl
-    if rl.method != "dpo" and (rl.kl_weight == 0 or rl.regularizer == "none" or rl.method == "none"):
-        return None
-    if rl.reference == "auto":
-        return "lora_off" if config.student.lora.rank else "frozen"
-    return rl.reference
 
 
 def _zero(config: Config) -> Zero:
