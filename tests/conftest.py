@@ -1,5 +1,31 @@
-"""One thread per test process: the suite runs several processes side by side."""
+"""What all tests share: one thread per process, one cache, and an order that keeps the processes busy to the end."""
+
+from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs several processes side by side
+
+# Tests that compile, or start processes and wait for them. They come first: at the end short ones fill all workers.
+LONG = ("kernels/test_interpreter.py", "eval/test_claims.py", "cuda/", "engine/", "plan/", "benchmarks/", "docs/")
+CACHE = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is fitted once (a digits teacher, classifiers) is kept for the session, for all its processes."""
+    if not hasattr(config, "workerinput"):
+        config.stash[CACHE] = os.environ["DMDR_FAST_CACHE"] = tempfile.mkdtemp(prefix="dmdr_fast-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if CACHE in config.stash:
+        shutil.rmtree(config.stash[CACHE], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.relative_to(Path(__file__).parent).as_posix().startswith(LONG))

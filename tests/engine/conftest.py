@@ -15,19 +15,18 @@ SMALL = [
     *("--config", str(ROOT / "configs" / "digits.yaml")),
     *("--model.hidden_size", "32", "--model.depth", "2", "--model.num_heads", "2"),
     *("--teacher.train.steps", "30", "--train.micro_batch_size", "8", "--train.fake_updates", "2"),
-    *("--lora.rank", "4", "--eval.samples", "0", "--log.every", "1"),
+    *("--lora.rank", "4", "--eval.samples", "0", "--log.every", "1", "--log.report", "false"),
 ]
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """The environment of the runs: CPU, one thread, a cache that the session shares."""
-    cache = tmp_path_factory.mktemp("cache")
+def environment():
+    """The environment of the runs: CPU, one thread."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # of the server that runs are forked from
     # Tests that join a run in this process leave its place in the environment.
     place = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     inherited = {name: value for name, value in os.environ.items() if name not in place}
-    return inherited | {"DMDR_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return inherited | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -315,8 +315,7 @@ def test_the_command_says_when_there_is_more_to_do_and_writes_the_page_at_the_en
 
 
 @pytest.mark.slow
-def test_a_smoke_run_with_the_real_trainer(tmp_path, monkeypatch):
-    monkeypatch.setenv("DMDR_FAST_CACHE", str(tmp_path / "cache"))
+def test_a_smoke_run_with_the_real_trainer(tmp_path):
     words = ["--quick", "--work", str(tmp_path), "--only"]
     assert command.main([*words, "dmdr_grpo"]) == command.MORE  # the page waits for all runs
     cold, grpo = (command.record_of(job) for job in command.jobs_of(["dmdr_grpo"], [0], runs.QUICK, tmp_path))

@@ -15,8 +15,8 @@ from dmdr_fast.rewards.digits import DigitsReward
 
 
 @pytest.fixture(scope="module")
-def digits_features(tmp_path_factory):
-    return DigitsFeatures(cache=tmp_path_factory.mktemp("cache"))
+def digits_features():
+    return DigitsFeatures()
 
 
 def test_digits_features_classify_what_they_were_not_fitted_on(digits_features):
@@ -41,9 +41,9 @@ def test_digits_features_order_degradations_and_see_a_missing_class(digits_featu
     assert frechet_distance(real, real[labels != 3]) > halves
 
 
-def test_images_made_to_please_the_reward_do_not_please_the_evaluation(digits_features, tmp_path):
+def test_images_made_to_please_the_reward_do_not_please_the_evaluation(digits_features):
     """Noise driven up the reward's gradient beats real digits in reward, and is far from them."""
-    reward = DigitsReward(cache=tmp_path)
+    reward = DigitsReward()
     real, real_labels = load_digits()
     labels = torch.arange(400) % 10
     hacked = (0.5 * torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))).requires_grad_()

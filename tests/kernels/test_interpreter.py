@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/kernels/test_kernels.py", "tests/ops/test_sweep.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("tests", ["tests/kernels/test_kernels.py", "tests/ops/test_sweep.py"])
+def test_kernels_in_the_interpreter(tests):
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
@@ -30,4 +30,4 @@ def test_kernels_in_the_interpreter():
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) > 30, f"too few tests ran:\n{run.stdout[-2000:]}"
+    assert passed and int(passed[1]) > 10, f"too few tests ran:\n{run.stdout[-2000:]}"

@@ -10,8 +10,8 @@ from dmdr_fast.rewards.digits import DigitsReward
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory):
-    return DigitsReward(cache=tmp_path_factory.mktemp("cache"))
+def reward():
+    return DigitsReward()
 
 
 def test_recognises_digits_it_was_not_fitted_on(reward):

@@ -10,8 +10,8 @@ from dmdr_fast.rewards.digits_held_out import DigitsHeldOutReward
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory):
-    return DigitsHeldOutReward(cache=tmp_path_factory.mktemp("cache"))
+def reward():
+    return DigitsHeldOutReward()
 
 
 def test_recognises_the_digits_that_the_others_are_fitted_on(reward):
