@@ -49,9 +49,9 @@ class Options(NamedTuple):
 
 @triton.jit
 def dmd_gradient_sample_kernel(
-    latents, scalars, eps, grad, norms, squares, counts, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    latents, scalars, eps, written, grad, norms, squares, counts, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program per sample, all of it in registers: every tensor is read or written once."""
+    """One program per sample, all of it in registers: every tensor is read or written once; grad = written g."""
     sample = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     keep, gain = _denoiser(scalars, sample, OPTIONS)
@@ -66,7 +66,7 @@ def dmd_gradient_sample_kernel(
     g, broken = _policy(_scale(gain, norm, scalars, sample) * difference, on, grad.dtype.element_ty, OPTIONS)
     if OPTIONS.nan_policy == "zero_sample":
         g = tl.where(tl.max(broken.to(tl.int32)) == 0, g, 0.0)
-    store_sample(grad, shape, sample, i, g, i < shape.count)
+    store_sample(grad, shape, sample, i, written * g, i < shape.count)
     tl.store(norms + sample, norm)
     tl.store(squares + sample, tl.sum(g * g))
     if latents.mask is not None:
@@ -110,9 +110,9 @@ def dmd_norm_kernel(distances, counts, norms, samples, parts, eps, OPTIONS: tl.c
 
 @triton.jit
 def dmd_gradient_kernel(
-    latents, scalars, grad, norms, squares, counts, broken, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    latents, scalars, written, grad, norms, squares, counts, broken, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Second reading: g. broken[b, p] says that program p met an element that is not finite."""
+    """Second reading: grad = written g. broken[b, p] says that program p met an element that is not finite."""
     sample, parts = tl.program_id(0), tl.num_programs(1)
     part = parts - 1 - tl.program_id(1)
     _keep, gain = _denoiser(scalars, sample, OPTIONS)
@@ -125,7 +125,7 @@ def dmd_gradient_kernel(
         i = start + tl.arange(0, BLOCK)
         _real_prediction, difference, on = _difference(latents, scalars, shape, sample, i, OPTIONS)
         g, not_finite = _policy(scale * difference, on, grad.dtype.element_ty, OPTIONS)
-        store_sample(grad, shape, sample, i, g, i < shape.count)
+        store_sample(grad, shape, sample, i, written * g, i < shape.count)
         total = tl.fma(g, g, total)
         bad |= not_finite.to(tl.int32)
         selected += on.to(tl.int32)
@@ -150,9 +150,13 @@ def dmd_zero_samples_kernel(grad, squares, broken, shape, PARTS: tl.constexpr, B
 
 @triton.jit
 def dmd_loss_kernel(
-    squares, counts, loss, loss_scale, parts, total_count, factor, MEAN: tl.constexpr, BLOCK: tl.constexpr
+    squares, counts, loss, loss_scale, parts, total_count, factor, MEAN: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss = factor * (mean or sum of g^2) and loss_scale = 2 factor (/ count), by one program in a fixed order."""
+    """loss = factor * (mean or sum of g^2) and loss_scale = 2 factor (/ count), by one program in a fixed order.
+
+    SCALED: grad has that factor already, loss_scale = 1.
+    """
     total = tl.zeros([BLOCK], tl.float32)
     selected = tl.zeros([BLOCK], tl.int64)
     for start in range(0, parts, BLOCK):
@@ -164,7 +168,7 @@ def dmd_loss_kernel(
     if MEAN:
         count = total_count if counts is None else tl.sum(selected).to(tl.float32)
         scale = tl.div_rn(scale, tl.maximum(count, 1.0))
-    tl.store(loss_scale, scale)
+    tl.store(loss_scale, 1.0 if SCALED else scale)
     tl.store(loss, tl.sum(total) * (0.5 * scale))
 
 

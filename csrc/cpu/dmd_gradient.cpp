@@ -131,8 +131,12 @@ float normalizer(const dmdr_dmd_gradient_args &args, const Mean &mean) {
   return args.eps_mode == DMDR_EPS_CLAMP && norm < args.eps ? static_cast<float>(args.eps) : norm;
 }
 
-// loss_scale, and with a normaliser over all samples each one's.
-void reduce_distance(const dmdr_dmd_gradient_args &args, const BlockSums *sums, int64_t blocks_per_sample) {
+double loss_scale(const dmdr_dmd_gradient_args &args, double count) {
+  return args.reduction_sum ? 2. * args.factor : 2. * args.factor / (count < 1. ? 1. : count);
+}
+
+// d loss / d g over g, and with a normaliser over all samples each one's.
+float reduce_distance(const dmdr_dmd_gradient_args &args, const BlockSums *sums, int64_t blocks_per_sample) {
   Mean all = {0., 0.};
   for (int64_t sample = 0; sample < args.shape[0]; ++sample) {
     const Mean mean = mean_of_sample(sums + sample * blocks_per_sample, blocks_per_sample);
@@ -141,8 +145,7 @@ void reduce_distance(const dmdr_dmd_gradient_args &args, const BlockSums *sums, 
   }
   for (int64_t sample = 0; args.normalizer == DMDR_GLOBAL && sample < args.shape[0]; ++sample)
     args.norm[sample] = normalizer(args, all);
-  const double at_least_one = all.count < 1. ? 1. : all.count;
-  *args.loss_scale = static_cast<float>(args.reduction_sum ? 2. * args.factor : 2. * args.factor / at_least_one);
+  return static_cast<float>(loss_scale(args, all.count));
 }
 
 // Values of this magnitude and more round to an infinity in the dtype, and its largest finite value.
@@ -171,9 +174,9 @@ struct Scaling {
 
 template <class Type>
 void write_gradient(const dmdr_dmd_gradient_args &args, const Position &at, int64_t first, int64_t count,
-                    int64_t elements, BlockSums &sums) {
+                    int64_t elements, float scale, BlockSums &sums) {
   const Row<Type> fake(args.pred_fake, at.offset(args.pred_fake));
-  const Output<Type> grad(args.grad, at.offset(args.grad), elements);
+  const Output<Type> grad(args.grad, at.offset(args.grad), elements, kPastOwnInputs);
   const RealPrediction<Type> real(args, at);
   const MaskRow mask(args.mask, at.offset(args.mask));
   const Scaling scaling(args, at.batch());
@@ -192,7 +195,7 @@ void write_gradient(const dmdr_dmd_gradient_args &args, const Position &at, int6
         g = select(bad, saturates ? select(g == g, sign, F{}) : F{}, g);
         nonfinite |= (I)counted(where, (F)bad);
       }
-      grad.store(where, g);
+      grad.store(where, scale * g);
       square += counted(where, g * g);
     });
     sums.square += sum(square);
@@ -209,7 +212,7 @@ void zero_piece(const dmdr_dmd_gradient_args &args, const Position &at, int64_t 
 }
 
 // The loss, leaving out (and telling of) the samples that zero_sample drops.
-bool reduce_loss(const dmdr_dmd_gradient_args &args, BlockSums *sums, int64_t blocks_per_sample) {
+bool reduce_loss(const dmdr_dmd_gradient_args &args, BlockSums *sums, int64_t blocks_per_sample, float scale) {
   bool dropped = false;
   double total = 0.;
   for (int64_t sample = 0; sample < args.shape[0]; ++sample, sums += blocks_per_sample) {
@@ -224,7 +227,7 @@ bool reduce_loss(const dmdr_dmd_gradient_args &args, BlockSums *sums, int64_t bl
     total += drop ? 0. : square;
     dropped = dropped || drop;
   }
-  *args.loss = static_cast<float>(total * 0.5 * *args.loss_scale);
+  *args.loss = static_cast<float>(total * 0.5 * scale);
   return dropped;
 }
 
@@ -235,6 +238,8 @@ void dmd_gradient_fwd(const dmdr_dmd_gradient_args &args) {
   BlockSums *sums = reinterpret_cast<BlockSums *>(args.workspace);
   const int64_t batch = args.shape[0], items = pieces.items(), elements = pieces.elements();
   const int64_t blocks_per_sample = batch == 0 ? 0 : items / batch;
+  // What multiplies g as it is written: with `scaled` the mean is over all elements.
+  const float written = args.scaled ? static_cast<float>(loss_scale(args, static_cast<double>(elements))) : 1.f;
   const bool measures = args.normalizer != DMDR_NO_NORMALIZER || args.mask.data != nullptr;
   with_common_type(
       {&args.x0, &args.x_t, &args.pred_fake, &args.pred_real, &args.pred_real_uncond, &args.grad}, [&](auto type) {
@@ -251,8 +256,9 @@ void dmd_gradient_fwd(const dmdr_dmd_gradient_args &args) {
         };
         const auto write = [&](int64_t item) {
           write_gradient<Type>(args, Position(args.shape, pieces.row(item)), pieces.first(item), pieces.count(item),
-                               elements, sums[item]);
+                               elements, written, sums[item]);
         };
+        float scale = 0.f;
         const int64_t threads = args.num_threads < 1 ? 1 : args.num_threads;
         const bool shares_evenly = batch % threads == 0 || batch >= 4 * threads;
         if (args.normalizer != DMDR_GLOBAL && shares_evenly) {
@@ -262,14 +268,15 @@ void dmd_gradient_fwd(const dmdr_dmd_gradient_args &args) {
             normalise(sample);
             for (int64_t item = first; item < last; ++item) write(item);
           });
-          reduce_distance(args, sums, blocks_per_sample);
+          scale = reduce_distance(args, sums, blocks_per_sample);
         } else {
           for_items(items, elements, args.num_threads, measure);
           for (int64_t sample = 0; sample < batch; ++sample) normalise(sample);
-          reduce_distance(args, sums, blocks_per_sample);
+          scale = reduce_distance(args, sums, blocks_per_sample);
           for_items(items, elements, args.num_threads, write);
         }
-        if (reduce_loss(args, sums, blocks_per_sample))
+        *args.loss_scale = args.scaled ? 1.f : scale;
+        if (reduce_loss(args, sums, blocks_per_sample, scale))
           for_items(items, elements, args.num_threads, [&](int64_t item) {
             if (sums[item].nonfinite != 0.)
               zero_piece<Type>(args, Position(args.shape, pieces.row(item)), pieces.first(item), pieces.count(item));

@@ -220,16 +220,17 @@ struct Row<Mixed> {
 // An output that is written once, a vector after the other, and not read back by the op. From kPastCaches bytes on it
 // goes past the caches: a store that misses reads its line first, a third of the traffic of a scaled copy, and what is
 // kept of the line pushes out an input. Below, whoever reads the output next may still find it in a cache: a scaled copy
-// of 8 MiB that fits takes 0.26 ms, and 0.50 ms past the cache (Zen 4, 32 MiB of L3). for_items() makes such stores
-// visible.
-constexpr int64_t kPastCaches = 16 << 20;
+// of 8 MiB that fits takes 0.26 ms, and 0.50 ms past the cache (Zen 4, 32 MiB of L3). Of an op that reads five times as
+// much as it writes nothing old is left in a cache, the line that a store would read comes from memory: kPastOwnInputs.
+// for_items() makes such stores visible.
+constexpr int64_t kPastCaches = 16 << 20, kPastOwnInputs = 4 << 20;
 
 template <class Type>
 struct Output : Row<Type> {
   uintptr_t not_streamed;  // no bit of these in an address: then it is streamed to
-  DMDR_INLINE Output(const dmdr_tensor &tensor, int64_t offset, int64_t elements)
+  DMDR_INLINE Output(const dmdr_tensor &tensor, int64_t offset, int64_t elements, int64_t past = kPastCaches)
       : Row<Type>(tensor, offset),
-        not_streamed(elements * Type::kBytes < kPastCaches ? ~uintptr_t{0} : kLanes * Type::kBytes - 1) {}
+        not_streamed(elements * Type::kBytes < past ? ~uintptr_t{0} : kLanes * Type::kBytes - 1) {}
   DMDR_INLINE void store(Whole where, F x) const {
     char *const p = this->base + where.at * Type::kBytes;
     if ((reinterpret_cast<uintptr_t>(p) & not_streamed) == 0)
@@ -242,7 +243,7 @@ struct Output : Row<Type> {
 
 template <>
 struct Output<Mixed> : Row<Mixed> {
-  DMDR_INLINE Output(const dmdr_tensor &tensor, int64_t offset, int64_t) : Row<Mixed>(tensor, offset) {}
+  DMDR_INLINE Output(const dmdr_tensor &tensor, int64_t offset, int64_t, int64_t = 0) : Row<Mixed>(tensor, offset) {}
 };
 
 // run(Type{}) with the element type that all the present tensors share, or with Mixed{}.

@@ -61,8 +61,9 @@ DMDR_DEVICE void finish_loss(const DmdParams &p, LossSpace &space, LossTerms ter
   if (threadIdx.x == 0) {
     const double count = terms.count < 1. ? 1. : terms.count;
     const double factor = 2. * p.args.factor;
-    *p.args.loss_scale = static_cast<float>(p.args.reduction_sum != 0 ? factor : factor / count);
-    *p.args.loss = static_cast<float>(terms.square * 0.5 * *p.args.loss_scale);
+    const float scale = static_cast<float>(p.args.reduction_sum != 0 ? factor : factor / count);
+    *p.args.loss_scale = p.args.scaled != 0 ? 1.f : scale;
+    *p.args.loss = static_cast<float>(terms.square * 0.5 * scale);
     *ticket_of(p) = 0;
   }
 }
@@ -235,6 +236,13 @@ int run_two(DmdParams params, bool measure, void *stream) {
   return launch(dmd_write_kernel<Type, true>, {blocks, kDmdThreads, sizeof(WriteShared)}, stream, params);
 }
 
+// What multiplies g as it is written: with `scaled` the mean is over all elements.
+float written(const DmdArgs &args, const Layout &layout) {
+  if (args.scaled == 0) return 1.f;
+  const double elements = static_cast<double>(layout.batch) * layout.sample;
+  return static_cast<float>(args.reduction_sum != 0 ? 2. * args.factor : 2. * args.factor / elements);
+}
+
 bool bad_modes(const DmdArgs &args) {
   const auto outside = [](int64_t value, int64_t last) { return value < 0 || value > last; };
   return outside(args.cfg_mode, DMDR_CFG_OFFSET) || outside(args.prediction, DMDR_X0) ||
@@ -266,7 +274,7 @@ int dmdr_dmd_gradient_fwd(const dmdr_dmd_gradient_args *args, void *stream) {
   const auto tensors = {&args->x0, &args->x_t, &args->pred_fake, &args->pred_real, &args->pred_real_uncond, &args->grad};
   return with_layout(args->shape, tensors, mask_fits(*args), [&](auto type, const Layout &layout) {
     using Type = decltype(type);
-    const DmdParams params = {layout, *args, 0, 0};
+    const DmdParams params = {layout, *args, written(*args, layout), 0, 0};
     const bool drops = args->nan_policy == DMDR_NAN_ZERO_SAMPLE;
     if (args->normalizer == DMDR_NO_NORMALIZER && !drops) return run_two<Type>(params, false, stream);
     const int slices = args->normalizer == DMDR_GLOBAL && layout.batch > 1 ? 0 : one_pass_slices<Type>(layout);

@@ -14,6 +14,7 @@ constexpr int kDmdBlocks = Type::kFixed ? 2 : 1;
 struct DmdParams {
   Layout layout;
   DmdArgs args;
+  float written;           // what multiplies g as it is written
   uint32_t slices, slice;  // blocks per sample, and vectors for each
 };
 
@@ -115,7 +116,7 @@ class DmdSample {
   struct Written {
     double square, count;
   };
-  // g of the slice from get(step, place, fake - real), the sum of its squares, and how many elements are selected.
+  // grad of the slice from get(step, place, fake - real), the sum of g's squares, and how many elements are selected.
   template <class Get>
   DMDR_DEVICE Written write(const DmdParams &p, const Slice &slice, const Scaling &scaling, const NanPolicy &policy,
                             Get get) const {
@@ -131,6 +132,7 @@ class DmdSample {
       for (int j = 0; j < kWidth; ++j) {
         g[j] = (on >> j & 1u) != 0 ? g[j] : 0.f;
         square += g[j] * g[j];
+        g[j] *= p.written;
       }
       count += __popc(on);
       Vector<Type>::store(grad_, place.offset(grad_), g, place.extent);

@@ -47,7 +47,7 @@ STRUCTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("tensor", "x0 x_t pred_fake pred_real pred_real_uncond mask grad"),
         ("pointer", "sigma alpha cfg weight"),
         ("double", "cfg_scale eps factor"),
-        ("int", "cfg_mode prediction normalizer eps_mode nan_policy reduction_sum"),
+        ("int", "cfg_mode prediction normalizer eps_mode nan_policy reduction_sum scaled"),
         ("pointer", "norm loss loss_scale grad_loss workspace"),
     ),
     "dmdr_multi_lora_args": (

@@ -100,7 +100,7 @@ def dmd_gradient(
         prediction, normalizer, eps, eps_mode, nan_policy, mask, weight, out_dtype, "mean", 0.5,
     )  # fmt: skip
     with torch.no_grad():
-        grad, norm, loss, _ = _dmd_gradient_fwd(*args)
+        grad, norm, loss, _ = _dmd_gradient_fwd(*args, False)
     return DMDGradient(grad, norm, loss)
 
 
@@ -130,11 +130,12 @@ def dmd_loss(
 
     The drop-in for ``factor * mse_loss(x0, (x0 - g).detach())``: same value, same gradient, but g does not
     pass through a rounded pseudo-target (in bfloat16 that loses 6 % of g at rms(g) = 0.03). Only x0 gets a
-    gradient; everything else is a constant, x_t included.
+    gradient; everything else is a constant, x_t included. The forward writes that gradient; a backward multiplies
+    it by the incoming one, or hands it on as it is (on the CPU, incoming gradient 1, graph not retained).
 
     Args:
         x0, x_t, ..., weight: as in :func:`dmd_gradient`.
-        out_dtype: dtype in which g is kept for the backward; None means x0's. The gradient has x0's.
+        out_dtype: dtype in which the gradient is kept for the backward; None means x0's. The result has x0's.
         reduction: "mean" (numel counts what the mask selects) or "sum".
         factor: finite; 0.5 in DMD and most trainers, rCM has 1 with "sum".
 
@@ -150,7 +151,10 @@ def dmd_loss(
         "dmd_loss", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, cfg_mode,
         prediction, normalizer, eps, eps_mode, nan_policy, mask, weight, out_dtype, reduction, factor,
     )  # fmt: skip
-    return _dmd_gradient_fwd(*args)[2]
+    # The forward keeps d loss / d x0, or g where that cannot be: a masked mean's count is known after the pass only,
+    # and float16 has no number as small as g / numel.
+    scaled = (mask is None or reduction == "sum") and (out_dtype or x0.dtype) is not torch.float16
+    return _dmd_gradient_fwd(*args, scaled)[2]
 
 
 def _checked(
@@ -175,7 +179,7 @@ def _checked(
     reduction: str,
     factor: float,
 ) -> tuple:
-    """The arguments of ``dmd_gradient_fwd``."""
+    """The arguments of ``dmd_gradient_fwd``, but for ``scaled``."""
     check.floating(op, "x0", x0, min_dim=2)
     for name, value in (("x_t", x_t), ("pred_fake", pred_fake), ("pred_real", pred_real)):
         check.like(op, name, value, x0, "x0")
@@ -243,18 +247,30 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(grad, norm, loss_scale)
     ctx.set_materialize_grads(False)  # else three zero tensors, one of x0's size, are made for every backward
     ctx.save_for_backward(grad, loss_scale)
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.scaled = inputs[0].dtype, inputs[-1]
 
 
 def _backward(ctx, grad_of_grad, grad_of_norm, grad_loss, grad_of_scale):
     grad, loss_scale = ctx.saved_tensors
     if grad_loss is None or not ctx.needs_input_grad[0]:
-        return (None,) * 20
-    return _dmd_loss_bwd(grad_loss, grad, loss_scale, ctx.dtype), *[None] * 19
+        return (None,) * 21
+    if ctx.scaled and grad.dtype is ctx.dtype and _is_one(grad_loss) and _reads_last():
+        return grad, *[None] * 20
+    return _dmd_loss_bwd(grad_loss, grad, loss_scale, ctx.dtype), *[None] * 20
+
+
+def _is_one(number: Tensor) -> bool:
+    """Whether a tensor that can be read without waiting (on the CPU, not traced) is 1."""
+    return type(number) is Tensor and number.device.type == "cpu" and number.item() == 1
+
+
+def _reads_last() -> bool:
+    """Whether the running backward is the last one to read what was saved: then it can be handed on, not copied."""
+    return not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _fake_gradient(x0, x_t, pred_fake, pred_real, pred_real_uncond, *options):
-    out_dtype = options[-3]
+    out_dtype = options[-4]
     compute = check.compute_dtype(x0, x_t, pred_fake, pred_real, pred_real_uncond)
     scalar = x0.new_empty((), dtype=compute)
     return (
@@ -273,7 +289,7 @@ _dmd_gradient_fwd = define(
     "dmd_gradient_fwd(Tensor x0, Tensor x_t, Tensor pred_fake, Tensor pred_real, Tensor? pred_real_uncond, "
     "Tensor sigma, Tensor? alpha, Tensor? cfg_tensor, Tensor? mask, Tensor? weight, float cfg_scale, "
     "str cfg_mode, str prediction, str normalizer, float eps, str eps_mode, str nan_policy, "
-    "ScalarType out_dtype, str reduction, float factor) "
+    "ScalarType out_dtype, str reduction, float factor, bool scaled) "
     "-> (Tensor grad, Tensor normalizer, Tensor loss, Tensor loss_scale)",
     _fake_gradient,
     setup_context=_save,

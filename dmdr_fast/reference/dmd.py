@@ -29,12 +29,13 @@ def dmd_gradient_fwd(
     out_dtype: torch.dtype,
     reduction: str,
     factor: float,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad, normaliser [B], loss 0-d, loss_scale 0-d); see :func:`dmdr_fast.ops.dmd_gradient`.
 
     ``alpha`` None means 1 - sigma, ``cfg_tensor`` [B] takes the place of ``cfg_scale``, ``mask`` is boolean
     with x0's number of dimensions. ``loss_scale`` is d loss / d x0 divided by grad: 2 factor / count, or 2
-    factor.
+    factor; ``scaled`` multiplies grad by it and returns 1 in its place (a mean must then have no mask).
     """
     compute = compute_dtype(x0, x_t, pred_fake, pred_real, pred_real_uncond)
     x0, x_t, fake, real = (tensor.to(compute) for tensor in (x0, x_t, pred_fake, pred_real))
@@ -56,6 +57,8 @@ def dmd_gradient_fwd(
     count = g.new_full((), g.numel()) if mask is None else mask.expand_as(g).sum().to(compute)
     loss_scale = 2 * factor / count.clamp(min=1) if reduction == "mean" else torch.full_like(count, 2 * factor)
     loss = g.square().sum() * (0.5 * loss_scale)
+    if scaled:
+        g, loss_scale = loss_scale * g, torch.ones_like(loss_scale)
     return g.to(out_dtype).contiguous(), norm, loss, loss_scale
 
 

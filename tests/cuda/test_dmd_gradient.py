@@ -14,6 +14,7 @@ OPTIONS = {
     "sigma": None, "alpha": None, "cfg_tensor": None, "mask": None, "weight": None, "cfg_scale": 3.5,
     "cfg_mode": "standard", "prediction": "flow", "normalizer": "per_sample", "eps": 1e-8, "eps_mode": "add",
     "nan_policy": "zero", "out_dtype": torch.bfloat16, "reduction": "mean", "factor": 0.5,
+    "scaled": False,
 }  # fmt: skip
 
 
@@ -85,6 +86,16 @@ def test_every_way_agrees_with_float64(kernels, shape, dtype):
         given = latents(*shape, dtype=dtype)
         args = arguments(given if uncond else [*given[:4], None], normalizer=normalizer, out_dtype=dtype)
         check(kernels("dmd_gradient_fwd", *args), args, ceiling)
+
+
+@pytest.mark.parametrize("shape", [(9, 64), (1, 140000)])
+@pytest.mark.parametrize(("normalizer", "reduction"), [("per_sample", "mean"), ("none", "sum"), ("global", "mean")])
+def test_every_way_writes_the_loss_s_gradient(kernels, shape, normalizer, reduction):
+    changes = {"normalizer": normalizer, "reduction": reduction, "factor": 0.75, "scaled": True}
+    args = arguments(latents(*shape, dtype=torch.float32), out_dtype=torch.float32, **changes)
+    results = kernels("dmd_gradient_fwd", *args)
+    check(results, args, 2e-6)
+    assert results[3] == 1
 
 
 @pytest.mark.parametrize("most_cluster", [1, 8, 16])

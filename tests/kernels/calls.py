@@ -49,15 +49,19 @@ def _dmd_calls(draw: Draw) -> Iterator[Call]:
     batch, shape = 3, (3, 2, 5, 7)
     latents = tuple(draw(*shape) for _ in range(5))
     mask = torch.rand(batch, 1, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.4
+    # g / numel is too small for float16.
+    scaled = torch.float32 if latents[0].dtype is torch.float16 else latents[0].dtype
     scalars = draw.per_sample(batch)
     base = {
         "sigma": draw.per_sample(batch), "alpha": None, "cfg_tensor": None, "mask": None, "weight": None,
         "cfg_scale": 1.0, "cfg_mode": "standard", "prediction": "flow", "normalizer": "per_sample", "eps": 1e-8,
         "eps_mode": "add", "nan_policy": "zero", "out_dtype": latents[0].dtype, "reduction": "mean", "factor": 0.5,
+        "scaled": False,
     }  # fmt: skip
     changes = (
         {},
         {"cfg_scale": 4.5},
+        {"cfg_scale": 4.5, "scaled": True, "out_dtype": scaled},
         {"cfg_scale": 2.5, "cfg_mode": "offset", "prediction": "x0"},
         {"cfg_tensor": 4 * scalars, "prediction": "eps", "alpha": scalars},
         {"prediction": "v", "normalizer": "global", "reduction": "sum", "factor": 1.0},
@@ -65,6 +69,7 @@ def _dmd_calls(draw: Draw) -> Iterator[Call]:
         {"mask": mask, "weight": scalars},
         {"mask": mask, "normalizer": "global", "nan_policy": "keep"},
         {"mask": mask, "normalizer": "none", "nan_policy": "zero_sample"},
+        {"mask": mask, "reduction": "sum", "scaled": True, "nan_policy": "zero_sample"},
         {"eps": 0.9, "eps_mode": "clamp", "nan_policy": "torch"},
         {"eps_mode": "none"},
     )

@@ -32,7 +32,7 @@ def _latent_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
     def dmd(latent: Tensor, nan_policy: str) -> Callable[[], object]:
         return lambda: kernels.dmd_gradient_fwd(
             latent, latent, latent, latent, latent, scalar, None, None, None, None, 3.5, "standard", "flow",
-            "per_sample", 1e-8, "add", nan_policy, torch.bfloat16, "mean", 0.5,
+            "per_sample", 1e-8, "add", nan_policy, torch.bfloat16, "mean", 0.5, False,
         )  # fmt: skip
 
     return {

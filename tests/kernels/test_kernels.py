@@ -116,7 +116,7 @@ def test_large_samples_give_what_small_ones_give(kernels, device, monkeypatch, n
     mask = torch.rand(2, 1, 1500, device=device) > 0.2
     args = (
         *latents, torch.tensor([0.3, 0.8], device=device), None, None, mask, None, 3.0, "standard", "flow", normalizer,
-        1e-8, "add", nan_policy, torch.float32, "mean", 0.5,
+        1e-8, "add", nan_policy, torch.float32, "mean", 0.5, False,
     )  # fmt: skip
     monkeypatch.setattr(kernels.dmd, "_LARGEST_BLOCK", 1024)
     monkeypatch.setattr(kernels.dmd, "_MOST_PARTS", 2)

@@ -123,12 +123,14 @@ def _dmd_options(draw: Draw, batch: int, mask: Tensor, dtype: torch.dtype) -> It
     base = {
         "sigma": None, "alpha": None, "cfg_tensor": None, "mask": None, "weight": None, "cfg_scale": 1.0,
         "cfg_mode": "standard", "prediction": "flow", "normalizer": "per_sample", "eps": 1e-8, "eps_mode": "add",
-        "nan_policy": "zero", "out_dtype": dtype, "reduction": "mean", "factor": 0.5,
+        "nan_policy": "zero", "out_dtype": dtype, "reduction": "mean", "factor": 0.5, "scaled": False,
     }  # fmt: skip
+    scaled = torch.float32 if dtype is torch.float16 else dtype  # g / numel is too small for float16
     scalars = draw.per_sample(batch)
     for change in (
         {},
         {"cfg_scale": 4.5},
+        {"cfg_scale": 4.5, "scaled": True, "out_dtype": scaled},
         {"cfg_scale": 2.5, "cfg_mode": "offset", "prediction": "x0"},
         {"cfg_tensor": 4 * scalars, "prediction": "eps", "alpha": scalars},
         {"prediction": "v", "normalizer": "global", "reduction": "sum", "factor": 1.0},
@@ -136,6 +138,7 @@ def _dmd_options(draw: Draw, batch: int, mask: Tensor, dtype: torch.dtype) -> It
         {"mask": mask, "weight": scalars},
         {"mask": mask, "normalizer": "global", "nan_policy": "keep"},
         {"mask": mask, "normalizer": "none", "nan_policy": "zero_sample"},
+        {"mask": mask, "reduction": "sum", "scaled": True, "nan_policy": "zero_sample"},
         {"eps": 0.9, "eps_mode": "clamp", "nan_policy": "torch"},
         {"eps_mode": "none"},
     ):

@@ -34,7 +34,7 @@ def large_calls() -> list[Call]:
     seed = torch.tensor([1, 2])
     image, inside = torch.randn(2, 3, 150, 130), torch.randint(0, 256, (2, 3, 150, 17), dtype=torch.uint8)
     mean3, std3 = [0.5] * 3, [0.5] * 3
-    dmd = (1.0, "standard", "flow", "per_sample", 1e-8, "add", "zero", torch.float32, "mean", 0.5)
+    dmd = (1.0, "standard", "flow", "per_sample", 1e-8, "add", "zero", torch.float32, "mean", 0.5, True)
     steps = [
         ("renoise_fwd", (latents[0], sigma, sigma, None, seed, 3)),
         ("renoise_scale_bwd", (latents[0], latents[1])),

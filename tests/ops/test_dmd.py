@@ -289,6 +289,51 @@ def test_two_runs_and_two_backwards_are_bit_equal():
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
 
 
+def kept_gradient(loss):
+    return loss.grad_fn.saved_tensors[0].data_ptr()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_last_backward_of_a_root_is_handed_what_the_forward_kept(backend, dtype, monkeypatch):
+    monkeypatch.setenv("DMDR_FAST_BACKEND", backend)
+    tensors = inputs((3, 17, 5), dtype)
+    x0 = tensors[0].requires_grad_()
+    g = ops.dmd_gradient(*tensors, sigma=0.5, cfg_scale=2.0, out_dtype=torch.float32).grad
+    loss = ops.dmd_loss(*tensors, sigma=0.5, cfg_scale=2.0)
+    kept = kept_gradient(loss)
+    (first,) = torch.autograd.grad(loss, x0, retain_graph=True)
+    assert first.data_ptr() != kept
+    expected = first.clone()
+    first.zero_()  # the caller's own: the next backward must not see it
+    (weighted,) = torch.autograd.grad(2 * loss, x0, retain_graph=True)
+    torch.testing.assert_close(weighted, 2 * expected)
+    loss.backward()
+    assert torch.equal(x0.grad, expected)
+    # float16 cannot hold g / numel of a large latent, so there it is g that is kept.
+    assert (x0.grad.data_ptr() == kept) == (dtype is not torch.float16)
+    torch.testing.assert_close(x0.grad.float(), g / g.numel(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_kept_gradient_of_another_dtype_is_converted():
+    tensors = inputs((3, 17, 5), torch.bfloat16)
+    x0 = tensors[0].requires_grad_()
+    ops.dmd_loss(*tensors, sigma=0.5, cfg_scale=2.0, out_dtype=torch.float32).backward()
+    g = ops.dmd_gradient(*tensors, sigma=0.5, cfg_scale=2.0, out_dtype=torch.float32).grad
+    assert x0.grad.dtype is torch.bfloat16
+    torch.testing.assert_close(x0.grad, (g / g.numel()).bfloat16())
+
+
+def test_second_derivatives_are_refused():
+    tensors = inputs()
+    x0 = tensors[0].requires_grad_()
+    loss = ops.dmd_loss(*tensors, sigma=0.5, cfg_scale=2.0)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(scale * loss, x0, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        gradient.sum().backward()
+
+
 def test_empty_batch_has_zero_loss():
     tensors = inputs((0, 3, 4))
     tensors[0].requires_grad_()

@@ -72,8 +72,10 @@ DMDR_EXPORT int dmdr_renoise_scale_bwd(const dmdr_renoise_args *args, void *stre
 
 /* ---- dmd_gradient ------------------------------------------------------------------------------------------------
  * x0_hat(p) = keep x_t + gain p;  g = weight (x0_hat(fake) - x0_hat(real)) / norm;  norm = mean |x0 - x0_hat(real)|.
- * fwd writes grad, norm [batch], loss [1] = 0.5 loss_scale sum g^2, and loss_scale [1] = 2 factor / count (mean) or
- * 2 factor (sum). bwd writes grad = grad_loss loss_scale pred_fake, where pred_fake holds the g of fwd. */
+ * s = 2 factor / count (mean) or 2 factor (sum), where count is what the mask selects. fwd writes norm [batch],
+ * loss [1] = 0.5 s sum g^2, grad = g and loss_scale [1] = s; or, if scaled, grad = s g and loss_scale = 1 (then a mean
+ * has no mask: s must be known before the first g). bwd writes grad = grad_loss loss_scale pred_fake, where pred_fake
+ * holds the grad of fwd. */
 typedef enum dmdr_prediction { DMDR_FLOW = 0, DMDR_EPS = 1, DMDR_V = 2, DMDR_X0 = 3 } dmdr_prediction;
 typedef enum dmdr_cfg_mode { DMDR_CFG_STANDARD = 0, DMDR_CFG_OFFSET = 1 } dmdr_cfg_mode;
 typedef enum dmdr_normalizer { DMDR_PER_SAMPLE = 0, DMDR_GLOBAL = 1, DMDR_NO_NORMALIZER = 2 } dmdr_normalizer;
@@ -96,6 +98,7 @@ typedef struct dmdr_dmd_gradient_args {
   double cfg_scale, eps, factor;
   int64_t cfg_mode, prediction, normalizer, eps_mode, nan_policy;
   int64_t reduction_sum;                        /* 1: sum, 0: mean */
+  int64_t scaled;                               /* 1: grad is the loss's gradient, 0: g */
   float *norm, *loss, *loss_scale;
   const float *grad_loss;                       /* bwd: [1] */
   double *workspace;                            /* dmdr_dmd_gradient_workspace() doubles, uninitialised */

@@ -17,7 +17,7 @@ _PREDICTION = {"flow": 0, "eps": 1, "v": 2, "x0": 3}
 _NORMALIZER = {"per_sample": 0, "global": 1, "none": 2}
 _EPS_MODE = {"add": 0, "clamp": 1, "none": 2}
 _NAN_POLICY = {"zero": 0, "torch": 1, "zero_sample": 2, "keep": 3}
-_NO_OPTIONS = (0.0,) * 3 + (0,) * 6
+_NO_OPTIONS = (0.0,) * 3 + (0,) * 7
 
 
 def dmd_gradient_fwd(
@@ -41,6 +41,7 @@ def dmd_gradient_fwd(
     out_dtype: torch.dtype,
     reduction: str,
     factor: float,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.dmd_gradient_fwd`."""
     grad = new_output(x0.shape, out_dtype)
@@ -56,7 +57,7 @@ def dmd_gradient_fwd(
     _fwd(
         *shape, *x0, *x_t, *fake, *real, *uncond, *on, *out, *[pointer(scalar) for scalar in per_sample],
         cfg_scale, eps, factor, _CFG_MODE[cfg_mode], _PREDICTION[prediction], _NORMALIZER[normalizer],
-        _EPS_MODE[eps_mode], _NAN_POLICY[nan_policy], int(reduction == "sum"),
+        _EPS_MODE[eps_mode], _NAN_POLICY[nan_policy], int(reduction == "sum"), int(scaled),
         norm.data_ptr(), loss.data_ptr(), loss_scale.data_ptr(), 0, space.data_ptr(),
     )  # fmt: skip
     return grad, norm, loss, loss_scale

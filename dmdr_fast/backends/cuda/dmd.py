@@ -18,7 +18,7 @@ _PREDICTION = {"flow": 0, "eps": 1, "v": 2, "x0": 3}
 _NORMALIZER = {"per_sample": 0, "global": 1, "none": 2}
 _EPS_MODE = {"add": 0, "clamp": 1, "none": 2}
 _NAN_POLICY = {"zero": 0, "torch": 1, "zero_sample": 2, "keep": 3}
-_NO_OPTIONS = (0.0,) * 3 + (0,) * 6
+_NO_OPTIONS = (0.0,) * 3 + (0,) * 7
 
 # One per device and stream. Its first eight bytes count the blocks that have finished: 0 before and after a call.
 _workspaces: dict[tuple[int | None, int], Tensor] = {}
@@ -45,12 +45,13 @@ def dmd_gradient_fwd(
     out_dtype: torch.dtype,
     reduction: str,
     factor: float,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.dmd_gradient_fwd`."""
     if x0.numel() == 0:
         return reference.dmd_gradient_fwd(
             x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_tensor, mask, weight, cfg_scale,
-            cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, reduction, factor,
+            cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, reduction, factor, scaled,
         )  # fmt: skip
     device, batch = x0.device, x0.shape[0]
     grad = x0.new_empty(x0.shape, dtype=out_dtype)
@@ -65,7 +66,7 @@ def dmd_gradient_fwd(
     _fwd(
         device, *shape, *x0, *x_t, *fake, *real, *uncond, *on, *out, *[pointer(scalar) for scalar in scalars],
         cfg_scale, eps, factor, _CFG_MODE[cfg_mode], _PREDICTION[prediction], _NORMALIZER[normalizer],
-        _EPS_MODE[eps_mode], _NAN_POLICY[nan_policy], int(reduction == "sum"),
+        _EPS_MODE[eps_mode], _NAN_POLICY[nan_policy], int(reduction == "sum"), int(scaled),
         norm.data_ptr(), loss.data_ptr(), loss_scale.data_ptr(), 0, space.data_ptr(),
     )  # fmt: skip
     return grad, norm, loss, loss_scale

@@ -45,6 +45,7 @@ def dmd_gradient_fwd(
     out_dtype: torch.dtype,
     reduction: str,
     factor: float,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`dmdr_fast.reference.dmd_gradient_fwd`."""
     grad = x0.new_empty(x0.shape, dtype=out_dtype)
@@ -56,33 +57,50 @@ def dmd_gradient_fwd(
     scalars = Scalars(*per_sample, cfg_scale)
     options = Options(prediction, cfg_mode, normalizer, eps_mode, nan_policy, torch.finfo(out_dtype).max)
     run = _one_reading if normalizer != "global" and view.shape.count <= _LARGEST_BLOCK else _two_readings
-    squares, counts = run(view, scalars, eps, grad, norms, mask is not None, options)
+    written = 1.0
+    if scaled:
+        written = 2 * factor / max(x0.numel(), 1) if reduction == "mean" else 2 * factor
+    squares, counts = run(view, scalars, eps, written, grad, norms, mask is not None, options)
 
     loss, loss_scale = norms.new_empty(()), norms.new_empty(())
     launch(
         dmd_loss_kernel, (1,), squares, counts, loss, loss_scale, squares.numel(), float(x0.numel()), factor,
-        MEAN=reduction == "mean", BLOCK=1024,
+        MEAN=reduction == "mean", SCALED=scaled, BLOCK=1024,
     )  # fmt: skip
     return grad, norms, loss, loss_scale
 
 
 def _one_reading(
-    view: Samples, scalars: Scalars, eps: float, grad: Tensor, norms: Tensor, masked: bool, options: Options
+    view: Samples,
+    scalars: Scalars,
+    eps: float,
+    written: float,
+    grad: Tensor,
+    norms: Tensor,
+    masked: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """Write grad and norms; returns the sums of squares, and the counts where there is a mask."""
+    """Write grad (``written`` times g) and norms; returns the sums of squares, and the counts where there is a mask."""
     squares = torch.empty_like(norms)
     counts = torch.empty_like(norms, dtype=torch.int32) if masked else None
     count = view.shape.count
     block, warps = block_and_warps(count, 16 if count <= 4096 else 32, _LARGEST_BLOCK)
     launch(
-        dmd_gradient_sample_kernel, (view.batch,), Latents(*view.views), scalars, eps, grad, norms, squares, counts,
-        view.shape, OPTIONS=options, BLOCK=block, num_warps=warps,
+        dmd_gradient_sample_kernel, (view.batch,), Latents(*view.views), scalars, eps, written, grad, norms,
+        squares, counts, view.shape, OPTIONS=options, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return squares, counts
 
 
 def _two_readings(
-    view: Samples, scalars: Scalars, eps: float, grad: Tensor, norms: Tensor, masked: bool, options: Options
+    view: Samples,
+    scalars: Scalars,
+    eps: float,
+    written: float,
+    grad: Tensor,
+    norms: Tensor,
+    masked: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """As ``_one_reading``, for samples beyond a block and for the normaliser over all samples."""
     batch, shape, latents = view.batch, view.shape, Latents(*view.views)
@@ -101,8 +119,8 @@ def _two_readings(
             eps, OPTIONS=options, BLOCK=256,
         )  # fmt: skip
     launch(
-        dmd_gradient_kernel, (batch, parts), latents, scalars, grad, norms, squares, counts, broken, shape,
-        **constants,
+        dmd_gradient_kernel, (batch, parts), latents, scalars, written, grad, norms, squares, counts, broken,
+        shape, **constants,
     )  # fmt: skip
     if options.nan_policy == "zero_sample":
         launch(
