@@ -42,6 +42,7 @@ def legend() -> list[str]:
         "the rounds' own ratios; under 1 the fused op is the slower one. GB/s: the floor's bytes (each large tensor",
         "read once and written once) over the median. % copy: that against a copy timed in the same rounds. peak MiB:",
         "held at most above the inputs, fused / eager / torch.compile. Every line passed the float64 gate first.",
+        "On a CPU a call starts with freed memory given back to the system, and takes what it needs anew.",
     ]
 
 
