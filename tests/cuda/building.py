@@ -17,6 +17,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
+ABI = ROOT / "csrc" / "include" / "dmdr" / "abi.h"
 EMULATION = Path(__file__).parent / "emulation"
 
 # -fno-strict-aliasing: the kernels move floats as 16-byte words. The sanitizer ends the process at a misaligned one.
@@ -50,7 +51,7 @@ def cuda_library(config: pytest.Config) -> Path:
         pytest.skip("needs nvcc on PATH")
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake on PATH")
-    folder = _folder(config, [*KERNELS.iterdir(), ROOT / "CMakeLists.txt"], nvcc_version())
+    folder = _folder(config, [*KERNELS.iterdir(), ABI, ROOT / "CMakeLists.txt"], nvcc_version())
     with FileLock(folder / "lock"):
         library = folder / "csrc" / "cuda" / "libdmdr_cuda.so"
         if not library.is_file():
@@ -77,7 +78,7 @@ def _compiled(config: pytest.Config, name: str, sources: list[Path], link_flags:
     if sys.platform != "linux":
         pytest.skip("the emulation of CUDA is for Linux")
     headers = [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *EMULATION.glob("*.h")]
-    folder = _folder(config, [*sources, *headers, ROOT / "csrc" / "include" / "dmdr" / "abi.h"], name)
+    folder = _folder(config, [*sources, *headers, ABI], name)
     with FileLock(folder / "lock"):
         binary = folder / name
         if not binary.is_file():

@@ -14,7 +14,6 @@ import torch
 from dmdr_fast.backends import native
 from tests.cuda import building
 
-HEADER = building.ROOT / "csrc" / "include" / "dmdr" / "abi.h"
 KERNELS = [
     *[f"dmdr_renoise_{way}" for way in ("fwd", "bwd", "scale_bwd")],
     *[
@@ -40,7 +39,7 @@ def library(path, monkeypatch) -> ctypes.CDLL:
 
 def structs() -> dict[str, str]:
     """Function and argument struct of every kernel that the header declares."""
-    return dict(re.findall(r"DMDR_EXPORT int (dmdr_\w+)\(const (dmdr_\w+_args) \*", HEADER.read_text()))
+    return dict(re.findall(r"DMDR_EXPORT int (dmdr_\w+)\(const (dmdr_\w+_args) \*", building.ABI.read_text()))
 
 
 def test_exports_the_abi_and_nothing_else(path):
