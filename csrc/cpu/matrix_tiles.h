@@ -85,7 +85,7 @@ DMDR_INLINE void for_row_tiles(int64_t rows, Body body) {
   for (; row < rows; ++row) body(Count<1>{}, row);
 }
 
-// body(Count<vectors>, column, where...) over columns: pairs of vectors, then single ones, the last perhaps a tail.
+// body(Count<vectors>, where) over columns: pairs of vectors, then single ones, the last perhaps a tail.
 template <class Body>
 DMDR_INLINE void for_column_tiles(int64_t columns, Body body) {
   int64_t column = 0;
@@ -94,12 +94,29 @@ DMDR_INLINE void for_column_tiles(int64_t columns, Body body) {
   if (column < columns) body(Count<1>{}, Tail{column, static_cast<int>(columns - column)});
 }
 
-// A matrix [summed, columns] in words, row-major with padded columns; what is beyond the matrix is 0. `transposed`: the
-// tensor is [columns, summed].
+// Where the words of a packed matrix [summed, columns] lie: one column tile of for_column_tiles after the other, each
+// row-major, so that a product reads its tile from start to end. (With rows of all columns, those of a tile share a few
+// sets of the L1 cache, and each is in a page of its own.)
+struct Packing {
+  int64_t rows, pairs;  // words along the summed dimension; columns before this one are in tiles of two vectors
+  int64_t width(int64_t column) const { return column < pairs ? 2 * kLanes : kLanes; }
+  int64_t index(int64_t row, int64_t column) const {
+    const int64_t wide = width(column), within = column % wide;
+    return (column - within) * rows + row * wide + within;
+  }
+};
+
+template <class Product>
+Packing packing(int64_t summed, int64_t columns) {
+  return {words_of<Product>(summed), columns / (2 * kLanes) * (2 * kLanes)};
+}
+
+// Packs a matrix [summed, columns]; what is beyond it is 0. `transposed`: the tensor is [columns, summed].
 template <class Product>
 void pack(const dmdr_tensor &matrix, int64_t summed, int64_t columns, bool transposed, uint32_t *packed) {
-  const int64_t width = padded(columns), rows = transposed ? columns : summed, length = transposed ? summed : columns;
-  std::memset(packed, 0, words_of<Product>(summed) * width * 4);
+  const Packing at = packing<Product>(summed, columns);
+  const int64_t rows = transposed ? columns : summed, length = transposed ? summed : columns;
+  std::memset(packed, 0, at.rows * padded(columns) * 4);
   alignas(64) float lanes[kLanes];
   for (int64_t row = 0; row < rows; ++row) {
     const Row<Mixed> source(matrix, row * matrix.stride[0]);
@@ -108,7 +125,7 @@ void pack(const dmdr_tensor &matrix, int64_t summed, int64_t columns, bool trans
       std::memcpy(lanes, &values, sizeof values);
       for (int64_t lane = 0; lane < kLanes && where.at + lane < length; ++lane) {
         const int64_t k = transposed ? where.at + lane : row, column = transposed ? row : where.at + lane;
-        Product::put(packed + k / Product::kPerWord * width + column, k % Product::kPerWord, lanes[lane]);
+        Product::put(packed + at.index(k / Product::kPerWord, column), k % Product::kPerWord, lanes[lane]);
       }
     });
   }

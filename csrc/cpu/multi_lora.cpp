@@ -32,11 +32,12 @@ DMDR_INLINE Row<Type> row_of(const dmdr_tensor &tensor, const Unit &unit, int64_
   return Row<Type>(tensor, unit.sample * tensor.stride[0] + unit.row(i) * tensor.stride[1]);
 }
 
-// down[i][0..rank) = scale * (tensor row i) right, right packed [inner][rank]; down has `down_row` floats a row.
+// down[i][0..rank) = scale * (tensor row i) right, right packed [inner, rank]; down has `down_row` floats a row.
 template <class Product, class Type>
 void project_down(const dmdr_tensor &tensor, const Unit &unit, int64_t inner, const uint32_t *right, int64_t rank,
                   float scale, float *down, int64_t down_row) {
-  const int64_t width = padded(rank), most = kPanel * Product::kPerWord;
+  const int64_t most = kPanel * Product::kPerWord;
+  const Packing packed = packing<Product>(inner, rank);
   alignas(64) uint32_t panel[kTileRows * kPanel];
   for_row_tiles(unit.count, [&](auto rows, int64_t row) {
     constexpr int kRows = decltype(rows)::value;
@@ -49,8 +50,8 @@ void project_down(const dmdr_tensor &tensor, const Unit &unit, int64_t inner, co
         constexpr int kVectors = decltype(vectors)::value;
         F acc[kRows][kVectors] = {};
         char *const target = reinterpret_cast<char *>(down + row * down_row);
-        multiply_add<Product>(acc, panel, kPanel, 1, right + k / Product::kPerWord * width + where.at, width,
-                              words_of<Product>(length));
+        multiply_add<Product>(acc, panel, kPanel, 1, right + packed.index(k / Product::kPerWord, where.at),
+                              kVectors * kLanes, words_of<Product>(length));
         // A panel's sum is added as one number: the rounding errors of a sum grow with its length.
         for (int i = 0; i < kRows; ++i)
           for (int v = 0; v < kVectors; ++v) {
@@ -63,12 +64,13 @@ void project_down(const dmdr_tensor &tensor, const Unit &unit, int64_t inner, co
   });
 }
 
-// out = base (or 0) + down up for a unit's rows; up packed [rank][columns].
+// out = base (or 0) + down up for a unit's rows; up packed [rank, columns].
 template <class Product, class Type>
 void project_up(const dmdr_tensor &base, const dmdr_tensor &out, const Unit &unit, const float *down, int64_t down_row,
                 int64_t rank, const uint32_t *up, int64_t columns) {
   const bool has_base = base.data != nullptr;
-  const int64_t width = padded(columns), most = kPanel * Product::kPerWord, in_panel = rank < most ? rank : most;
+  const int64_t most = kPanel * Product::kPerWord, in_panel = rank < most ? rank : most;
+  const Packing packed = packing<Product>(rank, columns);
   alignas(64) uint32_t panel[kTileRows * kPanel];
   const dmdr_tensor low_rank = {const_cast<float *>(down), DMDR_F32, {}};
   for_row_tiles(unit.count, [&](auto rows, int64_t row) {
@@ -82,13 +84,14 @@ void project_up(const dmdr_tensor &base, const dmdr_tensor &out, const Unit &uni
         for (int i = 0; i < kRows; ++i)
           for (int v = 0; v < kVectors; ++v)
             acc[i][v] = row_of<Type>(base, unit, row + i).load(moved(where, v * kLanes));
-      multiply_add<Product>(acc, panel, kPanel, 1, up + where.at, width, words_of<Product>(in_panel));
+      multiply_add<Product>(acc, panel, kPanel, 1, up + packed.index(0, where.at), kVectors * kLanes,
+                            words_of<Product>(in_panel));
       // A rank beyond the panel is read where it lies; only fp32 comes here with one.
       for (int64_t k = most; k < rank; ++k)
         for (int i = 0; i < kRows; ++i)
           for (int v = 0; v < kVectors; ++v)
             acc[i][v] += down[(row + i) * down_row + k] *
-                         read<Float32>(reinterpret_cast<const char *>(up + k * width), Whole{where.at + v * kLanes});
+                         read<Float32>(reinterpret_cast<const char *>(up + packed.index(k, where.at)), Whole{v * kLanes});
       for (int i = 0; i < kRows; ++i)
         for (int v = 0; v < kVectors; ++v) row_of<Type>(out, unit, row + i).store(moved(where, v * kLanes), acc[i][v]);
     });
