@@ -27,13 +27,18 @@ class Latents(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """One float32 per sample each; all but sigma may be None. ``cfg_number`` serves where ``cfg`` is None."""
+    """One float32 per sample each; all but sigma may be None. ``cfg_number`` serves where ``cfg`` is None.
+
+    ``eps`` and ``written``, what multiplies g as it is written, are numbers for all samples.
+    """
 
     sigma: Any
     alpha: Any
     cfg: Any
     weight: Any
     cfg_number: Any
+    eps: Any
+    written: Any
 
 
 class Options(NamedTuple):
@@ -49,7 +54,7 @@ class Options(NamedTuple):
 
 @triton.jit
 def dmd_gradient_sample_kernel(
-    latents, scalars, eps, written, grad, norms, squares, counts, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    latents, scalars, grad, norms, squares, counts, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program per sample, all of it in registers: every tensor is read or written once; grad = written g."""
     sample = tl.program_id(0)
@@ -62,11 +67,11 @@ def dmd_gradient_sample_kernel(
     norm = tl.full([], 1.0, tl.float32)
     if OPTIONS.normalizer != "none":
         distance = tl.sum(_distance(latents, real, keep, gain, shape, sample, i, on, OPTIONS))
-        norm = _norm(distance, selected, eps, OPTIONS)
+        norm = _norm(distance, selected, scalars.eps, OPTIONS)
     g, broken = _policy(_scale(gain, norm, scalars, sample) * difference, on, grad.dtype.element_ty, OPTIONS)
     if OPTIONS.nan_policy == "zero_sample":
         g = tl.where(tl.max(broken.to(tl.int32)) == 0, g, 0.0)
-    store_sample(grad, shape, sample, i, written * g, i < shape.count)
+    store_sample(grad, shape, sample, i, scalars.written * g, i < shape.count)
     tl.store(norms + sample, norm)
     tl.store(squares + sample, tl.sum(g * g))
     if latents.mask is not None:
@@ -110,7 +115,7 @@ def dmd_norm_kernel(distances, counts, norms, samples, parts, eps, OPTIONS: tl.c
 
 @triton.jit
 def dmd_gradient_kernel(
-    latents, scalars, written, grad, norms, squares, counts, broken, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    latents, scalars, grad, norms, squares, counts, broken, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Second reading: grad = written g. broken[b, p] says that program p met an element that is not finite."""
     sample, parts = tl.program_id(0), tl.num_programs(1)
@@ -125,7 +130,7 @@ def dmd_gradient_kernel(
         i = start + tl.arange(0, BLOCK)
         _real_prediction, difference, on = _difference(latents, scalars, shape, sample, i, OPTIONS)
         g, not_finite = _policy(scale * difference, on, grad.dtype.element_ty, OPTIONS)
-        store_sample(grad, shape, sample, i, written * g, i < shape.count)
+        store_sample(grad, shape, sample, i, scalars.written * g, i < shape.count)
         total = tl.fma(g, g, total)
         bad |= not_finite.to(tl.int32)
         selected += on.to(tl.int32)

@@ -220,8 +220,8 @@ struct Row<Mixed> {
 // An output that is written once, a vector after the other, and not read back by the op. From kPastCaches bytes on it
 // goes past the caches: a store that misses reads its line first, a third of the traffic of a scaled copy, and what is
 // kept of the line pushes out an input. Below, whoever reads the output next may still find it in a cache: a scaled copy
-// of 8 MiB that fits takes 0.26 ms, and 0.50 ms past the cache (Zen 4, 32 MiB of L3). Of an op that reads five times as
-// much as it writes nothing old is left in a cache, the line that a store would read comes from memory: kPastOwnInputs.
+// of 8 MiB that fits takes 0.26 ms, and 0.50 ms past the cache (Zen 4, 32 MiB of L3). kPastOwnInputs is for an op that
+// reads several times what it writes: its inputs have pushed the output's old lines out of the cache much earlier.
 // for_items() makes such stores visible.
 constexpr int64_t kPastCaches = 16 << 20, kPastOwnInputs = 4 << 20;
 

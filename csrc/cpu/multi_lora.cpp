@@ -91,7 +91,8 @@ void project_up(const dmdr_tensor &base, const dmdr_tensor &out, const Unit &uni
         for (int i = 0; i < kRows; ++i)
           for (int v = 0; v < kVectors; ++v)
             acc[i][v] += down[(row + i) * down_row + k] *
-                         read<Float32>(reinterpret_cast<const char *>(up + packed.index(k, where.at)), Whole{v * kLanes});
+                         read<Float32>(reinterpret_cast<const char *>(up),
+                                       Whole{packed.index(k, where.at) + v * kLanes});
       for (int i = 0; i < kRows; ++i)
         for (int v = 0; v < kVectors; ++v) row_of<Type>(out, unit, row + i).store(moved(where, v * kLanes), acc[i][v]);
     });

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("tests", ["tests/kernels/test_kernels.py", "tests/ops/test_sweep.py"])
-def test_kernels_in_the_interpreter(tests):
+@pytest.mark.parametrize(("tests", "least"), [("tests/kernels/test_kernels.py", 30), ("tests/ops/test_sweep.py", 10)])
+def test_kernels_in_the_interpreter(tests, least):
     pytest.importorskip("triton")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests],
@@ -30,4 +30,4 @@ def test_kernels_in_the_interpreter(tests):
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) > 10, f"too few tests ran:\n{run.stdout[-2000:]}"
+    assert passed and int(passed[1]) > least, f"too few tests ran:\n{run.stdout[-2000:]}"

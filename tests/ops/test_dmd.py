@@ -289,10 +289,6 @@ def test_two_runs_and_two_backwards_are_bit_equal():
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
 
 
-def kept_gradient(loss):
-    return loss.grad_fn.saved_tensors[0].data_ptr()
-
-
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_the_last_backward_of_a_root_is_handed_what_the_forward_kept(backend, dtype, monkeypatch):
@@ -301,7 +297,7 @@ def test_only_the_last_backward_of_a_root_is_handed_what_the_forward_kept(backen
     x0 = tensors[0].requires_grad_()
     g = ops.dmd_gradient(*tensors, sigma=0.5, cfg_scale=2.0, out_dtype=torch.float32).grad
     loss = ops.dmd_loss(*tensors, sigma=0.5, cfg_scale=2.0)
-    kept = kept_gradient(loss)
+    kept = loss.grad_fn.saved_tensors[0].data_ptr()
     (first,) = torch.autograd.grad(loss, x0, retain_graph=True)
     assert first.data_ptr() != kept
     expected = first.clone()

@@ -54,13 +54,13 @@ def dmd_gradient_fwd(
         mask = mask.expand(x0.shape)
     view = samples(x0, x_t, pred_fake, pred_real, pred_real_uncond, mask)
     per_sample = (None if scalar is None else scalar.contiguous() for scalar in (sigma, alpha, cfg_tensor, weight))
-    scalars = Scalars(*per_sample, cfg_scale)
-    options = Options(prediction, cfg_mode, normalizer, eps_mode, nan_policy, torch.finfo(out_dtype).max)
-    run = _one_reading if normalizer != "global" and view.shape.count <= _LARGEST_BLOCK else _two_readings
     written = 1.0
     if scaled:
         written = 2 * factor / max(x0.numel(), 1) if reduction == "mean" else 2 * factor
-    squares, counts = run(view, scalars, eps, written, grad, norms, mask is not None, options)
+    scalars = Scalars(*per_sample, cfg_scale, eps, written)
+    options = Options(prediction, cfg_mode, normalizer, eps_mode, nan_policy, torch.finfo(out_dtype).max)
+    run = _one_reading if normalizer != "global" and view.shape.count <= _LARGEST_BLOCK else _two_readings
+    squares, counts = run(view, scalars, grad, norms, mask is not None, options)
 
     loss, loss_scale = norms.new_empty(()), norms.new_empty(())
     launch(
@@ -71,36 +71,22 @@ def dmd_gradient_fwd(
 
 
 def _one_reading(
-    view: Samples,
-    scalars: Scalars,
-    eps: float,
-    written: float,
-    grad: Tensor,
-    norms: Tensor,
-    masked: bool,
-    options: Options,
+    view: Samples, scalars: Scalars, grad: Tensor, norms: Tensor, masked: bool, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """Write grad (``written`` times g) and norms; returns the sums of squares, and the counts where there is a mask."""
+    """Write grad and norms; returns the sums of squares, and the counts where there is a mask."""
     squares = torch.empty_like(norms)
     counts = torch.empty_like(norms, dtype=torch.int32) if masked else None
     count = view.shape.count
     block, warps = block_and_warps(count, 16 if count <= 4096 else 32, _LARGEST_BLOCK)
     launch(
-        dmd_gradient_sample_kernel, (view.batch,), Latents(*view.views), scalars, eps, written, grad, norms,
-        squares, counts, view.shape, OPTIONS=options, BLOCK=block, num_warps=warps,
+        dmd_gradient_sample_kernel, (view.batch,), Latents(*view.views), scalars, grad, norms, squares, counts,
+        view.shape, OPTIONS=options, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return squares, counts
 
 
 def _two_readings(
-    view: Samples,
-    scalars: Scalars,
-    eps: float,
-    written: float,
-    grad: Tensor,
-    norms: Tensor,
-    masked: bool,
-    options: Options,
+    view: Samples, scalars: Scalars, grad: Tensor, norms: Tensor, masked: bool, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """As ``_one_reading``, for samples beyond a block and for the normaliser over all samples."""
     batch, shape, latents = view.batch, view.shape, Latents(*view.views)
@@ -116,11 +102,11 @@ def _two_readings(
         programs = batch if options.normalizer == "per_sample" else 1
         launch(
             dmd_norm_kernel, (programs,), distances, counts, norms, batch // programs, batch * parts // programs,
-            eps, OPTIONS=options, BLOCK=256,
+            scalars.eps, OPTIONS=options, BLOCK=256,
         )  # fmt: skip
     launch(
-        dmd_gradient_kernel, (batch, parts), latents, scalars, written, grad, norms, squares, counts, broken,
-        shape, **constants,
+        dmd_gradient_kernel, (batch, parts), latents, scalars, grad, norms, squares, counts, broken, shape,
+        **constants,
     )  # fmt: skip
     if options.nan_policy == "zero_sample":
         launch(
