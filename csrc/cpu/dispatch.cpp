@@ -125,7 +125,6 @@ dmdr_status check(const dmdr_sde_step_args &args) {
   return bad ? DMDR_ERROR_ARGUMENT : DMDR_OK;
 }
 
-dmdr_status check(const dmdr_grpo_loss_args &args) { return args.count < 0 ? DMDR_ERROR_ARGUMENT : DMDR_OK; }
 
 dmdr_status check(const dmdr_preprocess_reward_args &args) {
   if (has_bad_dtype({args.image, args.out})) return DMDR_ERROR_DTYPE;

@@ -22,8 +22,6 @@
   X(qk_norm_rope_bwd, dmdr_qk_norm_rope_args)               \
   X(sde_step_fwd, dmdr_sde_step_args)                       \
   X(sde_step_bwd, dmdr_sde_step_args)                       \
-  X(grpo_loss_fwd, dmdr_grpo_loss_args)                     \
-  X(grpo_loss_bwd, dmdr_grpo_loss_args)                     \
   X(preprocess_reward_fwd, dmdr_preprocess_reward_args)     \
   X(preprocess_reward_bwd, dmdr_preprocess_reward_args)
 

@@ -1,12 +1,11 @@
 """Which kernel runs: triton, cuda, cpu or reference, and why.
 
-Every public op lowers to raw functions ``<op>_fwd`` / ``<op>_bwd`` on checked tensors. ``reference`` has all
-of them in plain PyTorch. A backend module (``cpu``, ``triton`` or ``cuda`` in this package) offers functions
-of the same names and signatures for the ones it has, and
+Every public op lowers to raw functions ``<op>_fwd`` / ``<op>_bwd`` whose arguments are one named tuple, defined in
+``ops/``. ``reference`` has all of them in plain PyTorch. A backend (a module of this package, imported when an op
+first wants it; one that cannot load raises ImportError with the reason) has those that it registers:
 
-    supports(name, *args) -> str | None      None: it can run this call; a string: why it cannot
-
-It is imported when an op first wants it; a module that cannot load raises ImportError with the reason.
+    @implements("gated_residual_fwd")
+    def gated_residual_fwd(run: Recorder, a: GatedResidual) -> Tensor: ...
 
 ``DMDR_FAST_BACKEND=auto|triton|cuda|cpu|reference`` picks one (default auto); ``DMDR_FAST_STRICT=1`` turns a
 fallback to the reference into an error. Without it each reason for a fallback is logged once.
@@ -18,12 +17,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dmdr_fast import reference
+from dmdr_fast.backends.plans import Plan, Recorder
 
 _LOG = logging.getLogger("dmdr_fast")
 _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
@@ -32,8 +34,10 @@ _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 # Triton's on the same machine; on all others Triton comes first.
 CUDA_FIRST: frozenset[str] = frozenset()
 
-_modules: dict[str, ModuleType | str] = {}
+_loaded: dict[str, Backend | str] = {}
 _logged: set[tuple[str, str]] = set()
+
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 class FallbackError(RuntimeError):
@@ -61,40 +65,61 @@ class Choice:
         return f"{self.function}: {self.backend} ({self.reason}{refused})"
 
 
-def run(name: str, args: tuple):
-    """Run the raw function ``name`` on the backend that fits its arguments."""
-    backend, refused, forced, device = _select(name, args)
-    if backend is not None:
-        return getattr(_modules[backend], name)(*args)
-    if device is not None and forced != "reference":
-        _fall_back(name, device, refused)
-    return getattr(reference, name)(*args)
+class _Implementation(NamedTuple):
+    function: Callable[[Recorder, Any], Outputs]
+    refuses: Callable[[Any], str | None] | None
 
 
-def explain(name: str, args: tuple) -> Choice:
-    """The choice that ``run(name, args)`` makes, with its reasons; runs nothing."""
-    backend, refused, forced, device = _select(name, args)
-    if device is None:
-        reason = "float64 is computed by the reference"
-    elif forced != "auto" and forced == (backend or "reference"):
-        reason = f"DMDR_FAST_BACKEND={forced}"
-    else:
-        reason = f"{'auto' if backend else 'fallback'} on {device} tensors"
-    return Choice(name, backend or "reference", reason, tuple(refused))
+class Backend:
+    """The raw functions that one kind of kernel has.
+
+    Args:
+        recorder: makes the recorder that its functions take, from the call's arguments.
+        refuses: why it can run nothing on this device, or None.
+        takes_empty: its functions take tensors without elements; else the reference answers for them.
+    """
+
+    def __init__(
+        self,
+        recorder: Callable[[tuple], Recorder],
+        refuses: Callable[[torch.device], str | None],
+        *,
+        takes_empty: bool = False,
+    ) -> None:
+        self.functions: dict[str, _Implementation] = {}
+        self._recorder, self._refuses, self._takes_empty = recorder, refuses, takes_empty
+
+    def implements(self, name: str, *, refuses: Callable[[Any], str | None] | None = None) -> Callable:
+        """Register the decorated ``function(run, args)`` as this backend's ``name``.
+
+        Args:
+            refuses: of the arguments: why the function cannot run them, or None.
+        """
+
+        def register(function: Callable) -> Callable:
+            self.functions[name] = _Implementation(function, refuses)
+            return function
+
+        return register
+
+    def refusal(self, name: str, args: tuple) -> str | None:
+        """Why it cannot run ``name(*args)``; None where it can."""
+        if name not in self.functions:
+            return f"it has no {name}"
+        why = self._refuses(_device(args))
+        refuses = self.functions[name].refuses
+        return refuses(args) if why is None and refuses is not None else why
+
+    def run(self, name: str, args: tuple) -> tuple[Outputs, Plan | None]:
+        """The results, and how to run such a call again; None where every call has to go this way."""
+        if not self._takes_empty and any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
+            return reference.run(name, args), None
+        run = self._recorder(args)
+        outputs = self.functions[name].function(run, args)
+        return outputs, run.plan(outputs)
 
 
-def _select(name: str, args: tuple) -> tuple[str | None, list[tuple[str, str]], str, str | None]:
-    """(backend or None for the reference, who refused and why, DMDR_FAST_BACKEND, ``_kernel_device``)."""
-    forced, device, refused = _forced(), _kernel_device(args), []
-    for backend in _candidates(forced, device, name):
-        why = _refusal(backend, _load(backend), device, name, args)
-        if why is None:
-            return backend, refused, forced, device
-        refused.append((backend, why))
-    return None, refused, forced, device
-
-
-def _forced() -> str:
+def forced() -> str:
     """DMDR_FAST_BACKEND, read at every call: a test or a user may change it between two."""
     value = os.environ.get("DMDR_FAST_BACKEND", "auto")
     if value not in _NAMES:
@@ -102,52 +127,82 @@ def _forced() -> str:
     return value
 
 
+def run(name: str, args: tuple) -> tuple[Outputs, Plan | None]:
+    """Run the raw function ``name`` on the backend that fits its arguments: (results, plan for such calls)."""
+    backend, refused, device = _select(name, args)
+    if backend is not None:
+        return _loaded[backend].run(name, args)
+    if device is not None and forced() != "reference":
+        _fall_back(name, device, refused)
+    return reference.run(name, args), None
+
+
+def explain(name: str, args: tuple) -> Choice:
+    """The choice that ``run(name, args)`` makes, with its reasons; runs nothing."""
+    backend, refused, device = _select(name, args)
+    wanted = forced()
+    if device is None:
+        reason = "float64 is computed by the reference"
+    elif wanted != "auto" and wanted == (backend or "reference"):
+        reason = f"DMDR_FAST_BACKEND={wanted}"
+    else:
+        reason = f"{'auto' if backend else 'fallback'} on {device} tensors"
+    return Choice(name, backend or "reference", reason, tuple(refused))
+
+
+def load(backend: str) -> Backend | str:
+    """The backend, or why it cannot be loaded. Tried once per process."""
+    loaded = _loaded.get(backend)
+    if loaded is None:
+        try:
+            loaded = importlib.import_module(f"dmdr_fast.backends.{backend}").BACKEND
+        except (ImportError, OSError) as error:
+            loaded = f"it cannot be loaded ({error})"
+        _loaded[backend] = loaded
+    return loaded
+
+
+def _select(name: str, args: tuple) -> tuple[str | None, list[tuple[str, str]], str | None]:
+    """(backend or None for the reference, who refused and why, ``_kernel_device``)."""
+    device, refused = _kernel_device(args), []
+    for backend in _candidates(forced(), device, name):
+        why = _refusal(backend, device, name, args)
+        if why is None:
+            return backend, refused, device
+        refused.append((backend, why))
+    return None, refused, device
+
+
 def _kernel_device(args: tuple) -> str | None:
     """Device type of the tensors, None where float64 asks for the reference."""
-    device = None
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if arg.dtype is torch.float64:
-                return None
-            device = device or arg.device.type
-        elif arg is torch.float64:
-            return None
-    return device
+    wide = any(arg is torch.float64 or (isinstance(arg, Tensor) and arg.dtype is torch.float64) for arg in args)
+    return None if wide else _device(args).type
 
 
-def _candidates(forced: str, device: str | None, name: str) -> tuple[str, ...]:
+def _device(args: tuple) -> torch.device:
+    return next(arg.device for arg in args if isinstance(arg, Tensor))
+
+
+def _candidates(wanted: str, device: str | None, name: str) -> tuple[str, ...]:
     """The kernel backends to ask, in order; the reference comes after them."""
-    if device is None or forced == "reference":
+    if device is None or wanted == "reference":
         return ()
-    if forced != "auto":
-        return (forced,)
+    if wanted != "auto":
+        return (wanted,)
     if device == "cuda":
         return ("cuda", "triton") if name in CUDA_FIRST else ("triton", "cuda")
     return ("cpu",) if device == "cpu" else ()
 
 
-def _load(backend: str) -> ModuleType | str:
-    """The backend's module, or why it cannot be loaded. Tried once per process."""
-    module = _modules.get(backend)
-    if module is None:
-        try:
-            module = importlib.import_module(f"dmdr_fast.backends.{backend}")
-        except (ImportError, OSError) as error:
-            module = f"it cannot be loaded ({error})"
-        _modules[backend] = module
-    return module
-
-
-def _refusal(backend: str, module: ModuleType | str, device: str | None, name: str, args: tuple) -> str | None:
-    if isinstance(module, str):
-        return module
-    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+def _refusal(name: str, device: str | None, function: str, args: tuple) -> str | None:
+    backend = load(name)
+    if isinstance(backend, str):
+        return backend
+    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
-    if backend in ("cpu", "cuda") and device != backend:
-        return f"it runs on {backend} tensors, these are on {device}"
-    if not hasattr(module, name):
-        return f"it has no {name}"
-    return module.supports(name, *args)
+    if name in ("cpu", "cuda") and device != name:
+        return f"it runs on {name} tensors, these are on {device}"
+    return backend.refusal(function, args)
 
 
 def _fall_back(name: str, device: str, refused: list[tuple[str, str]]) -> None:
@@ -158,7 +213,7 @@ def _fall_back(name: str, device: str, refused: list[tuple[str, str]]) -> None:
             "Change the call, build or install the backend, or unset DMDR_FAST_STRICT."
         )
     # A backend that is missing altogether is one line, not one per op.
-    missing = all(isinstance(_modules.get(backend), str) for backend, _ in refused)
+    missing = all(isinstance(_loaded.get(backend), str) for backend, _ in refused)
     key = ("*" if missing else name, reasons)
     if key not in _logged:
         _logged.add(key)

@@ -1,71 +1,68 @@
-"""Tensors of one shape as the C ABI sees them: up to five outer dimensions and a contiguous inner one."""
+"""Tensors of one shape as the kernels see them: up to five outer dimensions and a contiguous inner one."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from dmdr_fast.backends.native import OUTER
-
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 0}
-ABSENT = (0,) * (2 + OUTER)
+OUTER = 5
 _NO_STRIDES = (0,) * (OUTER - 1)
 _NO_SIZES = (1,) * (OUTER - 1)
 
 
-def shared_view(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[tuple[int, ...]], tuple | list]:
+class Strided(NamedTuple):
+    """A tensor and its strides along the outer dimensions, in elements."""
+
+    tensor: Tensor
+    strides: Sequence[int]
+
+
+class SharedView(NamedTuple):
+    """See :func:`shared_view`.
+
+    Attributes:
+        shape: OUTER outer sizes and the inner one.
+        strides: of each tensor along the outer dimensions; None for an absent one.
+        tensors: what they are strides of: the given tensors, or copies.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[tuple[int, ...] | None, ...]
+    tensors: tuple[Tensor | None, ...]
+
+    @property
+    def rows(self) -> int:
+        """Product of the outer sizes."""
+        return math.prod(self.shape[:-1])
+
+    def strided(self) -> list[Strided | None]:
+        return [
+            tensor if tensor is None else Strided(tensor, strides)
+            for tensor, strides in zip(self.tensors, self.strides, strict=True)
+        ]
+
+
+def shared_view(*tensors: Tensor | None) -> SharedView:
     """Dimensions of tensors of one shape merged as far as their strides allow; dimension 0 is never merged.
 
-    Views whose last dimension is contiguous are passed as they are; others, and views that keep more than five
-    outer dimensions, are copied.
+    Views whose last dimension is contiguous are taken as they are; others, and views that keep more than five outer
+    dimensions, are copied.
 
     Args:
-        tensors: all of one shape, at least 1-D; None marks an absent one. The first is present.
-
-    Returns:
-        ``shape`` (OUTER outer sizes and the inner one), the ABI's fields of each tensor, and the tensors those point
-        into: the caller holds them until the kernel returns.
+        tensors: all of one shape, at least 1-D; None marks an absent one. One is present.
     """
-    first = tensors[0]
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
-            return _strided_view(tensors)
-    batch = first.shape[0]
-    inner = first.numel() // batch if batch else 0
-    fields = [
-        ABSENT if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], inner, *_NO_STRIDES)
-        for tensor in tensors
-    ]
-    return (batch, *_NO_SIZES, inner), fields, tensors
-
-
-def _strided_view(tensors: tuple[Tensor | None, ...]) -> tuple:
     present = [tensor for tensor in tensors if tensor is not None]
     shape, strides = _merge(tuple(present[0].shape), tuple(tensor.stride() for tensor in present))
     each = iter(strides)
     if shape is None:  # then `strides` says which tensors need a copy
-        copied = [None if tensor is None else tensor.contiguous() if next(each) else tensor for tensor in tensors]
-        return shared_view(*copied)
-    fields = [
-        ABSENT if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], *next(each)) for tensor in tensors
-    ]
-    return shape, fields, tensors
-
-
-def row_view(tensor: Tensor | None) -> tuple[tuple[int, ...], Tensor | None]:
-    """The ABI's fields of a tensor [B, T, D] whose dimensions 0 and 1 may broadcast, and the tensor they point into.
-
-    A dimension of size 1 gets stride 0. Copied only if the last dimension is not contiguous.
-    """
-    if tensor is None:
-        return ABSENT, None
-    if tensor.stride(2) != 1 and tensor.shape[2] != 1:
-        tensor = tensor.contiguous()
-    (batch, rows, _), (batch_stride, row_stride, _) = tensor.shape, tensor.stride()
-    strides = (0 if batch == 1 else batch_stride, 0 if rows == 1 else row_stride, 0, 0, 0)
-    return (tensor.data_ptr(), DTYPE_CODE[tensor.dtype], *strides), tensor
+        return shared_view(
+            *(None if tensor is None else tensor.contiguous() if next(each) else tensor for tensor in tensors)
+        )
+    return SharedView(shape, tuple(None if tensor is None else next(each) for tensor in tensors), tensors)
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,10 @@
 
 from __future__ import annotations
 
+import inspect
+
+import torch
+
 from dmdr_fast.backends import Choice, FallbackError
 from dmdr_fast.ops import _library, nn
 from dmdr_fast.ops.activation import gelu_mul, silu_mul
@@ -23,26 +27,6 @@ from dmdr_fast.ops.qk_norm_rope import qk_norm_rope
 from dmdr_fast.ops.renoise import normal_noise, renoise
 from dmdr_fast.ops.sde_step import SDEStep, sde_step_logprob
 
-_OPS = {
-    op.__name__: op
-    for op in (
-        dmd_gradient,
-        dmd_loss,
-        gated_residual,
-        gated_residual_layer_norm_modulate,
-        gelu_mul,
-        grpo_loss,
-        layer_norm_modulate,
-        multi_lora,
-        normal_noise,
-        preprocess_reward,
-        qk_norm_rope,
-        renoise,
-        sde_step_logprob,
-        silu_mul,
-    )
-}
-
 
 def explain(name: str, *args, **kwargs) -> Choice:
     """Which backend would run ``ops.<name>(*args, **kwargs)`` and why; computes nothing.
@@ -56,9 +40,12 @@ def explain(name: str, *args, **kwargs) -> Choice:
     Raises:
         ValueError: there is no such op. Otherwise as the op.
     """
-    if name not in _OPS:
-        raise ValueError(f"explain: name: expected one of {', '.join(sorted(_OPS))}, got {name!r}")
-    return _library.explain(_OPS[name], args, kwargs)
+    ops = {op for op in __all__ if inspect.isfunction(globals()[op])} - {"explain"}
+    if name not in ops:
+        raise ValueError(f"explain: name: expected one of {', '.join(sorted(ops))}, got {name!r}")
+    with _library.Explaining() as explaining, torch.no_grad():
+        globals()[name](*args, **kwargs)
+    return explaining.choice or Choice(name, "reference", "it is plain PyTorch")
 
 
 __all__ = [

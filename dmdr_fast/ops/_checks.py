@@ -49,44 +49,52 @@ def shaped(op: str, name: str, value: Tensor, shape: Sequence[int], meaning: str
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of the arithmetic and of per-sample scalars: float64 where any tensor is, else float32."""
     for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float64:
+        if isinstance(tensor, Tensor) and tensor.dtype is torch.float64:
             return torch.float64
     return torch.float32
 
 
+def scalar(op: str, name: str, value: Tensor | float, sample: Tensor, dtype: torch.dtype, **bounds: float) -> Tensor:
+    """One number per sample, contiguous and of ``dtype``: a python number in ``bounds`` and a 0-d tensor serve all."""
+    if not isinstance(value, Tensor):
+        return sample.new_full(sample.shape[:1], number(op, name, value, **bounds), dtype=dtype)
+    if value.dim() == 0:
+        value = value.expand(sample.shape[0])
+    if value.dtype is not dtype and value.dtype in _FLOATS:
+        value = value.to(dtype)
+    return value.contiguous()
+
+
 def per_sample(
+    op: str, name: str, value: Tensor, sample: Tensor, sample_name: str, *, one_for_all: bool = False
+) -> None:
+    """A float tensor [B], or 0-d where that may serve all."""
+    floating(op, name, value, min_dim=0)
+    if value.shape != sample.shape[:1] and not (one_for_all and value.dim() == 0):
+        raise ValueError(
+            f"{op}: {name}: expected a number or shape [{sample.shape[0]}], one value per sample of {sample_name}, "
+            f"got {list(value.shape)}"
+        )
+    on_device(op, name, value, sample, sample_name)
+
+
+def values(
     op: str,
     name: str,
-    value: Tensor | float,
-    sample: Tensor,
-    sample_name: str,
-    dtype: torch.dtype,
+    value: Tensor | None,
     *,
     minimum: float = -math.inf,
     above: float = -math.inf,
     maximum: float = math.inf,
-) -> Tensor:
-    """One finite number per sample as a tensor [B] of ``dtype``; a float or a 0-d tensor serves all."""
-    batch = sample.shape[0]
-    if not isinstance(value, Tensor):
-        filling = number(op, name, value, minimum=minimum, above=above, maximum=maximum)
-        return sample.new_full((batch,), filling, dtype=dtype)
-    floating(op, name, value, min_dim=0)
-    if value.dim() == 0:
-        value = value.expand(batch)
-    if value.dim() != 1 or value.shape[0] != batch:
-        raise ValueError(
-            f"{op}: {name}: expected a number or shape [{batch}], one value per sample of {sample_name}, "
-            f"got {list(value.shape)}"
-        )
-    on_device(op, name, value, sample, sample_name)
-    if _readable(value):
-        low, high = torch.aminmax(value.detach())
-        low, high = low.item(), high.item()
-        if not (_in_range(low, minimum, above, maximum) and _in_range(high, minimum, above, maximum)):
-            expected = _range(minimum, above, maximum)
-            raise ValueError(f"{op}: {name}: expected {expected}, got values from {low:g} to {high:g}")
-    return value if value.dtype is dtype else value.to(dtype)
+) -> None:
+    """All finite and in range; reads them."""
+    if value is None or not _readable(value):
+        return
+    low, high = torch.aminmax(value.detach())
+    low, high = low.item(), high.item()
+    if not (_in_range(low, minimum, above, maximum) and _in_range(high, minimum, above, maximum)):
+        expected = _range(minimum, above, maximum)
+        raise ValueError(f"{op}: {name}: expected {expected}, got values from {low:g} to {high:g}")
 
 
 def below(op: str, name: str, value: Tensor, bound: Tensor, bound_name: str) -> None:
@@ -178,3 +186,8 @@ def _range(minimum: float, above: float, maximum: float) -> str:
 
 def _short(value: torch.dtype) -> str:
     return str(value).removeprefix("torch.")
+
+
+def wanted(needed, **gradients: Tensor | None) -> dict[str, Tensor | None]:
+    """The gradients that are needed; the empty tensors of those that are not are left out."""
+    return {name: grad for name, grad in gradients.items() if getattr(needed, name)}

@@ -1,123 +1,321 @@
-"""Registration of the raw functions as ``torch.ops.dmdr_fast.*``.
+"""Raw functions: what a public op runs, as ``torch.ops.dmdr_fast.*`` and, in eager mode, past the dispatcher.
 
-``torch.library.Library`` rather than ``custom_op``, and autograd on the Autograd key rather than through
-``register_autograd``: that one asks the schema for defaults in every call, 100 us for the 20 arguments of
-dmd_gradient (CPU, one thread), which counts where the trainer runs 8x8 latents.
+The arguments of a raw function are one named tuple. Its annotations make the schema; the fake, the rules of its
+derivative, the reference and every backend take the tuple itself.
+
+A call in eager mode costs what it must: one look at each argument makes the call's signature, the signature finds the
+plan (:mod:`dmdr_fast.backends.plans`), the plan allocates and launches. Checks ran when the signature was new. Whatever
+is not plain eager mode (torch.compile, dispatch modes, tensor subclasses) goes through the dispatcher; whatever asks
+for more than a first derivative in reverse mode (``torch.func``, forward mode, ``create_graph=True``) goes to the
+reference, which PyTorch differentiates.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
+import typing
 from collections.abc import Callable
-from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from dmdr_fast import backends
+from dmdr_fast import backends, reference
+from dmdr_fast.backends.plans import Live, Plan
+from dmdr_fast.ops import _checks
 
 _LIBRARY = torch.library.Library("dmdr_fast", "DEF")
+_BELOW_AUTOGRAD = torch._C._AutoDispatchBelowAutograd
 
-# Set while `explain` asks: the raw functions then note the choice of backend instead of computing.
-_choices: ContextVar[list[backends.Choice] | None] = ContextVar("dmdr_fast_choices", default=None)
+# A plan takes some KB; a training run has some hundred signatures.
+_MOST_PLANS = 1024
+# A live int is in the signature by what a kernel is specialised for, and by its place in the largest block.
+_LARGEST_BLOCK = 4096
 
-# Formulas that torch's flop counter has not got yet: to import it is to import triton, so they wait here.
-_flop_formulas: dict[str, Callable] = {}
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_OPTIONS = frozenset((bool, int, float, str, torch.dtype, type(None)))
+_SCHEMA = {
+    Tensor: "Tensor", bool: "bool", int: "SymInt", Live: "SymInt", float: "float", str: "str",
+    torch.dtype: "ScalarType", list[int]: "SymInt[]", list[float]: "float[]",
+}  # fmt: skip
+
+
+# By name.
+RAW: dict[str, Raw] = {}
+
+
+class Signature(NamedTuple):
+    """A call as :class:`Raw` sees it.
+
+    Attributes:
+        key: of its plan.
+        values: pointers of its tensors, then its live ints.
+        graded: gradients are on, and an argument requires one.
+    """
+
+    key: tuple
+    values: list[int]
+    graded: bool
+
+
+class Raw:
+    """A raw function; made by :func:`define`.
+
+    Attributes:
+        name: e.g. ``renoise_fwd``.
+        arguments: the named tuple that its arguments are.
+        fake: of the arguments: empty results.
+        plans: by the key of a signature.
+        live: number of the argument that is :class:`Live`; None without one.
+        operator: ``torch.ops.dmdr_fast.<name>.default``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type[tuple],
+        fake: Callable[[Any], Any],
+        check: Callable[[str, Any], None] | None,
+        check_values: Callable[[str, Any], None] | None,
+        formula: Callable[[Any], Any] | None,
+    ) -> None:
+        self.name, self.arguments, self.fake = name, arguments, fake
+        self.operator: Callable = None
+        self._check, self._check_values = check, check_values
+        self._formula = formula or functools.partial(reference.run, name)
+        self._function: type[torch.autograd.Function] | None = None
+        self.plans: dict[tuple, Plan] = {}
+        hints = typing.get_type_hints(arguments)
+        self.live = next((index for index, field in enumerate(arguments._fields) if hints[field] is Live), None)
+
+    def checked(self, op: str, *args: Any) -> Any:
+        """As the public op ``op`` calls it: arguments of a new signature are checked, values on the CPU always."""
+        if torch.compiler.is_compiling():
+            self._check(op, self.arguments(*args))
+            return self.operator(*args)
+        if _transformed():
+            self._check(op, self.arguments(*args))
+            return self.formula(*args)
+        signature = self._signature(args)
+        plan = None if signature is None else self.plans.get(signature.key)
+        if plan is None:
+            self._check(op, self.arguments(*args))
+        if self._check_values is not None and _checks._readable(args[0]):
+            self._check_values(op, self.arguments(*args))
+        return self._eager(args, signature, plan)
+
+    def __call__(self, *args: Any) -> Any:
+        """As the rule of a derivative calls it: the arguments are known to be right."""
+        if torch.compiler.is_compiling():
+            return self.operator(*args)
+        if _transformed():
+            return self.formula(*args)
+        signature = self._signature(args)
+        return self._eager(args, signature, None if signature is None else self.plans.get(signature.key))
+
+    def formula(self, *args: Any) -> Any:
+        """The same in plain PyTorch, which differentiates it any number of times and in every mode."""
+        return self._formula(self.arguments(*args))
+
+    def run(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
+        """The results, without a derivative."""
+        if plan is not None:
+            return plan(signature.values)
+        # Each tensor becomes one of its own, whatever the caller passed twice: the recorder tells them apart so.
+        args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        if self.live is not None:
+            args[self.live] = Live(args[self.live])
+        outputs, plan = backends.run(self.name, self.arguments(*args))
+        if plan is not None and signature is not None:
+            if len(self.plans) >= _MOST_PLANS:
+                self.plans.clear()
+            self.plans[signature.key] = plan
+        return outputs
+
+    def _eager(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
+        if signature is None:
+            return self.operator(*args)
+        if signature.graded:
+            return self.formula(*args) if self._function is None else self._function.apply(signature, plan, *args)
+        return self.run(args, signature, plan)
+
+    def _signature(self, args: tuple) -> Signature | None:
+        """None where the dispatcher has to see the call: a dispatch mode is on, or a tensor is of a subclass."""
+        if torch._C._len_torch_dispatch_stack():
+            return None
+        values, live = [], self.live
+        if live is not None:
+            position = args[live]
+            args = (*args[:live], (position % _LARGEST_BLOCK, position == 1, position >= 2**31), *args[live + 1 :])
+        grads = torch.is_grad_enabled()
+        key, graded = [grads, backends.forced()], False
+        for arg in args:
+            kind = type(arg)
+            if kind in _TENSORS:
+                pointer, wants = arg.data_ptr(), arg.requires_grad
+                key += (arg.shape, arg.stride(), arg.dtype, arg.device, wants, pointer & 15)
+                values.append(pointer)
+                graded = graded or wants
+            elif kind in _OPTIONS:
+                key.append(arg)
+            elif kind is list:
+                key += arg
+            elif isinstance(arg, Tensor):
+                return None
+            else:
+                key.append(arg)
+        if live is not None:
+            values.append(position)
+        return Signature(tuple(key), values, grads and graded)
 
 
 def define(
-    schema: str,
-    fake: Callable,
+    name: str,
+    arguments: type[tuple],
+    results: str,
+    fake: Callable[[Any], Any],
     *,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
+    check: Callable[[str, Any], None] | None = None,
+    check_values: Callable[[str, Any], None] | None = None,
+    save: Callable[[Any, Any, Any], None] | None = None,
+    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    constant_results: tuple[int, ...] = (),
+    formula: Callable[[Any], Any] | None = None,
     flops: Callable | None = None,
-) -> Callable:
-    """Register a raw function: its schema, fake implementation and derivative; the backends implement it.
+) -> Raw:
+    """Register a raw function: its arguments, its fake and its derivative; the backends implement it.
 
     Args:
-        schema: ``name(Tensor x, ...) -> Tensor``.
-        fake: same arguments, returns empty tensors of the result's shape, dtype and device.
-        setup_context: as in ``torch.library.register_autograd``.
-        backward: likewise; without it differentiating through the function is an error.
+        name: of the function, e.g. ``gated_residual_fwd``.
+        arguments: a named tuple class; its annotations make the schema.
+        results: the names of the results, ``"y mean rstd"``; all are tensors.
+        fake: of the arguments: empty tensors of the results' shapes, dtypes and device.
+        check: of the public op's name and the arguments: raises unless they are right; reads no values.
+        check_values: likewise, and reads them; called where that costs nothing.
+        save: ``save(ctx, arguments, results)`` keeps what ``backward`` reads, as ``setup_context`` does.
+        backward: ``backward(ctx, needed, *gradients of the results)``: the gradients by argument name; ``needed`` is
+            the named tuple of bools. Without it differentiating goes through the reference.
+        constant_results: numbers of the results that have no gradient.
+        formula: of the arguments: the results in plain PyTorch, for all derivatives but the first in reverse mode. None
+            means the reference, whose arguments are then independent of each other: no statistics of others.
         flops: for torch's FlopCounterMode, as ``torch.utils.flop_counter.register_flop_formula`` takes it.
-
-    Returns:
-        The operator, to be called with positional arguments.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _implementation(name, fake), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dmdr_fast::{name}", fake, lib=_LIBRARY)
+    raw = Raw(name, arguments, fake, check, check_values, formula)
+    several = len(results.split()) > 1
+    returned = "(" + ", ".join(f"Tensor {result}" for result in results.split()) + ")" if several else "Tensor"
+    _LIBRARY.define(f"{name}({_schema(arguments)}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
+    raw.operator = getattr(torch.ops.dmdr_fast, name).default
+    RAW[name] = raw
+    torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: fake(arguments(*args)), lib=_LIBRARY)
+    if backward is not None:
+        raw._function = _function(raw, save, backward, constant_results)
     if flops is not None:
         _flop_formulas[name] = flops
-    operator = getattr(torch.ops.dmdr_fast, name).default
-    _LIBRARY.impl(name, _autograd(name, operator, setup_context, backward or _not_differentiable(name)), "Autograd")
-    return operator
+    _LIBRARY.impl(name, _implementation(raw), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _autograd(raw), "Autograd")
+    return raw
 
 
-def explain(public: Callable, args: tuple, kwargs: dict) -> backends.Choice:
-    """The choice for the first raw function that ``public(*args, **kwargs)`` calls; computes nothing."""
-    choices: list[backends.Choice] = []
-    token = _choices.set(choices)
-    try:
-        with torch.no_grad():
-            public(*args, **kwargs)
-    finally:
-        _choices.reset(token)
-    return choices[0]
+def _schema(arguments: type[tuple]) -> str:
+    """``Tensor x, Tensor? noise, float eps``: the arguments of a schema, from the tuple's annotations."""
+    hints = typing.get_type_hints(arguments)
+    return ", ".join(f"{_schema_type(hints[field])} {field}" for field in arguments._fields)
 
 
-def _implementation(name: str, fake: Callable) -> Callable:
+def _schema_type(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        (kind,) = (part for part in typing.get_args(hint) if part is not type(None))
+        return _SCHEMA[kind] + "?"
+    return _SCHEMA[hint]
+
+
+def _transformed() -> bool:
+    """A transform of torch.func, or forward-mode differentiation, is on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _function(
+    raw: Raw, save: Callable, backward: Callable, constants: tuple[int, ...]
+) -> type[torch.autograd.Function]:
+    def forward(ctx, signature, plan, *args):
+        if signature is None:  # the dispatcher below has to see it: fake tensors, counters, subclasses
+            with _BELOW_AUTOGRAD():
+                outputs = raw.operator(*args)
+        else:
+            outputs = raw.run(args, signature, plan)
+        if constants:
+            ctx.mark_non_differentiable(*[outputs[index] for index in constants])
+        ctx.set_materialize_grads(False)  # a zero tensor for each result without a gradient costs a launch
+        save(ctx, raw.arguments(*args), outputs)
+        return outputs
+
+    def backward_of(ctx, *grads):
+        if all(grad is None for grad in grads):
+            return (None,) * (2 + len(raw.arguments._fields))
+        needed = raw.arguments(*ctx.needs_input_grad[2:])
+        gradients = backward(ctx, needed, *grads)
+        return None, None, *[gradients.get(field) for field in raw.arguments._fields]
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
+    return type(raw.name, (torch.autograd.Function,), members)
+
+
+def _implementation(raw: Raw) -> Callable:
     def implementation(*args):
-        choices = _choices.get()
-        if choices is not None:
-            choices.append(backends.explain(name, args))
-            return fake(*args)
-        # The dtypes are the tensors' own: autocast must not reach the matmuls of the reference.
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return backends.run(name, args)
-        return backends.run(name, args)
+        signature = raw._signature(args)
+        return raw.run(args, signature, None if signature is None else raw.plans.get(signature.key))
 
     return implementation
 
 
 # The forward calls the operator again below the Autograd key: modes (fake tensors, flop counts) must see it.
-def _autograd(name: str, operator: Callable, setup_context: Callable | None, backward: Callable) -> Callable:
-    def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = operator(*args)
-        if setup_context is not None:
-            setup_context(ctx, args, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(name, (torch.autograd.Function,), members)
-
+def _autograd(raw: Raw) -> Callable:
     def implementation(*args):
-        if name in _flop_formulas:
-            _register_flops(name)
-        if torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                    return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
+        if _flop_formulas:
+            _register_flops()
+        if _transformed():
+            return raw.formula(*args)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return raw.formula(*args) if raw._function is None else raw._function.apply(None, None, *args)
+        with _BELOW_AUTOGRAD():
+            return raw.operator(*args)
 
     return implementation
 
 
-def _register_flops(name: str) -> None:
-    counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is not None:
-        counter.register_flop_formula(getattr(torch.ops.dmdr_fast, name))(_flop_formulas.pop(name))
+# Formulas that torch's flop counter has not got yet: to import it is to import triton, so they wait here.
+_flop_formulas: dict[str, Callable] = {}
 
 
-def _not_differentiable(name: str) -> Callable:
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"dmdr_fast::{name} has no derivative: it is itself a gradient or a draw. "
-            "Second derivatives (create_graph=True) need the formula in plain PyTorch."
-        )
+def _register_flops() -> None:
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    packets = {name: getattr(torch.ops.dmdr_fast, name) for name in _flop_formulas}
+    for name, packet in packets.items():
+        module.register_flop_formula(packet)(_flop_formulas.pop(name))
+    for mode in _get_current_dispatch_mode_stack():  # one that is on already has a copy of its own
+        if isinstance(counter := getattr(mode, "counter", None), module.FlopCounterMode):
+            counter.flop_registry.update({packet: module.flop_registry[packet] for packet in packets.values()})
 
-    return backward
+
+class Explaining(TorchDispatchMode):
+    """While on, raw functions answer with their fakes; the first one's choice of backend is noted.
+
+    Attributes:
+        choice: of the first raw function; None before it.
+    """
+
+    choice: backends.Choice | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raw = RAW.get(func._opname) if func.namespace == "dmdr_fast" else None
+        if raw is None:
+            return func(*args, **(kwargs or {}))
+        arguments = raw.arguments(*args)
+        self.choice = self.choice or backends.explain(raw.name, arguments)
+        return raw.fake(arguments)

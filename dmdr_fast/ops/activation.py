@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+
+
+class GatedActivation(NamedTuple):
+    packed: Tensor
+    activation: str
+    gate_first: bool
+
+
+class GatedActivationGrad(NamedTuple):
+    grad: Tensor
+    packed: Tensor
+    activation: str
+    gate_first: bool
 
 
 def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = False) -> Tensor:
@@ -24,10 +39,8 @@ def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = Fa
 
     Source: GEGLU (arXiv 2002.05202); diffusers' GEGLU with the default order.
     """
-    op = "gelu_mul"
-    _check_packed(op, packed)
-    check.choice(op, "approximate", approximate, ("none", "tanh"))
-    return _gated_activation_fwd(packed, "gelu" if approximate == "none" else "gelu_tanh", bool(gate_first))
+    check.choice("gelu_mul", "approximate", approximate, ("none", "tanh"))
+    return _fwd.checked("gelu_mul", packed, "gelu" if approximate == "none" else "gelu_tanh", bool(gate_first))
 
 
 def silu_mul(packed: Tensor, *, gate_first: bool = False) -> Tensor:
@@ -45,34 +58,31 @@ def silu_mul(packed: Tensor, *, gate_first: bool = False) -> Tensor:
 
     Source: SwiGLU (arXiv 2002.05202); diffusers' SwiGLU with the default order.
     """
-    op = "silu_mul"
-    _check_packed(op, packed)
-    return _gated_activation_fwd(packed, "silu", bool(gate_first))
+    return _fwd.checked("silu_mul", packed, "silu", bool(gate_first))
 
 
-def _check_packed(op: str, packed: Tensor) -> None:
-    check.floating(op, "packed", packed)
-    if packed.shape[-1] % 2:
-        raise ValueError(f"{op}: packed: expected an even last dimension 2F, got shape {list(packed.shape)}")
+def _check(op: str, a: GatedActivation) -> None:
+    check.floating(op, "packed", a.packed)
+    if a.packed.shape[-1] % 2:
+        raise ValueError(f"{op}: packed: expected an even last dimension 2F, got shape {list(a.packed.shape)}")
 
 
-def _save(ctx, inputs, output):
-    packed, activation, gate_first = inputs
-    ctx.save_for_backward(packed)
-    ctx.options = activation, gate_first
+def _save(ctx, a: GatedActivation, result) -> None:
+    ctx.save_for_backward(a.packed)
+    ctx.options = a.activation, a.gate_first
 
 
-def _backward(ctx, grad):
-    return _gated_activation_bwd(grad, *ctx.saved_tensors, *ctx.options), None, None
+def _backward(ctx, needed: GatedActivation, grad) -> dict:
+    return {"packed": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
-_gated_activation_bwd = define(
-    "gated_activation_bwd(Tensor grad, Tensor packed, str activation, bool gate_first) -> Tensor",
-    lambda grad, packed, activation, gate_first: packed.new_empty(packed.shape),
-)
-_gated_activation_fwd = define(
-    "gated_activation_fwd(Tensor packed, str activation, bool gate_first) -> Tensor",
-    lambda packed, activation, gate_first: packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2)),
-    setup_context=_save,
+_bwd = define("gated_activation_bwd", GatedActivationGrad, "grad_packed", lambda a: a.packed.new_empty(a.packed.shape))
+_fwd = define(
+    "gated_activation_fwd",
+    GatedActivation,
+    "out",
+    lambda a: a.packed.new_empty((*a.packed.shape[:-1], a.packed.shape[-1] // 2)),
+    check=_check,
+    save=_save,
     backward=_backward,
 )

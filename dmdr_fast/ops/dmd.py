@@ -8,8 +8,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+
+
+class DMD(NamedTuple):
+    """``mask`` is boolean; ``cfg_tensor`` [B] takes the place of ``cfg_scale``; ``scaled``: the gradient is that of the
+    loss, and loss_scale 1."""
+
+    x0: Tensor
+    x_t: Tensor
+    pred_fake: Tensor
+    pred_real: Tensor
+    pred_real_uncond: Tensor | None
+    sigma: Tensor
+    alpha: Tensor | None
+    cfg_tensor: Tensor | None
+    mask: Tensor | None
+    weight: Tensor | None
+    cfg_scale: float
+    cfg_mode: str
+    prediction: str
+    normalizer: str
+    eps: float
+    eps_mode: str
+    nan_policy: str
+    out_dtype: torch.dtype | None
+    reduction: str
+    factor: float
+    scaled: bool
+
+
+class DMDLossGrad(NamedTuple):
+    grad_loss: Tensor
+    g: Tensor
+    loss_scale: Tensor
+    dtype: torch.dtype
 
 
 class DMDGradient(NamedTuple):
@@ -95,13 +130,13 @@ def dmd_gradient(
     Source: DMD (arXiv 2311.18828, eq. 7 and 8), DMD2, FastGen, FastVideo, rCM: docs/drop-in.md has the call
     for each.
     """
-    args = _checked(
-        "dmd_gradient", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, cfg_mode,
-        prediction, normalizer, eps, eps_mode, nan_policy, mask, weight, out_dtype, "mean", 0.5,
-    )  # fmt: skip
     with torch.no_grad():
-        grad, norm, loss, _ = _dmd_gradient_fwd(*args, False)
-    return DMDGradient(grad, norm, loss)
+        return DMDGradient(
+            *_run(
+                "dmd_gradient", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, mask, weight,
+                cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, "mean", 0.5, False,
+            )[:3]
+        )  # fmt: skip
 
 
 def dmd_loss(
@@ -147,89 +182,82 @@ def dmd_loss(
 
     Source: DMD2 (arXiv 2405.14867), the loss of its public trainer; docs/drop-in.md.
     """
-    args = _checked(
-        "dmd_loss", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, cfg_mode,
-        prediction, normalizer, eps, eps_mode, nan_policy, mask, weight, out_dtype, reduction, factor,
-    )  # fmt: skip
     # The forward keeps d loss / d x0, or g where that cannot be: a masked mean's count is known after the pass only,
     # and float16 has no number as small as g / numel.
     scaled = (mask is None or reduction == "sum") and (out_dtype or x0.dtype) is not torch.float16
-    return _dmd_gradient_fwd(*args, scaled)[2]
+    return _run(
+        "dmd_loss", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, mask, weight,
+        cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, reduction, factor, scaled,
+    )[2]  # fmt: skip
 
 
-def _checked(
-    op: str,
-    x0: Tensor,
-    x_t: Tensor,
-    pred_fake: Tensor,
-    pred_real: Tensor,
-    pred_real_uncond: Tensor | None,
-    sigma: Tensor | float,
-    alpha: Tensor | float | None,
-    cfg_scale: Tensor | float | None,
-    cfg_mode: str,
-    prediction: str,
-    normalizer: str,
-    eps: float,
-    eps_mode: str,
-    nan_policy: str,
-    mask: Tensor | None,
-    weight: Tensor | float | None,
-    out_dtype: torch.dtype | None,
-    reduction: str,
-    factor: float,
-) -> tuple:
-    """The arguments of ``dmd_gradient_fwd``, but for ``scaled``."""
+def _run(op, x0, x_t, fake, real, uncond, sigma, alpha, cfg_scale, mask, weight, cfg_mode, prediction, *options):
+    """The raw function, its per-sample numbers made of what the public one takes."""
     check.floating(op, "x0", x0, min_dim=2)
-    for name, value in (("x_t", x_t), ("pred_fake", pred_fake), ("pred_real", pred_real)):
-        check.like(op, name, value, x0, "x0")
-    if pred_real_uncond is not None:
-        check.like(op, "pred_real_uncond", pred_real_uncond, x0, "x0")
-    if (pred_real_uncond is None) != (cfg_scale is None):
+    if (uncond is None) != (cfg_scale is None):
         missing = "cfg_scale" if cfg_scale is None else "pred_real_uncond"
         raise ValueError(f"{op}: {missing}: expected with its counterpart (CFG needs both), got None")
-    _check_options(op, cfg_mode, prediction, normalizer, eps_mode, nan_policy, reduction)
-    out_dtype = x0.dtype if out_dtype is None else out_dtype
-    check.dtype(op, "out_dtype", out_dtype)
-    eps = float(check.number(op, "eps", eps, minimum=0))
-    factor = float(check.number(op, "factor", factor))
-
-    dtype = check.compute_dtype(x0, x_t, pred_fake, pred_real, pred_real_uncond)
+    dtype = check.compute_dtype(x0, x_t, fake, real, uncond)
     reads_alpha = prediction in ("eps", "v")
     largest = 1.0 if reads_alpha and alpha is None else math.inf  # alpha is then 1 - sigma
-    sigma = check.per_sample(op, "sigma", sigma, x0, "x0", dtype, minimum=0, maximum=largest)
+    sigma = check.scalar(op, "sigma", sigma, x0, dtype, minimum=0, maximum=largest)
     if not reads_alpha:
         alpha = None
     elif alpha is not None:
-        alpha = check.per_sample(op, "alpha", alpha, x0, "x0", dtype, minimum=0)
+        alpha = check.scalar(op, "alpha", alpha, x0, dtype, minimum=0)
     # A number stays one: as a tensor it would cost a launch of its own.
     cfg_number, cfg_tensor = 1.0, None
     if isinstance(cfg_scale, Tensor):
-        cfg_tensor = check.per_sample(op, "cfg_scale", cfg_scale, x0, "x0", dtype)
+        cfg_tensor = check.scalar(op, "cfg_scale", cfg_scale, x0, dtype)
     elif cfg_scale is not None:
-        cfg_number = float(check.number(op, "cfg_scale", cfg_scale))
+        cfg_number = cfg_scale
     if weight is not None:
-        weight = check.per_sample(op, "weight", weight, x0, "x0", dtype)
-    if mask is not None:
-        mask = _boolean_mask(op, mask, x0)
-    return (
-        x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_tensor, mask, weight, cfg_number,
-        cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, reduction, factor,
-    )  # fmt: skip
+        weight = check.scalar(op, "weight", weight, x0, dtype)
+    if isinstance(mask, Tensor) and mask.dtype is not torch.bool:
+        mask = mask != 0
+    return _fwd.checked(
+        op,
+        x0,
+        x_t,
+        fake,
+        real,
+        uncond,
+        sigma,
+        alpha,
+        cfg_tensor,
+        mask,
+        weight,
+        cfg_number,
+        cfg_mode,
+        prediction,
+        *options,
+    )
 
 
-def _check_options(
-    op: str, cfg_mode: str, prediction: str, normalizer: str, eps_mode: str, nan_policy: str, reduction: str
-) -> None:
-    check.choice(op, "cfg_mode", cfg_mode, ("standard", "offset"))
-    check.choice(op, "prediction", prediction, ("flow", "eps", "v", "x0"))
-    check.choice(op, "normalizer", normalizer, ("per_sample", "global", "none"))
-    check.choice(op, "eps_mode", eps_mode, ("add", "clamp", "none"))
-    check.choice(op, "nan_policy", nan_policy, ("zero", "torch", "zero_sample", "keep"))
-    check.choice(op, "reduction", reduction, ("mean", "sum"))
+def _check(op: str, a: DMD) -> None:
+    for name in ("x_t", "pred_fake", "pred_real"):
+        check.like(op, name, getattr(a, name), a.x0, "x0")
+    if a.pred_real_uncond is not None:
+        check.like(op, "pred_real_uncond", a.pred_real_uncond, a.x0, "x0")
+    check.choice(op, "cfg_mode", a.cfg_mode, ("standard", "offset"))
+    check.choice(op, "prediction", a.prediction, ("flow", "eps", "v", "x0"))
+    check.choice(op, "normalizer", a.normalizer, ("per_sample", "global", "none"))
+    check.choice(op, "eps_mode", a.eps_mode, ("add", "clamp", "none"))
+    check.choice(op, "nan_policy", a.nan_policy, ("zero", "torch", "zero_sample", "keep"))
+    check.choice(op, "reduction", a.reduction, ("mean", "sum"))
+    if a.out_dtype is not None:
+        check.dtype(op, "out_dtype", a.out_dtype)
+    check.number(op, "eps", a.eps, minimum=0)
+    check.number(op, "factor", a.factor)
+    check.number(op, "cfg_scale", a.cfg_scale)
+    for name, value in (("sigma", a.sigma), ("alpha", a.alpha), ("cfg_scale", a.cfg_tensor), ("weight", a.weight)):
+        if value is not None:
+            check.per_sample(op, name, value, a.x0, "x0")
+    if a.mask is not None:
+        _check_mask(op, a.mask, a.x0)
 
 
-def _boolean_mask(op: str, mask: Tensor, x0: Tensor) -> Tensor:
+def _check_mask(op: str, mask: Tensor, x0: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: mask: expected a tensor, got {type(mask).__name__}")
     if mask.dim() != x0.dim() or any(m != 1 and m != n for m, n in zip(mask.shape, x0.shape, strict=True)):
@@ -237,26 +265,31 @@ def _boolean_mask(op: str, mask: Tensor, x0: Tensor) -> Tensor:
             f"{op}: mask: expected {x0.dim()} dimensions, each 1 or x0's of {list(x0.shape)}, got {list(mask.shape)}"
         )
     check.on_device(op, "mask", mask, x0, "x0")
-    mask = mask if mask.dtype is torch.bool else mask != 0
-    check.selects_something(op, mask)
-    return mask
 
 
-def _save(ctx, inputs, output):
-    grad, norm, _, loss_scale = output
-    ctx.mark_non_differentiable(grad, norm, loss_scale)
-    ctx.set_materialize_grads(False)  # else three zero tensors, one of x0's size, are made for every backward
+def _check_values(op: str, a: DMD) -> None:
+    reads_one_minus_sigma = a.prediction in ("eps", "v") and a.alpha is None
+    check.values(op, "sigma", a.sigma, minimum=0, maximum=1.0 if reads_one_minus_sigma else math.inf)
+    check.values(op, "alpha", a.alpha, minimum=0)
+    check.values(op, "cfg_scale", a.cfg_tensor)
+    check.values(op, "weight", a.weight)
+    if a.mask is not None:
+        check.selects_something(op, a.mask)
+
+
+def _save(ctx, a: DMD, results) -> None:
+    grad, _, _, loss_scale = results
     ctx.save_for_backward(grad, loss_scale)
-    ctx.dtype, ctx.scaled = inputs[0].dtype, inputs[-1]
+    ctx.dtype, ctx.scaled = a.x0.dtype, a.scaled
 
 
-def _backward(ctx, grad_of_grad, grad_of_norm, grad_loss, grad_of_scale):
+def _backward(ctx, needed: DMD, _grad, _norm, grad_loss, _scale) -> dict:
     grad, loss_scale = ctx.saved_tensors
-    if grad_loss is None or not ctx.needs_input_grad[0]:
-        return (None,) * 21
+    if grad_loss is None or not needed.x0:
+        return {}
     if ctx.scaled and grad.dtype is ctx.dtype and _is_one(grad_loss) and _reads_last():
-        return grad, *[None] * 20
-    return _dmd_loss_bwd(grad_loss, grad, loss_scale, ctx.dtype), *[None] * 20
+        return {"x0": grad}
+    return {"x0": _bwd(grad_loss, grad, loss_scale, ctx.dtype)}
 
 
 def _is_one(number: Tensor) -> bool:
@@ -269,29 +302,32 @@ def _reads_last() -> bool:
     return not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _fake_gradient(x0, x_t, pred_fake, pred_real, pred_real_uncond, *options):
-    out_dtype = options[-4]
-    compute = check.compute_dtype(x0, x_t, pred_fake, pred_real, pred_real_uncond)
-    scalar = x0.new_empty((), dtype=compute)
-    return (
-        x0.new_empty(x0.shape, dtype=out_dtype),
-        x0.new_empty(x0.shape[:1], dtype=compute),
-        scalar,
-        torch.empty_like(scalar),
-    )
+def _formula(a: DMD):
+    """The loss's derivative is the gradient that it injects into x0, not that of its value."""
+    grad, norm, loss, loss_scale = reference.run("dmd_gradient_fwd", a)
+    slope = (grad.to(loss.dtype) * loss_scale).detach()
+    x0 = a.x0.to(loss.dtype)
+    moved = torch.where(slope != 0, x0 - x0.detach(), 0)
+    return grad, norm, loss.detach() + (slope * moved).sum(), loss_scale
 
 
-_dmd_loss_bwd = define(
-    "dmd_loss_bwd(Tensor grad_loss, Tensor g, Tensor loss_scale, ScalarType dtype) -> Tensor",
-    lambda grad_loss, g, loss_scale, dtype: g.new_empty(g.shape, dtype=dtype),
-)
-_dmd_gradient_fwd = define(
-    "dmd_gradient_fwd(Tensor x0, Tensor x_t, Tensor pred_fake, Tensor pred_real, Tensor? pred_real_uncond, "
-    "Tensor sigma, Tensor? alpha, Tensor? cfg_tensor, Tensor? mask, Tensor? weight, float cfg_scale, "
-    "str cfg_mode, str prediction, str normalizer, float eps, str eps_mode, str nan_policy, "
-    "ScalarType out_dtype, str reduction, float factor, bool scaled) "
-    "-> (Tensor grad, Tensor normalizer, Tensor loss, Tensor loss_scale)",
-    _fake_gradient,
-    setup_context=_save,
+def _fake(a: DMD):
+    compute = check.compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
+    scalar = a.x0.new_empty((), dtype=compute)
+    grad, norm = a.x0.new_empty(a.x0.shape, dtype=a.out_dtype), a.x0.new_empty(a.x0.shape[:1], dtype=compute)
+    return grad, norm, scalar, torch.empty_like(scalar)
+
+
+_bwd = define("dmd_loss_bwd", DMDLossGrad, "grad_x0", lambda a: a.g.new_empty(a.g.shape, dtype=a.dtype))
+_fwd = define(
+    "dmd_gradient_fwd",
+    DMD,
+    "grad normalizer loss loss_scale",
+    _fake,
+    check=_check,
+    check_values=_check_values,
+    save=_save,
     backward=_backward,
+    constant_results=(0, 1, 3),
+    formula=_formula,
 )

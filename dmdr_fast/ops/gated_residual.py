@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
-from dmdr_fast.ops._modulation import modulation, tokens, wanted
+from dmdr_fast.ops._modulation import modulation
+
+
+class GatedResidual(NamedTuple):
+    x: Tensor
+    h: Tensor
+    gate: Tensor
+
+
+class GatedResidualGrad(NamedTuple):
+    grad: Tensor
+    h: Tensor
+    gate: Tensor
+    need_h: bool
+    need_gate: bool
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
@@ -27,39 +43,37 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
 
     Source: the gated residual of adaLN-Zero, DiT (arXiv 2212.09748).
     """
-    op = "gated_residual"
-    check.floating(op, "x", x, min_dim=2)
-    check.like(op, "h", h, x, "x")
-    gate = modulation(op, "gate", gate, x)
-    return _gated_residual_fwd(tokens(x), tokens(h), gate).reshape(x.shape)
+    return _fwd.checked("gated_residual", x, h, gate)
 
 
-def _save(ctx, inputs, output):
-    _, h, gate = inputs
-    ctx.save_for_backward(h, gate)
+def _check(op: str, a: GatedResidual) -> None:
+    check.floating(op, "x", a.x, min_dim=2)
+    check.like(op, "h", a.h, a.x, "x")
+    modulation(op, "gate", a.gate, a.x)
 
 
-def _backward(ctx, grad):
-    h, gate = ctx.saved_tensors
-    need_x, need_h, need_gate = ctx.needs_input_grad
-    grads = (None, None)
-    if need_h or need_gate:
-        grads = wanted(_gated_residual_bwd(grad, h, gate, need_h, need_gate), (need_h, need_gate))
-    return grad if need_x else None, *grads
+def _save(ctx, a: GatedResidual, result) -> None:
+    ctx.save_for_backward(a.h, a.gate)
 
 
-def _fake_bwd(grad, h, gate, need_h, need_gate):
-    return h.new_empty(h.shape if need_h else (0,)), gate.new_empty(gate.shape if need_gate else (0,))
+def _backward(ctx, needed: GatedResidual, grad) -> dict:
+    grad_h = grad_gate = None
+    if needed.h or needed.gate:
+        grad_h, grad_gate = _bwd(grad, *ctx.saved_tensors, needed.h, needed.gate)
+    return check.wanted(needed, x=grad, h=grad_h, gate=grad_gate)
 
 
-_gated_residual_bwd = define(
-    "gated_residual_bwd(Tensor grad, Tensor h, Tensor gate, bool need_h, bool need_gate) "
-    "-> (Tensor grad_h, Tensor grad_gate)",
-    _fake_bwd,
-)
-_gated_residual_fwd = define(
-    "gated_residual_fwd(Tensor x, Tensor h, Tensor gate) -> Tensor",
-    lambda x, h, gate: x.new_empty(x.shape),
-    setup_context=_save,
+def _fake_bwd(a: GatedResidualGrad):
+    return a.h.new_empty(a.h.shape if a.need_h else (0,)), a.gate.new_empty(a.gate.shape if a.need_gate else (0,))
+
+
+_bwd = define("gated_residual_bwd", GatedResidualGrad, "grad_h grad_gate", _fake_bwd)
+_fwd = define(
+    "gated_residual_fwd",
+    GatedResidual,
+    "residual",
+    lambda a: a.x.new_empty(a.x.shape),
+    check=_check,
+    save=_save,
     backward=_backward,
 )

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
-from dmdr_fast.ops._modulation import modulation, norm_options, shift_and_scale, tokens, wanted
+from dmdr_fast.ops._modulation import modulation, shift_and_scale
+
+
+class GatedResidualLayerNormModulate(NamedTuple):
+    x: Tensor
+    h: Tensor
+    gate: Tensor
+    shift: Tensor
+    scale: Tensor
+    eps: float
+    out_dtype: torch.dtype | None
+
+
+class GatedResidualLayerNormModulateGrad(NamedTuple):
+    grad_residual: Tensor | None
+    grad_y: Tensor | None
+    residual: Tensor
+    h: Tensor
+    gate: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_h: bool
+    need_gate: bool
+    need_modulation: bool
 
 
 def gated_residual_layer_norm_modulate(
@@ -41,82 +70,68 @@ def gated_residual_layer_norm_modulate(
     Source: DiT (arXiv 2212.09748), two halves of its block.
     """
     op = "gated_residual_layer_norm_modulate"
-    check.floating(op, "x", x, min_dim=2)
-    check.like(op, "h", h, x, "x")
-    gate = modulation(op, "gate", gate, x)
-    shift, scale = shift_and_scale(op, shift, scale, x)
-    out_dtype = norm_options(op, eps, x, out_dtype)
-    residual, modulated, _, _ = _gated_residual_layer_norm_modulate_fwd(
-        tokens(x), tokens(h), gate, shift, scale, float(eps), out_dtype
-    )
-    return residual.reshape(x.shape), modulated.reshape(x.shape)
+    return _fwd.checked(op, x, h, gate, shift, scale, eps, out_dtype)[:2]
 
 
-def _save(ctx, inputs, output):
-    _, h, gate, shift, scale, _, _ = inputs
-    residual, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(residual, h, gate, scale, mean, rstd)
-    ctx.shift_dtype = shift.dtype
+def _check(op: str, a: GatedResidualLayerNormModulate) -> None:
+    check.floating(op, "x", a.x, min_dim=2)
+    check.like(op, "h", a.h, a.x, "x")
+    modulation(op, "gate", a.gate, a.x)
+    shift_and_scale(op, a.shift, a.scale, a.x)
+    check.number(op, "eps", a.eps, above=0)
+    if a.out_dtype is not None:
+        check.dtype(op, "out_dtype", a.out_dtype)
 
 
-def _backward(ctx, grad_residual, grad_y, grad_of_mean, grad_of_rstd):
-    if grad_residual is None and grad_y is None:
-        return (None,) * 7
-    _, need_h, need_gate, need_shift, need_scale, *_ = ctx.needs_input_grad
-    grads = _gated_residual_layer_norm_modulate_bwd(
-        grad_residual,
-        grad_y,
-        *ctx.saved_tensors,
-        ctx.shift_dtype,
-        need_h,
-        need_gate,
-        need_shift or need_scale,
-    )
-    return *wanted(grads, ctx.needs_input_grad), None, None
+def _save(ctx, a: GatedResidualLayerNormModulate, results) -> None:
+    residual, _, mean, rstd = results
+    ctx.save_for_backward(residual, a.h, a.gate, a.scale, mean, rstd)
+    ctx.options = a.eps, a.shift.dtype
 
 
-def _fake_fwd(x, h, gate, shift, scale, eps, out_dtype):
-    statistic = x.new_empty(x.shape[:-1], dtype=check.compute_dtype(x, h, gate, shift, scale))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
+def _backward(ctx, needed: GatedResidualLayerNormModulate, grad_residual, grad_y, *_) -> dict:
+    needs = needed.h, needed.gate, needed.shift or needed.scale
+    grads = _bwd(grad_residual, grad_y, *ctx.saved_tensors, *ctx.options, *needs)
+    return check.wanted(needed, **dict(zip(("x", "h", "gate", "shift", "scale"), grads, strict=True)))
 
 
-def _fake_bwd(
-    grad_residual,
-    grad_y,
-    residual,
-    h,
-    gate,
-    scale,
-    mean,
-    rstd,
-    shift_dtype,
-    need_h,
-    need_gate,
-    need_modulation,
-):
-    served = scale.shape if need_modulation else (0,)
+def _fake_fwd(a: GatedResidualLayerNormModulate):
+    statistic = a.x.new_empty(a.x.shape[:-1], dtype=check.compute_dtype(a.x, a.h, a.gate, a.shift, a.scale))
+    y = a.x.new_empty(a.x.shape, dtype=a.out_dtype)
+    return a.x.new_empty(a.x.shape), y, statistic, torch.empty_like(statistic)
+
+
+def _fake_bwd(a: GatedResidualLayerNormModulateGrad):
+    served = a.scale.shape if a.need_modulation else (0,)
     return (
-        residual.new_empty(residual.shape),
-        h.new_empty(h.shape if need_h else (0,)),
-        gate.new_empty(gate.shape if need_gate else (0,)),
-        scale.new_empty(served, dtype=shift_dtype),
-        scale.new_empty(served),
+        a.residual.new_empty(a.residual.shape),
+        a.h.new_empty(a.h.shape if a.need_h else (0,)),
+        a.gate.new_empty(a.gate.shape if a.need_gate else (0,)),
+        a.scale.new_empty(served, dtype=a.shift_dtype),
+        a.scale.new_empty(served),
     )
 
 
-_gated_residual_layer_norm_modulate_bwd = define(
-    "gated_residual_layer_norm_modulate_bwd(Tensor? grad_residual, Tensor? grad_y, Tensor residual, "
-    "Tensor h, Tensor gate, Tensor scale, Tensor mean, Tensor rstd, ScalarType shift_dtype, bool need_h, "
-    "bool need_gate, bool need_modulation) "
-    "-> (Tensor grad_x, Tensor grad_h, Tensor grad_gate, Tensor grad_shift, Tensor grad_scale)",
+def _formula_bwd(a: GatedResidualLayerNormModulateGrad):
+    """The statistics are functions of residual."""
+    mean, rstd = reference.layer_norm_statistics(a.residual, a.eps, a.mean.dtype)
+    return reference.run("gated_residual_layer_norm_modulate_bwd", a._replace(mean=mean, rstd=rstd))
+
+
+_bwd = define(
+    "gated_residual_layer_norm_modulate_bwd",
+    GatedResidualLayerNormModulateGrad,
+    "grad_x grad_h grad_gate grad_shift grad_scale",
     _fake_bwd,
+    formula=_formula_bwd,
 )
-_gated_residual_layer_norm_modulate_fwd = define(
-    "gated_residual_layer_norm_modulate_fwd(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
-    "float eps, ScalarType out_dtype) -> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)",
+_fwd = define(
+    "gated_residual_layer_norm_modulate_fwd",
+    GatedResidualLayerNormModulate,
+    "residual y mean rstd",
     _fake_fwd,
-    setup_context=_save,
+    check=_check,
+    save=_save,
     backward=_backward,
+    constant_results=(2, 3),
 )

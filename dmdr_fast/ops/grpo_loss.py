@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
 
 
 class RatioStats(NamedTuple):
@@ -56,7 +55,8 @@ def grpo_loss(
         adv_clip: > 0.
 
     Returns:
-        :class:`GRPOLoss` (loss, stats). 0 for no samples.
+        :class:`GRPOLoss` (loss, stats). 0 for no samples. Plain PyTorch: a
+        vector [B] is no work for a kernel.
 
     Differentiable in logprob.
 
@@ -77,39 +77,17 @@ def grpo_loss(
     check.number(op, "clip_low", clip_low, minimum=0)
     check.number(op, "clip_high", clip_high, minimum=0)
     check.number(op, "adv_clip", adv_clip, above=0)
-    loss, stats = _grpo_loss_fwd(logprob, old_logprob, advantage, float(clip_low), float(clip_high), float(adv_clip))
-    return GRPOLoss(loss, RatioStats(*stats.unbind()))
-
-
-def _save(ctx, inputs, output):
-    logprob, old_logprob, advantage, *clips = inputs
-    _, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logprob, old_logprob, advantage)
-    ctx.clips = clips
-
-
-def _backward(ctx, grad_loss, grad_of_stats):
-    if grad_loss is None:
-        return (None,) * 6
-    return _grpo_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.clips), *[None] * 5
-
-
-def _fake_fwd(logprob, old_logprob, advantage, clip_low, clip_high, adv_clip):
     compute = check.compute_dtype(logprob, old_logprob, advantage)
-    return logprob.new_empty((), dtype=compute), logprob.new_empty(4, dtype=compute)
-
-
-_grpo_loss_bwd = define(
-    "grpo_loss_bwd(Tensor grad_loss, Tensor logprob, Tensor old_logprob, Tensor advantage, float clip_low, "
-    "float clip_high, float adv_clip) -> Tensor",
-    lambda grad_loss, logprob, *rest: logprob.new_empty(logprob.shape),
-)
-_grpo_loss_fwd = define(
-    "grpo_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantage, float clip_low, float clip_high, "
-    "float adv_clip) -> (Tensor loss, Tensor stats)",
-    _fake_fwd,
-    setup_context=_save,
-    backward=_backward,
-)
+    change = logprob.to(compute) - old_logprob.to(compute)
+    ratio, advantage = change.exp(), advantage.to(compute).clamp(-adv_clip, adv_clip)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    count = max(ratio.numel(), 1)
+    loss = torch.maximum(-advantage * ratio, -advantage * clipped).sum() / count
+    with torch.no_grad():
+        stats = RatioStats(
+            ratio.sum() / count,
+            (ratio - 1).abs().max() if ratio.numel() else ratio.new_zeros(()),
+            (ratio != clipped).sum().to(compute) / count,
+            change.square().sum() / (2 * count),
+        )
+    return GRPOLoss(loss, stats)

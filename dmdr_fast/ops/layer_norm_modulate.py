@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
-from dmdr_fast.ops._modulation import norm_options, shift_and_scale, tokens, wanted
+from dmdr_fast.ops._modulation import shift_and_scale
+
+
+class LayerNormModulate(NamedTuple):
+    x: Tensor
+    shift: Tensor
+    scale: Tensor
+    eps: float
+    out_dtype: torch.dtype | None
+
+
+class LayerNormModulateGrad(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_x: bool
+    need_modulation: bool
 
 
 def layer_norm_modulate(
@@ -17,8 +40,8 @@ def layer_norm_modulate(
 
     Args:
         x: [B, ..., D], at least 2-D, any float dtype.
-        shift, scale: [D], [B, D], [B, 1, D] or x's shape (for x of more than 3 dimensions: middle dimensions
-            all 1 or all x's); the same shape for both. Any float dtype.
+        shift, scale: [D], [B, D], [B, 1, ..., D] (one per sample), x's shape, or between them: x's sizes followed by
+            ones before D, such as [B, T, 1, D] for x [B, T, S, D] (one per frame). Alike for both. Any float dtype.
         eps: > 0, added to the (biased) variance.
         out_dtype: dtype of the result; None means x's.
 
@@ -32,55 +55,62 @@ def layer_norm_modulate(
 
     Source: adaLN of DiT (arXiv 2212.09748), ``modulate(norm(x), shift, scale)``; diffusers' AdaLayerNormZero.
     """
-    op = "layer_norm_modulate"
-    check.floating(op, "x", x, min_dim=2)
-    shift, scale = shift_and_scale(op, shift, scale, x)
-    out_dtype = norm_options(op, eps, x, out_dtype)
-    return _layer_norm_modulate_fwd(tokens(x), shift, scale, float(eps), out_dtype)[0].reshape(x.shape)
+    return _fwd.checked("layer_norm_modulate", x, shift, scale, eps, out_dtype)[0]
 
 
-def _save(ctx, inputs, output):
-    x, shift, scale, _, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, mean, rstd)
-    ctx.shift_dtype = shift.dtype
+def _check(op: str, a: LayerNormModulate) -> None:
+    check.floating(op, "x", a.x, min_dim=2)
+    shift_and_scale(op, a.shift, a.scale, a.x)
+    check.number(op, "eps", a.eps, above=0)
+    if a.out_dtype is not None:
+        check.dtype(op, "out_dtype", a.out_dtype)
 
 
-def _backward(ctx, grad, grad_of_mean, grad_of_rstd):
-    if grad is None:
-        return (None,) * 5
-    x, scale, mean, rstd = ctx.saved_tensors
-    need_x, need_shift, need_scale, *_ = ctx.needs_input_grad
-    grads = _layer_norm_modulate_bwd(grad, x, scale, mean, rstd, ctx.shift_dtype, need_x, need_shift or need_scale)
-    return *wanted(grads, ctx.needs_input_grad), None, None
+def _save(ctx, a: LayerNormModulate, results) -> None:
+    _, mean, rstd = results
+    ctx.save_for_backward(a.x, a.scale, mean, rstd)
+    ctx.options = a.eps, a.shift.dtype
 
 
-def _fake_fwd(x, shift, scale, eps, out_dtype):
-    statistic = x.new_empty(x.shape[:-1], dtype=check.compute_dtype(x, shift, scale))
-    return x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
+def _backward(ctx, needed: LayerNormModulate, grad, *_) -> dict:
+    grads = _bwd(grad, *ctx.saved_tensors, *ctx.options, needed.x, needed.shift or needed.scale)
+    return check.wanted(needed, x=grads[0], shift=grads[1], scale=grads[2])
 
 
-def _fake_bwd(grad, x, scale, mean, rstd, shift_dtype, need_x, need_modulation):
-    modulation = scale.shape if need_modulation else (0,)
+def _fake_fwd(a: LayerNormModulate):
+    statistic = a.x.new_empty(a.x.shape[:-1], dtype=check.compute_dtype(a.x, a.shift, a.scale))
+    return a.x.new_empty(a.x.shape, dtype=a.out_dtype), statistic, torch.empty_like(statistic)
+
+
+def _fake_bwd(a: LayerNormModulateGrad):
+    modulation = a.scale.shape if a.need_modulation else (0,)
     return (
-        x.new_empty(x.shape if need_x else (0,)),
-        scale.new_empty(modulation, dtype=shift_dtype),
-        scale.new_empty(modulation),
+        a.x.new_empty(a.x.shape if a.need_x else (0,)),
+        a.scale.new_empty(modulation, dtype=a.shift_dtype),
+        a.scale.new_empty(modulation),
     )
 
 
-_layer_norm_modulate_bwd = define(
-    "layer_norm_modulate_bwd(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd, "
-    "ScalarType shift_dtype, bool need_x, bool need_modulation) "
-    "-> (Tensor grad_x, Tensor grad_shift, Tensor grad_scale)",
+def _formula_bwd(a: LayerNormModulateGrad):
+    """The statistics are functions of x."""
+    mean, rstd = reference.layer_norm_statistics(a.x, a.eps, a.mean.dtype)
+    return reference.run("layer_norm_modulate_bwd", a._replace(mean=mean, rstd=rstd))
+
+
+_bwd = define(
+    "layer_norm_modulate_bwd",
+    LayerNormModulateGrad,
+    "grad_x grad_shift grad_scale",
     _fake_bwd,
+    formula=_formula_bwd,
 )
-_layer_norm_modulate_fwd = define(
-    "layer_norm_modulate_fwd(Tensor x, Tensor shift, Tensor scale, float eps, ScalarType out_dtype) "
-    "-> (Tensor y, Tensor mean, Tensor rstd)",
+_fwd = define(
+    "layer_norm_modulate_fwd",
+    LayerNormModulate,
+    "y mean rstd",
     _fake_fwd,
-    setup_context=_save,
+    check=_check,
+    save=_save,
     backward=_backward,
+    constant_results=(1, 2),
 )

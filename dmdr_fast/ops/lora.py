@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
+from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+
+
+class MultiLora(NamedTuple):
+    x: Tensor
+    base_out: Tensor
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+
+
+class MultiLoraGrad(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    low_rank: Tensor
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    need_x: bool
+    need_a: bool
+    need_b: bool
 
 
 def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor | float) -> Tensor:
@@ -39,54 +61,55 @@ def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor 
     distribution guidance.
     """
     op = "multi_lora"
-    check.floating(op, "x", x, min_dim=2)
-    for name, value in (("A", A), ("B", B)):
+    dtype = check.compute_dtype(x, base_out, A, B)
+    if not isinstance(scale, Tensor):
+        check.floating(op, "x", x, min_dim=2)
+        scale = x.new_full((), check.number(op, "scale", scale), dtype=dtype)
+    elif scale.dtype is not dtype and scale.is_floating_point():
+        scale = scale.to(dtype)
+    return _fwd.checked(op, x, base_out, A, B, scale)[0]
+
+
+def _check(op: str, a: MultiLora) -> None:
+    check.floating(op, "x", a.x, min_dim=2)
+    for name, value in (("A", a.A), ("B", a.B)):
         check.floating(op, name, value)
         if value.dim() != 2:
             raise ValueError(f"{op}: {name}: expected 2 dimensions, got shape {list(value.shape)}")
-    check.shaped(op, "A", A, (x.shape[-1], A.shape[1]), "in = x's last dimension, r", x, "x")
-    check.shaped(op, "B", B, (A.shape[1], B.shape[1]), "r = A's last dimension, out", x, "x")
-    check.shaped(op, "base_out", base_out, (*x.shape[:-1], B.shape[1]), "x's leading dimensions, out", x, "x")
-    check.constant(op, "scale", scale)
-    scale = check.per_sample(op, "scale", scale, x, "x", check.compute_dtype(x, base_out, A, B))
-    return _multi_lora_fwd(x, base_out, A, B, scale)[0]
+    x, rank = a.x, a.A.shape[1]
+    check.shaped(op, "A", a.A, (x.shape[-1], rank), "in = x's last dimension, r", x, "x")
+    check.shaped(op, "B", a.B, (rank, a.B.shape[1]), "r = A's last dimension, out", x, "x")
+    check.shaped(op, "base_out", a.base_out, (*x.shape[:-1], a.B.shape[1]), "x's leading dimensions, out", x, "x")
+    check.constant(op, "scale", a.scale)
+    check.per_sample(op, "scale", a.scale, x, "x", one_for_all=True)
 
 
-def _save(ctx, inputs, output):
-    x, _, A, B, scale = inputs
-    _, low_rank = output
-    ctx.mark_non_differentiable(low_rank)
-    ctx.set_materialize_grads(False)
+def _save(ctx, a: MultiLora, results) -> None:
     # low_rank is r / in of x's size; to make it again would read all of x.
-    ctx.save_for_backward(x, low_rank, A, B, scale)
+    ctx.save_for_backward(a.x, results[1], a.A, a.B, a.scale)
 
 
-def _backward(ctx, grad, grad_of_low_rank):
-    if grad is None:
-        return (None,) * 5
-    x, low_rank, A, B, scale = ctx.saved_tensors
-    need_x, need_base, need_a, need_b, _ = ctx.needs_input_grad
-    grad_x = grad_a = grad_b = None
-    if need_x or need_a or need_b:
-        grad_x, grad_a, grad_b = _multi_lora_bwd(grad, x, low_rank, A, B, scale, need_x, need_a, need_b)
-    return (
-        grad_x if need_x else None,
-        grad if need_base else None,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        None,
-    )
+def _backward(ctx, needed: MultiLora, grad, _) -> dict:
+    gradients = {"base_out": grad}
+    if needed.x or needed.A or needed.B:
+        grads = _bwd(grad, *ctx.saved_tensors, needed.x, needed.A, needed.B)
+        gradients |= dict(zip(("x", "A", "B"), grads, strict=True))
+    return check.wanted(needed, **gradients)
 
 
-def _fake_fwd(x, base_out, A, B, scale):
-    low_rank = x.new_empty((*x.shape[:-1], A.shape[1]), dtype=check.compute_dtype(x, base_out, A, B))
-    return base_out.new_empty(base_out.shape), low_rank
+def _formula_bwd(a: MultiLoraGrad):
+    """low_rank is a function of x and A."""
+    return reference.run("multi_lora_bwd", a._replace(low_rank=reference.low_rank(a.x, a.A, a.scale, a.low_rank.dtype)))
 
 
-def _fake_bwd(grad, x, low_rank, A, B, scale, need_x, need_a, need_b):
-    return tuple(
-        value.new_empty(value.shape if need else (0,)) for value, need in ((x, need_x), (A, need_a), (B, need_b))
-    )
+def _fake_fwd(a: MultiLora):
+    dtype = check.compute_dtype(a.x, a.base_out, a.A, a.B)
+    return a.base_out.new_empty(a.base_out.shape), a.x.new_empty((*a.x.shape[:-1], a.A.shape[1]), dtype=dtype)
+
+
+def _fake_bwd(a: MultiLoraGrad):
+    needs = (a.x, a.need_x), (a.A, a.need_a), (a.B, a.need_b)
+    return tuple(value.new_empty(value.shape if need else (0,)) for value, need in needs)
 
 
 # torch's FlopCounterMode does not look inside an operator. Multiply-adds count 2, as for its own matmuls.
@@ -102,16 +125,18 @@ def _flops_bwd(
     return 2 * math.prod(x_shape[:-1]) * (with_a * math.prod(a_shape) + with_b * math.prod(b_shape))
 
 
-_multi_lora_bwd = define(
-    "multi_lora_bwd(Tensor grad, Tensor x, Tensor low_rank, Tensor A, Tensor B, Tensor scale, bool need_x, "
-    "bool need_a, bool need_b) -> (Tensor grad_x, Tensor grad_a, Tensor grad_b)",
-    _fake_bwd,
-    flops=_flops_bwd,
+_bwd = define(
+    "multi_lora_bwd", MultiLoraGrad, "grad_x grad_a grad_b", _fake_bwd, formula=_formula_bwd, flops=_flops_bwd
 )
-_multi_lora_fwd = define(
-    "multi_lora_fwd(Tensor x, Tensor base_out, Tensor A, Tensor B, Tensor scale) -> (Tensor out, Tensor low_rank)",
+_fwd = define(
+    "multi_lora_fwd",
+    MultiLora,
+    "out low_rank",
     _fake_fwd,
-    setup_context=_save,
+    check=_check,
+    check_values=lambda op, a: check.values(op, "scale", a.scale),
+    save=_save,
     backward=_backward,
+    constant_results=(1,),
     flops=_flops_fwd,
 )

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+
+
+class PreprocessReward(NamedTuple):
+    image: Tensor
+    height: int
+    width: int
+    mean: list[float]
+    std: list[float]
+    antialias: bool
+    low: float
+    high: float
+    need_inside: bool
+
+
+class PreprocessRewardGrad(NamedTuple):
+    grad: Tensor
+    inside: Tensor
+    in_width: int
+    std: list[float]
+    antialias: bool
+    low: float
+    high: float
+    dtype: torch.dtype
 
 
 def preprocess_reward(
@@ -49,15 +73,18 @@ def preprocess_reward(
         raise ValueError(f"{op}: image: expected [N, C, H, W] with C, H, W >= 1, got shape {list(image.shape)}")
     height, width = _size(op, size)
     mean, std = (_per_channel(op, name, values, image) for name, values in (("mean", mean), ("std", std)))
-    for value in std:
-        check.number(op, "std", value, above=0)
     if not isinstance(value_range, (tuple, list)) or len(value_range) != 2:
         raise ValueError(f"{op}: value_range: expected (low, high), got {value_range!r}")
     low, high = (float(check.number(op, "value_range", value)) for value in value_range)
-    if low >= high:
-        raise ValueError(f"{op}: value_range: expected low < high, got {value_range!r}")
     need_inside = image.requires_grad and torch.is_grad_enabled()
-    return _preprocess_reward_fwd(image, height, width, mean, std, bool(antialias), low, high, need_inside)[0]
+    return _fwd.checked(op, image, height, width, mean, std, bool(antialias), low, high, need_inside)[0]
+
+
+def _check(op: str, a: PreprocessReward) -> None:
+    for value in a.std:
+        check.number(op, "std", value, above=0)
+    if a.low >= a.high:
+        raise ValueError(f"{op}: value_range: expected low < high, got {(a.low, a.high)!r}")
 
 
 def _size(op: str, size: int | tuple[int, int]) -> tuple[int, int]:
@@ -81,39 +108,34 @@ def _per_channel(op: str, name: str, values: Sequence[float], image: Tensor) -> 
     return numbers * channels if len(numbers) != channels else numbers
 
 
-def _save(ctx, inputs, output):
-    image, _, _, _, std, antialias, low, high, _ = inputs
-    _, inside = output
-    ctx.mark_non_differentiable(inside)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inside)
-    ctx.options = image.shape[-1], std, antialias, low, high, image.dtype
+def _save(ctx, a: PreprocessReward, results) -> None:
+    ctx.save_for_backward(results[1])
+    ctx.options = a.image.shape[-1], a.std, a.antialias, a.low, a.high, a.image.dtype
 
 
-def _backward(ctx, grad, grad_of_inside):
-    if grad is None:
-        return (None,) * 9
-    (inside,) = ctx.saved_tensors
-    return _preprocess_reward_bwd(grad, inside, *ctx.options), *[None] * 8
+def _backward(ctx, needed: PreprocessReward, grad, _) -> dict:
+    return {"image": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
-def _fake_fwd(image, height, width, mean, std, antialias, low, high, need_inside):
-    batch, channels, rows, columns = image.shape
-    bits = (batch, channels, rows, (columns + 7) // 8) if need_inside else (0,)
-    return image.new_empty(batch, channels, height, width), image.new_empty(bits, dtype=torch.uint8)
+def _fake_fwd(a: PreprocessReward):
+    batch, channels, rows, columns = a.image.shape
+    bits = (batch, channels, rows, (columns + 7) // 8) if a.need_inside else (0,)
+    return a.image.new_empty(batch, channels, a.height, a.width), a.image.new_empty(bits, dtype=torch.uint8)
 
 
-_preprocess_reward_bwd = define(
-    "preprocess_reward_bwd(Tensor grad, Tensor inside, SymInt in_width, float[] std, bool antialias, "
-    "float low, float high, ScalarType dtype) -> Tensor",
-    lambda grad, inside, in_width, std, antialias, low, high, dtype: grad.new_empty(
-        (*inside.shape[:-1], in_width), dtype=dtype
-    ),
+_bwd = define(
+    "preprocess_reward_bwd",
+    PreprocessRewardGrad,
+    "grad_image",
+    lambda a: a.grad.new_empty((*a.inside.shape[:-1], a.in_width), dtype=a.dtype),
 )
-_preprocess_reward_fwd = define(
-    "preprocess_reward_fwd(Tensor image, SymInt height, SymInt width, float[] mean, float[] std, "
-    "bool antialias, float low, float high, bool need_inside) -> (Tensor out, Tensor inside)",
+_fwd = define(
+    "preprocess_reward_fwd",
+    PreprocessReward,
+    "out inside",
     _fake_fwd,
-    setup_context=_save,
+    check=_check,
+    save=_save,
     backward=_backward,
+    constant_results=(1,),
 )

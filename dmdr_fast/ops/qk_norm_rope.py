@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
+from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+
+
+class QKNormRope(NamedTuple):
+    q: Tensor
+    k: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    eps: float
+    interleaved: bool
+
+
+class QKNormRopeGrad(NamedTuple):
+    grad_q: Tensor | None
+    grad_k: Tensor | None
+    q: Tensor
+    k: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    q_rstd: Tensor
+    k_rstd: Tensor
+    eps: float
+    interleaved: bool
+    need_weights: bool
 
 
 def qk_norm_rope(
@@ -46,88 +76,80 @@ def qk_norm_rope(
     Source: RoFormer (arXiv 2104.09864) and QK normalisation (arXiv 2302.05442) as in SD3.5, FLUX, Qwen-Image,
     Z-Image.
     """
-    op = "qk_norm_rope"
-    for name, value in (("q", q), ("k", k)):
+    return _fwd.checked("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, eps, bool(interleaved))[:2]
+
+
+def _check(op: str, a: QKNormRope) -> None:
+    for name, value in (("q", a.q), ("k", a.k)):
         check.floating(op, name, value)
         if value.dim() != 4:
             raise ValueError(f"{op}: {name}: expected [B, T, heads, D], got shape {list(value.shape)}")
-    batch, tokens, _, width = q.shape
-    check.shaped(op, "k", k, (batch, tokens, k.shape[2], width), "q's B, T and D", q, "q")
-    for name, value in (("q_weight", q_weight), ("k_weight", k_weight)):
+    batch, tokens, _, width = a.q.shape
+    check.shaped(op, "k", a.k, (batch, tokens, a.k.shape[2], width), "q's B, T and D", a.q, "q")
+    for name, value in (("q_weight", a.q_weight), ("k_weight", a.k_weight)):
         if value is not None:
-            check.shaped(op, name, value, (width,), "D", q, "q")
-    if (cos is None) != (sin is None):
-        raise ValueError(f"{op}: {'cos' if cos is None else 'sin'}: expected with its counterpart, got None")
-    if cos is not None:
+            check.shaped(op, name, value, (width,), "D", a.q, "q")
+    if (a.cos is None) != (a.sin is None):
+        raise ValueError(f"{op}: {'cos' if a.cos is None else 'sin'}: expected with its counterpart, got None")
+    if a.cos is not None:
         if width % 2:
             raise ValueError(f"{op}: q: expected an even D for the rotation, got {width}")
-        cos, sin = _table(op, "cos", cos, q), _table(op, "sin", sin, q)
-    check.number(op, "eps", eps, above=0)
-    return _qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, float(eps), bool(interleaved))[:2]
+        _check_table(op, "cos", a.cos, a.q)
+        _check_table(op, "sin", a.sin, a.q)
+    check.number(op, "eps", a.eps, above=0)
 
 
-def _table(op: str, name: str, value: Tensor, q: Tensor) -> Tensor:
-    """cos or sin as [1 or B, T, D]."""
+def _check_table(op: str, name: str, value: Tensor, q: Tensor) -> None:
     batch, tokens, _, width = q.shape
     check.constant(op, name, value)
     if isinstance(value, Tensor) and value.dim() == 3:
         check.shaped(op, name, value, (batch, tokens, width), "B, T, D", q, "q")
-        return value
-    check.shaped(op, name, value, (tokens, width), "T, D", q, "q")
-    return value.unsqueeze(0)
+    else:
+        check.shaped(op, name, value, (tokens, width), "T, D", q, "q")
 
 
-def _save(ctx, inputs, output):
-    q, k, q_weight, k_weight, cos, sin, _, interleaved = inputs
-    _, _, q_rstd, k_rstd = output
-    ctx.mark_non_differentiable(q_rstd, k_rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, q_rstd, k_rstd)
-    ctx.interleaved = interleaved
+def _save(ctx, a: QKNormRope, results) -> None:
+    ctx.save_for_backward(*a[:6], *results[2:])
+    ctx.options = a.eps, a.interleaved
 
 
-def _backward(ctx, grad_q, grad_k, grad_of_q_rstd, grad_of_k_rstd):
-    if grad_q is None and grad_k is None:
-        return (None,) * 8
-    needed = ctx.needs_input_grad[:4]
-    received = (grad_q, grad_k, grad_q, grad_k)
-    grads = _qk_norm_rope_bwd(grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved, needed[2] or needed[3])
-    wanted = (
-        grad if need and incoming is not None else None
-        for grad, need, incoming in zip(grads, needed, received, strict=True)
-    )
-    return *wanted, None, None, None, None
+def _backward(ctx, needed: QKNormRope, grad_q, grad_k, *_) -> dict:
+    grads = _bwd(grad_q, grad_k, *ctx.saved_tensors, *ctx.options, needed.q_weight or needed.k_weight)
+    received = dict(zip(("q", "k", "q_weight", "k_weight"), grads, strict=True))
+    for name in (*(("q", "q_weight") if grad_q is None else ()), *(("k", "k_weight") if grad_k is None else ())):
+        received[name] = None
+    return check.wanted(needed, **received)
 
 
-def _fake_fwd(q, k, q_weight, k_weight, cos, sin, eps, interleaved):
-    compute = check.compute_dtype(q, k, q_weight, k_weight, cos, sin)
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        q.new_empty(q.shape[:-1], dtype=compute),
-        k.new_empty(k.shape[:-1], dtype=compute),
-    )
+def _formula_bwd(a: QKNormRopeGrad):
+    """The statistics are functions of q and k."""
+    q_rstd, k_rstd = (reference.rms_norm_statistic(x, a.eps, a.q_rstd.dtype) for x in (a.q, a.k))
+    return reference.run("qk_norm_rope_bwd", a._replace(q_rstd=q_rstd, k_rstd=k_rstd))
 
 
-def _fake_bwd(grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, q_rstd, k_rstd, interleaved, need_weights):
+def _fake_fwd(a: QKNormRope):
+    compute = check.compute_dtype(*a[:6])
+    statistics = (x.new_empty(x.shape[:-1], dtype=compute) for x in (a.q, a.k))
+    return a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape), *statistics
+
+
+def _fake_bwd(a: QKNormRopeGrad):
     dx, dw = [], []
-    for grad, x, weight in ((grad_q, q, q_weight), (grad_k, k, k_weight)):
+    for grad, x, weight in ((a.grad_q, a.q, a.q_weight), (a.grad_k, a.k, a.k_weight)):
         dx.append(x.new_empty((0,) if grad is None else x.shape))
         like = x if weight is None else weight
-        dw.append(like.new_empty(weight.shape if need_weights and not (weight is None or grad is None) else (0,)))
+        dw.append(like.new_empty(weight.shape if a.need_weights and not (weight is None or grad is None) else (0,)))
     return *dx, *dw
 
 
-_qk_norm_rope_bwd = define(
-    "qk_norm_rope_bwd(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, Tensor? q_weight, "
-    "Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor q_rstd, Tensor k_rstd, bool interleaved, "
-    "bool need_weights) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
-    _fake_bwd,
-)
-_qk_norm_rope_fwd = define(
-    "qk_norm_rope_fwd(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
-    "float eps, bool interleaved) -> (Tensor q_out, Tensor k_out, Tensor q_rstd, Tensor k_rstd)",
+_bwd = define("qk_norm_rope_bwd", QKNormRopeGrad, "dq dk dq_weight dk_weight", _fake_bwd, formula=_formula_bwd)
+_fwd = define(
+    "qk_norm_rope_fwd",
+    QKNormRope,
+    "q_out k_out q_rstd k_rstd",
     _fake_fwd,
-    setup_context=_save,
+    check=_check,
+    save=_save,
     backward=_backward,
+    constant_results=(2, 3),
 )

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+
+
+class NormalNoise(NamedTuple):
+    size: list[int]
+    seed: Tensor
+    offset: Live
+    dtype: torch.dtype
+
+
+class Renoise(NamedTuple):
+    x0: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    noise: Tensor | None
+    seed: Tensor | None
+    offset: Live
+
+
+class RenoiseGrad(NamedTuple):
+    grad: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+class RenoiseScaleGrad(NamedTuple):
+    grad: Tensor
+    factor: Tensor
 
 
 def normal_noise(shape_like: Tensor, seed: Tensor, *, offset: int = 0) -> Tensor:
@@ -39,7 +69,7 @@ def normal_noise(shape_like: Tensor, seed: Tensor, *, offset: int = 0) -> Tensor
     check.floating(op, "shape_like", shape_like, min_dim=0)
     check.seed(op, seed, shape_like, "shape_like")
     check.offset(op, offset)
-    return _normal_noise_fwd(shape_like.shape, seed, offset, shape_like.dtype)
+    return _noise(list(shape_like.shape), seed, offset, shape_like.dtype)
 
 
 def renoise(
@@ -77,64 +107,65 @@ def renoise(
     """
     op = "renoise"
     check.floating(op, "x0", x0)
-    if (noise is None) == (seed is None):
-        raise ValueError(
-            f"{op}: noise, seed: expected exactly one of them, got {'both' if seed is not None else 'none'}"
-        )
-    if noise is not None:
-        check.like(op, "noise", noise, x0, "x0")
-    else:
-        check.seed(op, seed, x0, "x0")
     check.offset(op, offset)
     dtype = check.compute_dtype(x0, noise)
-    alpha = check.per_sample(op, "alpha", alpha, x0, "x0", dtype, minimum=0)
-    sigma = check.per_sample(op, "sigma", sigma, x0, "x0", dtype, minimum=0)
-    return _renoise_fwd(x0, alpha, sigma, noise, seed, offset)
+    alpha = check.scalar(op, "alpha", alpha, x0, dtype, minimum=0)
+    sigma = check.scalar(op, "sigma", sigma, x0, dtype, minimum=0)
+    return _fwd.checked(op, x0, alpha, sigma, noise, seed, offset)
 
 
-def _save(ctx, inputs, output):
-    x0, alpha, sigma, noise, seed, offset = inputs
-    _, need_alpha, need_sigma, *_ = ctx.needs_input_grad
+def _check(op: str, a: Renoise) -> None:
+    if (a.noise is None) == (a.seed is None):
+        got = "both" if a.seed is not None else "none"
+        raise ValueError(f"{op}: noise, seed: expected exactly one of them, got {got}")
+    if a.noise is not None:
+        check.like(op, "noise", a.noise, a.x0, "x0")
+    else:
+        check.seed(op, a.seed, a.x0, "x0")
+    for name, scalar in (("alpha", a.alpha), ("sigma", a.sigma)):
+        check.per_sample(op, name, scalar, a.x0, "x0")
+
+
+def _check_values(op: str, a: Renoise) -> None:
+    check.values(op, "alpha", a.alpha, minimum=0)
+    check.values(op, "sigma", a.sigma, minimum=0)
+
+
+def _save(ctx, a: Renoise, x_t) -> None:
+    _, need_alpha, need_sigma, *_ = ctx.needs_input_grad[2:]
     # The latents are kept only where a schedule is learned: alpha needs x0, sigma the noise.
-    ctx.save_for_backward(alpha, sigma, x0 if need_alpha else None, noise if need_sigma else None, seed)
-    ctx.offset = offset
-    ctx.dtype = x0.dtype
-    ctx.noise_dtype = None if noise is None else noise.dtype
+    ctx.save_for_backward(a.alpha, a.sigma, a.x0 if need_alpha else None, a.noise if need_sigma else None, a.seed)
+    ctx.options = a.offset, a.x0.dtype, None if a.noise is None else a.noise.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx, needed: Renoise, grad) -> dict:
     alpha, sigma, x0, noise, seed = ctx.saved_tensors
-    need_x0, need_alpha, need_sigma, need_noise, *_ = ctx.needs_input_grad
-    grad_x0 = _renoise_bwd(grad, alpha, ctx.dtype) if need_x0 else None
-    grad_noise = _renoise_bwd(grad, sigma, ctx.noise_dtype) if need_noise else None
-    grad_alpha = _renoise_scale_bwd(grad, x0) if need_alpha else None
-    grad_sigma = None
-    if need_sigma:
-        if noise is None:
-            noise = _normal_noise_fwd(grad.shape, seed, ctx.offset, sigma.dtype)
-        grad_sigma = _renoise_scale_bwd(grad, noise)
-    return grad_x0, grad_alpha, grad_sigma, grad_noise, None, None
+    offset, dtype, noise_dtype = ctx.options
+    if needed.sigma and noise is None:
+        noise = _noise(list(grad.shape), seed, offset, sigma.dtype)
+    return {
+        "x0": _bwd(grad, alpha, dtype) if needed.x0 else None,
+        "noise": _bwd(grad, sigma, noise_dtype) if needed.noise else None,
+        "alpha": _scale_bwd(grad, x0) if needed.alpha else None,
+        "sigma": _scale_bwd(grad, noise) if needed.sigma else None,
+    }
 
 
-def _contiguous_like(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(like.shape, dtype=dtype)
-
-
-_normal_noise_fwd = define(
-    "normal_noise_fwd(SymInt[] size, Tensor seed, SymInt offset, ScalarType dtype) -> Tensor",
-    lambda size, seed, offset, dtype: seed.new_empty(size, dtype=dtype),
+_noise = define("normal_noise_fwd", NormalNoise, "noise", lambda a: a.seed.new_empty(a.size, dtype=a.dtype))
+_bwd = define("renoise_bwd", RenoiseGrad, "out", lambda a: a.grad.new_empty(a.grad.shape, dtype=a.dtype))
+_scale_bwd = define(
+    "renoise_scale_bwd",
+    RenoiseScaleGrad,
+    "sums",
+    lambda a: a.grad.new_empty(a.grad.shape[:1], dtype=check.compute_dtype(a.grad, a.factor)),
 )
-_renoise_bwd = define(
-    "renoise_bwd(Tensor grad, Tensor scale, ScalarType dtype) -> Tensor",
-    lambda grad, scale, dtype: _contiguous_like(grad, dtype),
-)
-_renoise_scale_bwd = define(
-    "renoise_scale_bwd(Tensor grad, Tensor factor) -> Tensor",
-    lambda grad, factor: grad.new_empty(grad.shape[:1], dtype=check.compute_dtype(grad, factor)),
-)
-_renoise_fwd = define(
-    "renoise_fwd(Tensor x0, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? seed, SymInt offset) -> Tensor",
-    lambda x0, alpha, sigma, noise, seed, offset: _contiguous_like(x0, x0.dtype),
-    setup_context=_save,
+_fwd = define(
+    "renoise_fwd",
+    Renoise,
+    "x_t",
+    lambda a: a.x0.new_empty(a.x0.shape),
+    check=_check,
+    check_values=_check_values,
+    save=_save,
     backward=_backward,
 )

@@ -7,8 +7,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+
+
+class SDEStepArguments(NamedTuple):
+    x: Tensor
+    v: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    next_sample: Tensor | None
+    seed: Tensor | None
+    offset: Live
+    kind: str
+    eta: float
+
+
+class SDEStepGrad(NamedTuple):
+    grad_next: Tensor | None
+    grad_logprob: Tensor | None
+    grad_mean: Tensor | None
+    x: Tensor
+    v: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    next_sample: Tensor
+    kind: str
+    eta: float
+    need_x: bool
+    need_v: bool
 
 
 class SDEStep(NamedTuple):
@@ -83,74 +111,74 @@ def sde_step_logprob(
     """
     op = "sde_step_logprob"
     check.floating(op, "x", x, min_dim=2)
-    check.like(op, "v", v, x, "x")
-    check.choice(op, "kind", kind, ("flow_grpo", "dance", "cps"))
-    if kind == "cps":
-        check.number(op, "eta", eta, minimum=0)
-    else:
-        check.number(op, "eta", eta, above=0)
-    if (next_sample is None) == (seed is None):
-        got = "none" if seed is None else "both"
-        raise ValueError(f"{op}: next_sample, seed: expected exactly one of them, got {got}")
-    if next_sample is not None:
-        check.like(op, "next_sample", next_sample, x, "x")
-        check.constant(op, "next_sample", next_sample)
-    else:
-        check.seed(op, seed, x, "x")
     check.offset(op, offset)
-    check.constant(op, "sigma", sigma)
-    check.constant(op, "sigma_next", sigma_next)
     dtype = check.compute_dtype(x, v, next_sample)
-    sigma = check.per_sample(op, "sigma", sigma, x, "x", dtype, above=0, maximum=1)
-    sigma_next = check.per_sample(op, "sigma_next", sigma_next, x, "x", dtype, minimum=0, maximum=1)
-    check.below(op, "sigma_next", sigma_next, sigma, "sigma")
-    drawn, logprob, mean, std = _sde_step_fwd(x, v, sigma, sigma_next, next_sample, seed, offset, kind, float(eta))
+    sigma = check.scalar(op, "sigma", sigma, x, dtype, above=0, maximum=1)
+    sigma_next = check.scalar(op, "sigma_next", sigma_next, x, dtype, minimum=0, maximum=1)
+    drawn, logprob, mean, std = _fwd.checked(op, x, v, sigma, sigma_next, next_sample, seed, offset, kind, eta)
     return SDEStep(drawn if next_sample is None else next_sample, logprob, mean, std)
 
 
-def _save(ctx, inputs, output):
-    x, v, sigma, sigma_next, next_sample, _, _, kind, eta = inputs
-    drawn, _, _, std = output
-    if next_sample is None:
-        ctx.mark_non_differentiable(std)
-        next_sample = drawn
+def _check(op: str, a: SDEStepArguments) -> None:
+    check.like(op, "v", a.v, a.x, "x")
+    check.choice(op, "kind", a.kind, ("flow_grpo", "dance", "cps"))
+    if a.kind == "cps":
+        check.number(op, "eta", a.eta, minimum=0)
     else:
-        ctx.mark_non_differentiable(drawn, std)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, v, sigma, sigma_next, next_sample)
-    ctx.options = kind, eta
+        check.number(op, "eta", a.eta, above=0)
+    if (a.next_sample is None) == (a.seed is None):
+        got = "none" if a.seed is None else "both"
+        raise ValueError(f"{op}: next_sample, seed: expected exactly one of them, got {got}")
+    if a.next_sample is not None:
+        check.like(op, "next_sample", a.next_sample, a.x, "x")
+        check.constant(op, "next_sample", a.next_sample)
+    else:
+        check.seed(op, a.seed, a.x, "x")
+    for name, value in (("sigma", a.sigma), ("sigma_next", a.sigma_next)):
+        check.per_sample(op, name, value, a.x, "x")
+        check.constant(op, name, value)
 
 
-def _backward(ctx, grad_next, grad_logprob, grad_mean, grad_of_std):
+def _check_values(op: str, a: SDEStepArguments) -> None:
+    check.values(op, "sigma", a.sigma, above=0, maximum=1)
+    check.values(op, "sigma_next", a.sigma_next, minimum=0, maximum=1)
+    check.below(op, "sigma_next", a.sigma_next, a.sigma, "sigma")
+
+
+def _save(ctx, a: SDEStepArguments, results) -> None:
+    next_sample = results[0] if a.next_sample is None else a.next_sample
+    ctx.save_for_backward(a.x, a.v, a.sigma, a.sigma_next, next_sample)
+    ctx.options = a.kind, a.eta
+
+
+def _backward(ctx, needed: SDEStepArguments, grad_next, grad_logprob, grad_mean, _) -> dict:
     if grad_next is None and grad_logprob is None and grad_mean is None:
-        return (None,) * 9
-    need_x, need_v, *_ = ctx.needs_input_grad
-    grad_x, grad_v = _sde_step_bwd(grad_next, grad_logprob, grad_mean, *ctx.saved_tensors, *ctx.options, need_x, need_v)
-    return grad_x if need_x else None, grad_v if need_v else None, *[None] * 7
+        return {}
+    needs = needed.x, needed.v
+    grad_x, grad_v = _bwd(grad_next, grad_logprob, grad_mean, *ctx.saved_tensors, *ctx.options, *needs)
+    return check.wanted(needed, x=grad_x, v=grad_v)
 
 
-def _fake_fwd(x, v, sigma, sigma_next, next_sample, seed, offset, kind, eta):
-    compute = check.compute_dtype(x, v, next_sample)
-    per_sample = x.new_empty(x.shape[:1], dtype=compute)
-    drawn = x.new_empty(x.shape if next_sample is None else (0,))
-    return drawn, per_sample, x.new_empty(x.shape, dtype=compute), torch.empty_like(per_sample)
+def _fake_fwd(a: SDEStepArguments):
+    compute = check.compute_dtype(a.x, a.v, a.next_sample)
+    per_sample = a.x.new_empty(a.x.shape[:1], dtype=compute)
+    drawn = a.x.new_empty(a.x.shape if a.next_sample is None else (0,))
+    return drawn, per_sample, a.x.new_empty(a.x.shape, dtype=compute), torch.empty_like(per_sample)
 
 
-def _fake_bwd(grad_next, grad_logprob, grad_mean, x, v, sigma, sigma_next, next_sample, kind, eta, need_x, need_v):
-    return x.new_empty(x.shape if need_x else (0,)), v.new_empty(v.shape if need_v else (0,))
+def _fake_bwd(a: SDEStepGrad):
+    return a.x.new_empty(a.x.shape if a.need_x else (0,)), a.v.new_empty(a.v.shape if a.need_v else (0,))
 
 
-_sde_step_bwd = define(
-    "sde_step_bwd(Tensor? grad_next, Tensor? grad_logprob, Tensor? grad_mean, Tensor x, Tensor v, "
-    "Tensor sigma, Tensor sigma_next, Tensor next_sample, str kind, float eta, bool need_x, bool need_v) "
-    "-> (Tensor grad_x, Tensor grad_v)",
-    _fake_bwd,
-)
-_sde_step_fwd = define(
-    "sde_step_fwd(Tensor x, Tensor v, Tensor sigma, Tensor sigma_next, Tensor? next_sample, Tensor? seed, "
-    "SymInt offset, str kind, float eta) "
-    "-> (Tensor next_sample_drawn, Tensor logprob, Tensor mean, Tensor std)",
+_bwd = define("sde_step_bwd", SDEStepGrad, "grad_x grad_v", _fake_bwd)
+_fwd = define(
+    "sde_step_fwd",
+    SDEStepArguments,
+    "next_sample_drawn logprob mean std",
     _fake_fwd,
-    setup_context=_save,
+    check=_check,
+    check_values=_check_values,
+    save=_save,
     backward=_backward,
+    constant_results=(3,),
 )

@@ -9,21 +9,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr_fast.reference.precision import compute_dtype
+from dmdr_fast.reference.registry import implements
 
 
-def gated_activation_fwd(packed: Tensor, activation: str, gate_first: bool) -> Tensor:
+@implements("gated_activation_fwd")
+def gated_activation_fwd(a) -> Tensor:
     """value * activation(gate) [..., F] of packed = [value | gate] (or [gate | value]) [..., 2F]."""
-    value, gate = _halves(packed, gate_first)
-    return (value * _activation(gate, activation)).to(packed.dtype).contiguous()
+    value, gate = _halves(a.packed, a.gate_first)
+    return (value * _activation(gate, a.activation)).to(a.packed.dtype).contiguous()
 
 
-def gated_activation_bwd(grad: Tensor, packed: Tensor, activation: str, gate_first: bool) -> Tensor:
+@implements("gated_activation_bwd")
+def gated_activation_bwd(a) -> Tensor:
     """The gradient of packed."""
-    value, gate = _halves(packed, gate_first)
-    grad = grad.to(value.dtype)
-    grad_value, grad_gate = grad * _activation(gate, activation), grad * value * _derivative(gate, activation)
-    halves = (grad_gate, grad_value) if gate_first else (grad_value, grad_gate)
-    return torch.cat(halves, -1).to(packed.dtype).contiguous()
+    value, gate = _halves(a.packed, a.gate_first)
+    grad = a.grad.to(value.dtype)
+    grad_value, grad_gate = grad * _activation(gate, a.activation), grad * value * _derivative(gate, a.activation)
+    halves = (grad_gate, grad_value) if a.gate_first else (grad_value, grad_gate)
+    return torch.cat(halves, -1).to(a.packed.dtype).contiguous()
 
 
 def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:

@@ -6,65 +6,48 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.reference.precision import compute_dtype, per_sample
+from dmdr_fast.reference.registry import implements
 
 
-def dmd_gradient_fwd(
-    x0: Tensor,
-    x_t: Tensor,
-    pred_fake: Tensor,
-    pred_real: Tensor,
-    pred_real_uncond: Tensor | None,
-    sigma: Tensor,
-    alpha: Tensor | None,
-    cfg_tensor: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    cfg_scale: float,
-    cfg_mode: str,
-    prediction: str,
-    normalizer: str,
-    eps: float,
-    eps_mode: str,
-    nan_policy: str,
-    out_dtype: torch.dtype,
-    reduction: str,
-    factor: float,
-    scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@implements("dmd_gradient_fwd")
+def dmd_gradient_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad, normaliser [B], loss 0-d, loss_scale 0-d); see :func:`dmdr_fast.ops.dmd_gradient`.
 
     ``alpha`` None means 1 - sigma, ``cfg_tensor`` [B] takes the place of ``cfg_scale``, ``mask`` is boolean
     with x0's number of dimensions. ``loss_scale`` is d loss / d x0 divided by grad: 2 factor / count, or 2
     factor; ``scaled`` multiplies grad by it and returns 1 in its place (a mean must then have no mask).
     """
-    compute = compute_dtype(x0, x_t, pred_fake, pred_real, pred_real_uncond)
-    x0, x_t, fake, real = (tensor.to(compute) for tensor in (x0, x_t, pred_fake, pred_real))
-    if pred_real_uncond is not None:
-        scale = cfg_scale if cfg_tensor is None else per_sample(cfg_tensor, x0)
-        uncond = pred_real_uncond.to(compute)
-        real = (uncond if cfg_mode == "standard" else real) + scale * (real - uncond)
+    compute = compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
+    x0, x_t, fake, real = (tensor.to(compute) for tensor in (a.x0, a.x_t, a.pred_fake, a.pred_real))
+    if a.pred_real_uncond is not None:
+        scale = a.cfg_scale if a.cfg_tensor is None else per_sample(a.cfg_tensor, x0)
+        uncond = a.pred_real_uncond.to(compute)
+        real = (uncond if a.cfg_mode == "standard" else real) + scale * (real - uncond)
 
-    keep, gain = _denoiser(prediction, sigma, 1 - sigma if alpha is None else alpha)
+    keep, gain = _denoiser(a.prediction, a.sigma, 1 - a.sigma if a.alpha is None else a.alpha)
     g = per_sample(gain, x0) * (fake - real)
     # x0 and x_t are close at small sigma: their difference first, it is exact there.
     distance = x0 if keep is None else x0 - per_sample(keep, x0) * x_t
-    norm = _normalizer(distance - per_sample(gain, x0) * real, mask, normalizer, eps, eps_mode)
+    norm = _normalizer(distance - per_sample(gain, x0) * real, a.mask, a.normalizer, a.eps, a.eps_mode)
     g = g / per_sample(norm, x0)
-    if weight is not None:
-        g = per_sample(weight, x0) * g
-    g = _without_nonfinite(_select(g, mask), nan_policy, out_dtype)
+    if a.weight is not None:
+        g = per_sample(a.weight, x0) * g
+    out_dtype = a.out_dtype or a.x0.dtype
+    g = _without_nonfinite(_select(g, a.mask), a.nan_policy, out_dtype)
 
-    count = g.new_full((), g.numel()) if mask is None else mask.expand_as(g).sum().to(compute)
-    loss_scale = 2 * factor / count.clamp(min=1) if reduction == "mean" else torch.full_like(count, 2 * factor)
+    count = g.new_full((), g.numel()) if a.mask is None else a.mask.expand_as(g).sum().to(compute)
+    loss_scale = 2 * a.factor / count.clamp(min=1) if a.reduction == "mean" else torch.full_like(count, 2 * a.factor)
     loss = g.square().sum() * (0.5 * loss_scale)
-    if scaled:
+    if a.scaled:
         g, loss_scale = loss_scale * g, torch.ones_like(loss_scale)
     return g.to(out_dtype).contiguous(), norm, loss, loss_scale
 
 
-def dmd_loss_bwd(grad_loss: Tensor, g: Tensor, loss_scale: Tensor, dtype: torch.dtype) -> Tensor:
+@implements("dmd_loss_bwd")
+def dmd_loss_bwd(a) -> Tensor:
     """grad_loss * loss_scale * g in ``dtype``."""
-    return ((grad_loss * loss_scale).to(loss_scale.dtype) * g.to(loss_scale.dtype)).to(dtype).contiguous()
+    compute = a.loss_scale.dtype
+    return ((a.grad_loss * a.loss_scale).to(compute) * a.g.to(compute)).to(a.dtype).contiguous()
 
 
 def _denoiser(prediction: str, sigma: Tensor, alpha: Tensor) -> tuple[Tensor | None, Tensor]:

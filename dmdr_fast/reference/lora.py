@@ -6,43 +6,41 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.reference.precision import compute_dtype, per_sample
+from dmdr_fast.reference.registry import implements
 
 
-def multi_lora_fwd(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+@implements("multi_lora_fwd")
+def multi_lora_fwd(a) -> tuple[Tensor, Tensor]:
     """(base_out + low_rank B in base_out's dtype, low_rank = scale_b (x A) in the compute dtype)."""
-    compute = compute_dtype(x, base_out, A, B)
-    low_rank = _scaled(x.to(compute) @ A.to(compute), scale)
-    out = base_out.to(compute) + low_rank @ B.to(compute)
-    return out.to(base_out.dtype).contiguous(), low_rank
+    compute = compute_dtype(a.x, a.base_out, a.A, a.B)
+    projected = low_rank(a.x, a.A, a.scale, compute)
+    out = a.base_out.to(compute) + projected @ a.B.to(compute)
+    return out.to(a.base_out.dtype).contiguous(), projected
 
 
-def multi_lora_bwd(
-    grad: Tensor,
-    x: Tensor,
-    low_rank: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@implements("multi_lora_bwd")
+def multi_lora_bwd(a) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, A and B; one that is not needed comes back as an empty [0]."""
-    compute = low_rank.dtype
-    grad = grad.to(compute)
-    grad_x, grad_a, grad_b = x.new_empty(0), A.new_empty(0), B.new_empty(0)
-    if need_x or need_a:
-        low_rank_grad = _scaled(grad @ B.to(compute).mT, scale)
-    if need_x:
-        grad_x = (low_rank_grad @ A.to(compute).mT).to(x.dtype).contiguous()
-    if need_a:
-        grad_a = (x.to(compute).flatten(0, -2).mT @ low_rank_grad.flatten(0, -2)).to(A.dtype).contiguous()
-    if need_b:
-        grad_b = (low_rank.flatten(0, -2).mT @ grad.flatten(0, -2)).to(B.dtype).contiguous()
+    compute = a.low_rank.dtype
+    grad = a.grad.to(compute)
+    grad_x, grad_a, grad_b = a.x.new_empty(0), a.A.new_empty(0), a.B.new_empty(0)
+    if a.need_x or a.need_a:
+        low_rank_grad = _scaled(grad @ a.B.to(compute).mT, a.scale)
+    if a.need_x:
+        grad_x = (low_rank_grad @ a.A.to(compute).mT).to(a.x.dtype).contiguous()
+    if a.need_a:
+        grad_a = (a.x.to(compute).flatten(0, -2).mT @ low_rank_grad.flatten(0, -2)).to(a.A.dtype).contiguous()
+    if a.need_b:
+        grad_b = (a.low_rank.flatten(0, -2).mT @ grad.flatten(0, -2)).to(a.B.dtype).contiguous()
     return grad_x, grad_a, grad_b
+
+
+def low_rank(x: Tensor, A: Tensor, scale: Tensor, compute: torch.dtype) -> Tensor:
+    """scale_b (x A) [B, ..., r] in the compute dtype."""
+    return _scaled(x.to(compute) @ A.to(compute), scale)
 
 
 def _scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
     """scale_b low_rank, exactly 0 where the scale is, also for a row that is not finite."""
-    scale = per_sample(scale, low_rank)
+    scale = per_sample(scale, low_rank) if scale.dim() else scale
     return torch.where(scale != 0, scale * low_rank, 0)

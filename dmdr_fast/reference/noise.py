@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dmdr_fast.reference.philox import seeded_blocks
 from dmdr_fast.reference.precision import compute_dtype, per_sample
+from dmdr_fast.reference.registry import implements
 
 
-def normal_noise_fwd(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """N(0, 1) of shape ``size``; see :func:`dmdr_fast.ops.normal_noise` for the stream.
+@implements("normal_noise_fwd")
+def normal_noise_fwd(a) -> Tensor:
+    """N(0, 1) of shape ``size``; see :func:`dmdr_fast.ops.normal_noise` for the stream."""
+    return seeded_normals(a.size, a.seed, a.offset, a.dtype)
 
-    Box-Muller runs in float64 and is rounded once: the value every backend is compared with.
-    """
+
+def seeded_normals(size: Sequence[int], seed: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """The stream's normals: Box-Muller in float64, rounded once: the value every backend is compared with."""
     count = math.prod(size)
     first, skip = divmod(offset, 4)
     words = seeded_blocks(seed, first, (skip + count + 3) // 4)
@@ -26,23 +31,24 @@ def normal_noise_fwd(size: list[int], seed: Tensor, offset: int, dtype: torch.dt
     return lanes.permute(2, 1, 0).reshape(-1)[skip : skip + count].to(dtype, copy=True).reshape(size)
 
 
-def renoise_fwd(
-    x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int
-) -> Tensor:
+@implements("renoise_fwd")
+def renoise_fwd(a) -> Tensor:
     """x_t = alpha_b x0 + sigma_b noise, in x0's dtype; ``noise`` None draws it from ``seed``."""
-    compute = compute_dtype(x0, noise)
+    compute, noise = compute_dtype(a.x0, a.noise), a.noise
     if noise is None:
-        noise = normal_noise_fwd(x0.shape, seed, offset, compute)
-    x_t = per_sample(alpha, x0) * x0.to(compute) + per_sample(sigma, x0) * noise.to(compute)
-    return x_t.to(x0.dtype).contiguous()
+        noise = seeded_normals(a.x0.shape, a.seed, a.offset, compute)
+    x_t = per_sample(a.alpha, a.x0) * a.x0.to(compute) + per_sample(a.sigma, a.x0) * noise.to(compute)
+    return x_t.to(a.x0.dtype).contiguous()
 
 
-def renoise_bwd(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+@implements("renoise_bwd")
+def renoise_bwd(a) -> Tensor:
     """scale_b * grad in ``dtype``: the gradient of x0 (scale = alpha) or of the noise (scale = sigma)."""
-    return (per_sample(scale, grad) * grad.to(scale.dtype)).to(dtype).contiguous()
+    return (per_sample(a.scale, a.grad) * a.grad.to(a.scale.dtype)).to(a.dtype).contiguous()
 
 
-def renoise_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
+@implements("renoise_scale_bwd")
+def renoise_scale_bwd(a) -> Tensor:
     """sum_b grad * factor [B]: the gradient of alpha (factor = x0) or of sigma (factor = noise)."""
-    compute = compute_dtype(grad, factor)
-    return (grad.to(compute) * factor.to(compute)).flatten(1).sum(1)
+    compute = compute_dtype(a.grad, a.factor)
+    return (a.grad.to(compute) * a.factor.to(compute)).flatten(1).sum(1)

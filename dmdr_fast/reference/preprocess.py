@@ -7,53 +7,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr_fast.reference.precision import compute_dtype
+from dmdr_fast.reference.registry import implements
 
 
-def preprocess_reward_fwd(
-    image: Tensor,
-    height: int,
-    width: int,
-    mean: list[float],
-    std: list[float],
-    antialias: bool,
-    low: float,
-    high: float,
-    need_inside: bool,
-) -> tuple[Tensor, Tensor]:
+@implements("preprocess_reward_fwd")
+def preprocess_reward_fwd(a) -> tuple[Tensor, Tensor]:
     """(prepared image in the image's dtype, bits of where the clamp passes a gradient).
 
     ``inside`` is uint8 [N, C, H, ceil(W / 8)]: bit j of byte k is low <= image[..., 8 k + j] <= high. It
     takes 1/16 of a bfloat16 image, which need not be kept for the backward. Empty [0] where it is not needed.
     """
-    pixels = image.to(compute_dtype(image))
-    unit = (pixels.clamp(low, high) - low) / (high - low)
-    resized = _resize(unit, (height, width), antialias)
-    out = (resized - _channels(mean, resized)) / _channels(std, resized)
-    inside = _pack((pixels >= low) & (pixels <= high)) if need_inside else image.new_empty(0, dtype=torch.uint8)
-    return out.to(image.dtype).contiguous(), inside
+    pixels = a.image.to(compute_dtype(a.image))
+    unit = (pixels.clamp(a.low, a.high) - a.low) / (a.high - a.low)
+    resized = _resize(unit, (a.height, a.width), a.antialias)
+    out = (resized - _channels(a.mean, resized)) / _channels(a.std, resized)
+    passes = (pixels >= a.low) & (pixels <= a.high)
+    inside = _pack(passes) if a.need_inside else a.image.new_empty(0, dtype=torch.uint8)
+    return out.to(a.image.dtype).contiguous(), inside
 
 
-def preprocess_reward_bwd(
-    grad: Tensor,
-    inside: Tensor,
-    in_width: int,
-    std: list[float],
-    antialias: bool,
-    low: float,
-    high: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient of the image [N, C, H, W]: V^T grad H of the two resizing matrices, where the clamp passes
-    it.
+@implements("preprocess_reward_bwd")
+def preprocess_reward_bwd(a) -> Tensor:
+    """The gradient of the image [N, C, H, W]: V^T grad H of the two resizing matrices, where the clamp passes it.
 
     Matrix products, not PyTorch's own backward: that one adds with atomics on a GPU.
     """
-    grad = grad.to(compute_dtype(grad))
-    grad = grad / _channels(std, grad)
-    vertical = _weights(inside.shape[-2], grad.shape[-2], antialias, grad)
-    horizontal = _weights(in_width, grad.shape[-1], antialias, grad)
-    pixels = vertical.mT @ grad @ horizontal / (high - low)
-    return torch.where(_unpack(inside, in_width), pixels, 0).to(dtype).contiguous()
+    grad = a.grad.to(compute_dtype(a.grad))
+    grad = grad / _channels(a.std, grad)
+    vertical = _weights(a.inside.shape[-2], grad.shape[-2], a.antialias, grad)
+    horizontal = _weights(a.in_width, grad.shape[-1], a.antialias, grad)
+    pixels = vertical.mT @ grad @ horizontal / (a.high - a.low)
+    return torch.where(_unpack(a.inside, a.in_width), pixels, 0).to(a.dtype).contiguous()
 
 
 def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:

@@ -6,70 +6,58 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.reference.precision import compute_dtype
+from dmdr_fast.reference.registry import implements
 
 
-def qk_norm_rope_fwd(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@implements("qk_norm_rope_fwd")
+def qk_norm_rope_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k normalised and rotated, their reciprocal root mean squares [B, T, heads]).
 
-    q, k [B, T, heads, D]; weights [D]; cos, sin [1 or B, T, D].
+    q, k [B, T, heads, D]; weights [D]; cos, sin [T, D] or [B, T, D].
     """
-    compute = compute_dtype(q, k, q_weight, k_weight, cos, sin)
-    q_out, q_rstd = _forward(q, q_weight, cos, sin, eps, interleaved, compute)
-    k_out, k_rstd = _forward(k, k_weight, cos, sin, eps, interleaved, compute)
+    compute = compute_dtype(a.q, a.k, a.q_weight, a.k_weight, a.cos, a.sin)
+    q_out, q_rstd = _forward(a, a.q, a.q_weight, compute)
+    k_out, k_rstd = _forward(a, a.k, a.k_weight, compute)
     return q_out, k_out, q_rstd, k_rstd
 
 
-def qk_norm_rope_bwd(
-    grad_q: Tensor | None,
-    grad_k: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_rstd: Tensor,
-    k_rstd: Tensor,
-    interleaved: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@implements("qk_norm_rope_bwd")
+def qk_norm_rope_bwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and the weights; an empty [0] for one not needed or whose output got none."""
-    dq, dq_weight = _backward(grad_q, q, q_weight, cos, sin, q_rstd, interleaved, need_weights)
-    dk, dk_weight = _backward(grad_k, k, k_weight, cos, sin, k_rstd, interleaved, need_weights)
+    dq, dq_weight = _backward(a, a.grad_q, a.q, a.q_weight, a.q_rstd)
+    dk, dk_weight = _backward(a, a.grad_k, a.k, a.k_weight, a.k_rstd)
     return dq, dk, dq_weight, dk_weight
 
 
-def _forward(x, weight, cos, sin, eps, interleaved, compute) -> tuple[Tensor, Tensor]:
-    wide = x.to(compute)
-    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    y = wide * rstd.unsqueeze(-1)
+def rms_norm_statistic(x: Tensor, eps: float, compute: torch.dtype) -> Tensor:
+    """1 / sqrt(mean x^2 + eps) over the last dimension, contiguous, in the compute dtype."""
+    return torch.rsqrt(x.to(compute).square().mean(-1) + eps).contiguous()
+
+
+def _forward(a, x: Tensor, weight: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    rstd = rms_norm_statistic(x, a.eps, compute)
+    y = x.to(compute) * rstd.unsqueeze(-1)
     if weight is not None:
         y = y * weight.to(compute)
-    if cos is not None:
-        y = y * cos.to(compute).unsqueeze(2) + _rotate(y, interleaved) * sin.to(compute).unsqueeze(2)
-    return y.to(x.dtype).contiguous(), rstd.contiguous()
+    if a.cos is not None:
+        cos, sin = (table.to(compute).unsqueeze(-2) for table in (a.cos, a.sin))
+        y = y * cos + _rotate(y, a.interleaved) * sin
+    return y.to(x.dtype).contiguous(), rstd
 
 
-def _backward(grad, x, weight, cos, sin, rstd, interleaved, need_weight) -> tuple[Tensor, Tensor]:
+def _backward(a, grad: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
     no_weight = x.new_empty(0, dtype=x.dtype if weight is None else weight.dtype)
     if grad is None:
         return x.new_empty(0), no_weight
     compute = rstd.dtype
     grad, rstd = grad.to(compute), rstd.unsqueeze(-1)
-    if cos is not None:
+    if a.cos is not None:
         # The rotation's matrix is skew: its transpose is its negative.
-        grad = grad * cos.to(compute).unsqueeze(2) - _rotate(grad * sin.to(compute).unsqueeze(2), interleaved)
+        cos, sin = (table.to(compute).unsqueeze(-2) for table in (a.cos, a.sin))
+        grad = grad * cos - _rotate(grad * sin, a.interleaved)
     normal = x.to(compute) * rstd
-    weight_grad = (grad * normal).sum((0, 1, 2)).to(weight.dtype) if need_weight and weight is not None else no_weight
+    summed = a.need_weights and weight is not None
+    weight_grad = (grad * normal).sum((0, 1, 2)).to(weight.dtype) if summed else no_weight
     if weight is not None:
         grad = grad * weight.to(compute)
     dx = rstd * (grad - normal * (grad * normal).mean(-1, keepdim=True))

@@ -24,10 +24,8 @@ def fenced(tensor: Tensor) -> Tensor:
     return copy.as_strided(tensor.shape, tensor.stride())
 
 
-def fenced_new_empty(like: Tensor, *size: object, dtype: torch.dtype | None = None, **options: object) -> Tensor:
-    """``Tensor.new_empty`` with a fence; the memory is NaN (0xff in every byte)."""
-    shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-    dtype = dtype or like.dtype
+def fenced_empty_strided(shape: tuple, strides: tuple, *, dtype: torch.dtype, device: object = None) -> Tensor:
+    """``torch.empty_strided`` of contiguous strides, with a fence; the memory is NaN (0xff in every byte)."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)

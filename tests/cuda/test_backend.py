@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmdr_fast import reference
+from dmdr_fast.backends.native import library
+from tests.raw import RawFunctions
+
+reference = RawFunctions(None)
 
 
 def image_call(size_in: int, size_out: int, channels: int = 3) -> tuple:
@@ -16,15 +19,15 @@ def image_call(size_in: int, size_out: int, channels: int = 3) -> tuple:
 
 @pytest.mark.parametrize(("size_in", "size_out"), [(256, 224), (1024, 224), (4096, 224), (16384, 224), (224, 1024)])
 def test_usual_resizes_are_supported(emulated, size_in, size_out):
-    assert emulated.backend.supports("preprocess_reward_fwd", *image_call(size_in, size_out)) is None
+    assert emulated.functions.supports("preprocess_reward_fwd", *image_call(size_in, size_out)) is None
 
 
 def test_a_resize_beyond_shared_memory_is_refused_with_its_sizes(emulated):
-    why = emulated.backend.supports("preprocess_reward_fwd", *image_call(16, 1024))
+    why = emulated.functions.supports("preprocess_reward_fwd", *image_call(16, 1024))
     assert why == "the filters from [16, 16] to [1024, 1024] do not fit into a block's shared memory"
     grad, inside = torch.empty(1, 3, 1024, 1024, device="meta"), torch.empty(1, 3, 16, 2, device="meta")
     args = (grad, inside, 16, [1.0] * 3, True, -1.0, 1.0, torch.float32)
-    assert emulated.backend.supports("preprocess_reward_bwd", *args) == why
+    assert emulated.functions.supports("preprocess_reward_bwd", *args) == why
 
 
 def test_the_largest_supported_enlargement_runs(emulated):
@@ -32,7 +35,7 @@ def test_the_largest_supported_enlargement_runs(emulated):
     sizes = [
         size
         for size in range(64, 600, 8)
-        if emulated.backend.supports("preprocess_reward_fwd", *image_call(32, size, 1)) is None
+        if emulated.functions.supports("preprocess_reward_fwd", *image_call(32, size, 1)) is None
     ]
     out, inside = emulated("preprocess_reward_fwd", image, sizes[-1], sizes[-1], [0.0], [1.0], True, -1.0, 1.0, True)
     assert out.shape == (1, 1, sizes[-1], sizes[-1])
@@ -40,22 +43,22 @@ def test_the_largest_supported_enlargement_runs(emulated):
 
 
 def test_many_channels_are_refused(emulated):
-    why = emulated.backend.supports("preprocess_reward_fwd", *image_call(64, 32, channels=40))
+    why = emulated.functions.supports("preprocess_reward_fwd", *image_call(64, 32, channels=40))
     assert why == "it takes up to 32 channels, the image has 40"
 
 
 @pytest.mark.parametrize(("features", "refused"), [(8192, False), (8193, True)])
 def test_rows_are_limited_by_registers(emulated, features, refused):
-    x, scale, mean = (torch.empty(1, n, features, device="meta") for n in (4, 1, 1))
+    x, scale, mean = (torch.empty(1, n, features, device="meta") for n in (4, 1, 4))
     calls = {
         "layer_norm_modulate_fwd": (x, scale, scale, 1e-6, torch.float32),
-        "layer_norm_modulate_bwd": (x, x, scale, mean, mean, torch.float32, True, True),
+        "layer_norm_modulate_bwd": (x, x, scale, mean[..., 0], mean[..., 0], 1e-6, torch.float32, True, True),
     }
     for name, args in calls.items():
-        why = emulated.backend.supports(name, *args)
+        why = emulated.functions.supports(name, *args)
         assert (why is not None) == refused
         if refused:
-            assert why == "it holds rows of up to 8192 features in registers, these have 8193"
+            assert why == "it takes rows of at most 8192 features, these have 8193"
 
 
 @pytest.mark.parametrize("features", [1, 31, 1024, 1032, 2048, 2056, 4096, 4104, 8192])
@@ -68,14 +71,14 @@ def test_every_width_of_a_row(emulated, features, dtype):
     truth = reference.layer_norm_modulate_fwd(x.double(), shift.double(), scale.double(), 1e-6, torch.float64)
     results = [y]
     truths = [truth[0]]
-    results += emulated("layer_norm_modulate_bwd", grad, x, scale, mean, rstd, dtype, True, True)
+    results += emulated("layer_norm_modulate_bwd", grad, x, scale, mean, rstd, 1e-6, dtype, True, True)
     wide = [value.double() for value in (grad, x, scale, mean, rstd)]
-    truths += reference.layer_norm_modulate_bwd(*wide, torch.float64, True, True)
+    truths += reference.layer_norm_modulate_bwd(*wide, 1e-6, torch.float64, True, True)
     for value, exact in zip(results, truths, strict=True):
         assert (value.double() - exact).norm() <= ceiling * exact.norm() + 1e-12
 
 
-def test_an_old_device_is_named(emulated, monkeypatch):
+def test_an_old_device_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    why = emulated.backend.too_old(torch.device("cuda", 0))
+    why = library._too_old.__wrapped__(torch.device("cuda", 0))
     assert why == "its kernels need compute capability 8.0 or later, this device has 7.5"

@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dmdr_fast.backends import native
+from dmdr_fast.backends.native import Library, NativeError, abi
+from dmdr_fast.backends.native.library import Calls
+from dmdr_fast.backends.views import Strided
 from tests.cuda import building
 
 KERNELS = [
@@ -32,9 +35,8 @@ def path(request) -> Path:
 
 
 @pytest.fixture
-def library(path, monkeypatch) -> ctypes.CDLL:
-    monkeypatch.setattr(native, "library_path", lambda stem: path)
-    return native.load("dmdr_cuda")
+def library(path) -> ctypes.CDLL:
+    return Library(path, "cuda").functions
 
 
 def structs() -> dict[str, str]:
@@ -53,7 +55,7 @@ def test_needs_no_cuda_library(path):
 
 
 def test_is_of_this_abi(library):
-    assert library.dmdr_abi_version() == native.ABI_VERSION
+    assert library.dmdr_abi_version() == abi.VERSION
 
 
 def test_statuses_and_cuda_errors_have_sentences(library):
@@ -66,22 +68,22 @@ def test_statuses_and_cuda_errors_have_sentences(library):
 def test_another_struct_size_is_refused(library, name):
     entry = getattr(library, name)
     entry.restype, entry.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_void_p)
-    size = native.layout(structs()[name]).size
+    size = len(abi.packed(structs()[name], {})[0])
     for wrong in (size - 8, size + 8, 0):
         assert entry(wrong.to_bytes(8, "little") + bytes(size), None) == 1
     assert entry(None, None) == 1
 
 
-def test_wrong_modes_and_dtypes_are_refused_before_the_device_is_asked(library):
-    call = native.function(library, "dmdr_renoise_bwd", "dmdr_renoise_args", lambda: 0, lambda: None)
-    shape, tensor = (1, 1, 1, 1, 1, 8), (4096, 7, 8, 0, 0, 0, 0)
-    with pytest.raises(native.NativeError, match="dtype is none of float32, bfloat16 and float16"):
-        call(*shape, *tensor, *tensor, *tensor, 0, 0, 0, 0, 0)
-    call = native.function(
-        library, "dmdr_layer_norm_modulate_bwd", "dmdr_layer_norm_modulate_args", lambda: 0, lambda: None
-    )
-    with pytest.raises(native.NativeError, match="a size, mode or pointer is outside"):
-        call(*shape, *tensor * 8, 0, 0, 1e-6, 9, 0)
+def test_wrong_modes_and_dtypes_are_refused_before_the_device_is_asked(path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    x = torch.zeros(1, 8)
+    run, view = Calls(Library(path, "cuda"), (x,)), Strided(x, (8,))
+    shape, tensors = (1, 1, 1, 1, 1, 8), dict.fromkeys(("x", "scale", "grad_y", "grad_x"), view)
+    with pytest.raises(NativeError, match="a size, mode or pointer is outside"):
+        run.call("layer_norm_modulate_bwd", "dmdr_layer_norm_modulate_args", shape=shape, gather=9, **tensors)
+    monkeypatch.setitem(abi.DTYPE_CODE, torch.float32, 7)
+    with pytest.raises(NativeError, match="dtype is none of float32, bfloat16 and float16"):
+        run.call("renoise_bwd", "dmdr_renoise_args", shape=shape, x0=view, out=view, alpha=x)
 
 
 def test_without_a_driver_a_call_says_so(path):
@@ -90,13 +92,17 @@ def test_without_a_driver_a_call_says_so(path):
     # In a process of its own: the CUDA runtime remembers that it found none.
     code = f"""
 from pathlib import Path
-from dmdr_fast.backends import native
-native.library_path = lambda stem: Path({str(path)!r})
-call = native.function(native.load("dmdr_cuda"), "dmdr_renoise_bwd", "dmdr_renoise_args", lambda: 0, lambda: None)
-tensor = (4096, 0, 8, 0, 0, 0, 0)
+from types import SimpleNamespace
+import torch
+from dmdr_fast.backends.native import Library, NativeError
+from dmdr_fast.backends.native.library import Calls
+from dmdr_fast.backends.views import Strided
+torch.cuda.current_stream = lambda: SimpleNamespace(cuda_stream=0)
+x = torch.zeros(1, 8)
+view, run = Strided(x, (8,)), Calls(Library(Path({str(path)!r}), "cuda"), (x,))
 try:
-    call(1, 1, 1, 1, 1, 8, *tensor, *tensor, *tensor, 4096, 0, 0, 0, 0)
-except native.NativeError as error:
+    run.call("renoise_bwd", "dmdr_renoise_args", shape=(1, 1, 1, 1, 1, 8), x0=view, out=view, alpha=x)
+except NativeError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=building.ROOT)

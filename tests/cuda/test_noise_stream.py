@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dmdr_fast import reference
-from dmdr_fast.reference.philox import seeded_blocks
+from dmdr_fast.reference import seeded_blocks
 from tests.cuda import building
+from tests.raw import RawFunctions
+
+reference = RawFunctions(None)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dmdr_fast import reference
 from tests.cuda import building
+from tests.raw import RawFunctions
+
+reference = RawFunctions(None)
 
 SIZES = [
     (64, 56),

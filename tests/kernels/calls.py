@@ -14,19 +14,18 @@ SEED = torch.tensor([-3, 1 << 40])
 
 def small_calls(dtype: torch.dtype | None, strided: bool) -> Iterator[Call]:
     """Every raw function, each variant once; ``dtype`` None mixes the dtypes of a call's tensors."""
-    draw = Draw(dtype, strided)
-    yield from _noise_calls(draw)
-    yield from _dmd_calls(draw)
-    yield from _sde_calls(draw)
-    yield from _token_calls(draw)
-    yield from _lora_calls(draw)
-    yield from _rope_calls(draw)
-    yield from _activation_calls(draw)
-    yield from _image_calls(draw)
-    for count in (1, 600):
-        policy = tuple(scale * draw(count, dtype=torch.float32) for scale in (1e-3, 1e-3, 4.0))
-        yield Call("grpo_loss_fwd", str(count), (*policy, 1e-3, 2e-3, 5.0))
-        yield Call("grpo_loss_bwd", str(count), (torch.tensor(0.7), *policy, 1e-3, 2e-3, 5.0))
+    sections = (
+        _noise_calls,
+        _dmd_calls,
+        _sde_calls,
+        _token_calls,
+        _lora_calls,
+        _rope_calls,
+        _activation_calls,
+        _image_calls,
+    )
+    for section in sections:  # each draws for itself: what one needs more leaves the others' numbers
+        yield from section(Draw(dtype, strided))
 
 
 def _noise_calls(draw: Draw) -> Iterator[Call]:
@@ -98,24 +97,29 @@ def _sde_calls(draw: Draw) -> Iterator[Call]:
 
 def _token_calls(draw: Draw) -> Iterator[Call]:
     batch, tokens, width = 2, 5, 33
-    x, h, grad, grad_y = (draw(batch, tokens, width) for _ in range(4))
-    other_gate = draw(batch, 1, width)
-    for b, t in ((1, 1), (batch, 1), (1, tokens), (batch, tokens)):
-        label = f"by-{b}x{t}"
-        shift, scale, gate = (draw(b, t, width) for _ in range(3))
-        mean, rstd = draw(batch, tokens, dtype=torch.float32), draw.per_sample(batch * tokens).view(batch, tokens)
+    for full, shape in (
+        ((batch, tokens, width), (width,)),
+        ((batch, tokens, width), (batch, width)),
+        ((batch, tokens, width), (batch, tokens, width)),
+        ((batch, 2, 3, width), (batch, 2, 1, width)),  # frames
+    ):
+        label = f"{list(full)}-by-{list(shape)}"
+        x, h, grad, grad_y = (draw(*full) for _ in range(4))
+        other_gate = draw(width)
+        shift, scale, gate = (draw(*shape) for _ in range(3))
+        mean, rstd = draw(*full[:-1], dtype=torch.float32), draw.per_sample(x[..., 0].numel()).view(full[:-1])
         yield Call("layer_norm_modulate_fwd", label, (x, shift, scale, 1e-6, h.dtype))
         yield Call("gated_residual_fwd", label, (x, h, gate))
         yield Call("gated_residual_layer_norm_modulate_fwd", label, (x, h, gate, shift, scale, 1e-6, grad.dtype))
         for need in ((True, True), (True, False), (False, True)):
-            yield Call("layer_norm_modulate_bwd", label, (grad_y, x, scale, mean, rstd, shift.dtype, *need))
+            yield Call("layer_norm_modulate_bwd", label, (grad_y, x, scale, mean, rstd, 1e-6, shift.dtype, *need))
             yield Call("gated_residual_bwd", label, (grad, h, gate, *need))
         for grads, need in (
             ((grad, grad_y), (True, True, True)),
             ((None, grad_y), (False, True, True)),
             ((grad, None), (True, False, True)),
         ):
-            args = (*grads, x, h, other_gate, scale, mean, rstd, shift.dtype, *need)
+            args = (*grads, x, h, other_gate, scale, mean, rstd, 1e-6, shift.dtype, *need)
             yield Call("gated_residual_layer_norm_modulate_bwd", label, args)
 
 
@@ -146,7 +150,7 @@ def _rope_calls(draw: Draw) -> Iterator[Call]:
             ("no-weights", (None, None), tuple(draw(batch, tokens, width) for _ in range(2)), True),
         ):
             yield Call("qk_norm_rope_fwd", label, (q, k, *w, *a, 1e-6, interleaved))
-            rest = (q, k, *w, *a, q_rstd, k_rstd, interleaved)
+            rest = (q, k, *w, *a, q_rstd, k_rstd, 1e-6, interleaved)
             yield Call("qk_norm_rope_bwd", label, (grad_q, grad_k, *rest, True))
             yield Call("qk_norm_rope_bwd", f"{label}-k", (None, grad_k, *rest, True))
     odd = draw(1, 2, 2, 15)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends import triton as kernels
+from dmdr_fast.backends.triton import BACKEND
+from tests.raw import RawFunctions
 
 _FLOAT = torch.float32
+kernels = RawFunctions(BACKEND)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -68,8 +70,6 @@ def _latent_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
             lambda: kernels.sde_step_bwd(x, scalar, None, x, x, scalar, scalar, x, "flow_grpo", 0.7, False, True),
             {"sde_step_bwd_kernel": 2048},
         ),
-        "grpo_loss_fwd": (lambda: kernels.grpo_loss_fwd(scalar, scalar, scalar, 1e-4, 1e-4, 5.0), {}),
-        "grpo_loss_bwd": (lambda: kernels.grpo_loss_bwd(number, scalar, scalar, scalar, 1e-4, 1e-4, 5.0), {}),
     }
 
 
@@ -87,7 +87,7 @@ def _token_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
             {"layer_norm_modulate_kernel": width},
         ),
         "layer_norm_modulate_bwd": (
-            lambda: kernels.layer_norm_modulate_bwd(x, x, one, row, row, torch.bfloat16, True, True),
+            lambda: kernels.layer_norm_modulate_bwd(x, x, one, row, row, 1e-6, torch.bfloat16, True, True),
             {"layer_norm_modulate_bwd_kernel": width},
         ),
         "gated_residual_fwd": (lambda: kernels.gated_residual_fwd(x, x, one), {"gated_residual_kernel": 4096}),
@@ -101,7 +101,7 @@ def _token_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
         ),
         "gated_residual_layer_norm_modulate_bwd": (
             lambda: kernels.gated_residual_layer_norm_modulate_bwd(
-                x, x, x, x, one, one, row, row, torch.bfloat16, True, True, True
+                x, x, x, x, one, one, row, row, 1e-6, torch.bfloat16, True, True, True
             ),
             {"gated_residual_layer_norm_modulate_bwd_kernel": width},
         ),
@@ -125,7 +125,7 @@ def _token_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
         )
         result[f"qk_norm_rope_bwd, {pairs}"] = (
             lambda i=interleaved: kernels.qk_norm_rope_bwd(
-                q, q, q, q, weight, weight, table, table, rstd, rstd, i, True
+                q, q, q, q, weight, weight, table, table, rstd, rstd, 1e-6, i, True
             ),
             {"qk_norm_rope_bwd_kernel": 2 * 1024},
         )

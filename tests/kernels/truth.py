@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast import reference
 from tests.kernels.conftest import INTERPRETED
 from tests.native.calls import Call
+from tests.raw import RawFunctions, as_tuple
+
+reference = RawFunctions(None)
 
 # Relative L2 against float64, as in the design. Triton's interpreter truncates where it rounds to bfloat16.
 _CEILING = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 1e-3}
@@ -15,10 +17,6 @@ _CEILING = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, 
 _RESIZE_CEILING = {**_CEILING, torch.float32: 5e-5}
 # Below this, twice the reference's own error says nothing: a result of one element may be rounded exactly by luck.
 _FLOOR = {torch.float32: 3e-7, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 5e-4}
-
-
-def as_tuple(results) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
 
 
 def moved(call: Call, device: torch.device) -> tuple:

@@ -71,11 +71,6 @@ def calls(dtype: torch.dtype | None, strided: bool) -> Iterator[Call]:
     yield from _lora_calls(draw)
     yield from _rope_calls(draw)
     yield from _image_calls(draw)
-    for count in (0, 1, 9):
-        policy = (1e-3 * draw(count, dtype=torch.float32), 1e-3 * draw(count, dtype=torch.float32))
-        policy = (*policy, 4 * draw(count, dtype=torch.float32))
-        yield Call("grpo_loss_fwd", str(count), (*policy, 1e-3, 2e-3, 5.0))
-        yield Call("grpo_loss_bwd", str(count), (torch.tensor(0.7), *policy, 1e-3, 2e-3, 5.0))
 
 
 def _latent_calls(draw: Draw, shape: tuple[int, ...]) -> Iterator[Call]:
@@ -147,22 +142,26 @@ def _dmd_options(draw: Draw, batch: int, mask: Tensor, dtype: torch.dtype) -> It
 
 def _token_calls(draw: Draw, shape: tuple[int, int, int]) -> Iterator[Call]:
     batch, rows, features = shape
-    x, h, grad, grad_y = (draw(*shape) for _ in range(4))
-    for b, t in {(1, 1), (batch, 1), (1, rows), (batch, rows)}:
-        label = f"{batch}x{rows}x{features}-by-{b}x{t}"
-        shift, scale, gate = (draw(b, t, features) for _ in range(3))
-        other_gate = draw(batch, 1, features)
-        mean, rstd = draw(batch, rows, dtype=torch.float32), draw.per_sample(batch * rows).view(batch, rows)
+    for full, vector in (
+        (shape, (features,)),
+        (shape, (batch, features)),
+        (shape, shape),
+        ((batch, 2, rows, features), (batch, 2, 1, features)),  # frames
+    ):
+        label = f"{list(full)}-by-{list(vector)}"
+        x, h, grad, grad_y = (draw(*full) for _ in range(4))
+        shift, scale, gate = (draw(*vector) for _ in range(3))
+        mean, rstd = draw(*full[:-1], dtype=torch.float32), draw.per_sample(x[..., 0].numel()).view(full[:-1])
         yield Call("layer_norm_modulate_fwd", label, (x, shift, scale, 1e-6, h.dtype))
         for need in ((True, True), (True, False), (False, True)):
-            yield Call("layer_norm_modulate_bwd", label, (grad_y, x, scale, mean, rstd, shift.dtype, *need))
+            yield Call("layer_norm_modulate_bwd", label, (grad_y, x, scale, mean, rstd, 1e-6, shift.dtype, *need))
         yield Call("gated_residual_fwd", label, (x, h, gate))
         yield Call("gated_residual_bwd", label, (grad, h, gate, True, True))
         yield Call("gated_residual_bwd", label, (grad, h, gate, False, True))
         yield Call("gated_residual_layer_norm_modulate_fwd", label, (x, h, gate, shift, scale, 1e-6, grad.dtype))
         for grads in ((grad, grad_y), (None, grad_y), (grad, None)):
-            for gates in (gate, other_gate):
-                args = (*grads, x, h, gates, scale, mean, rstd, shift.dtype, True, True, True)
+            for gates in (gate, draw(features)):
+                args = (*grads, x, h, gates, scale, mean, rstd, 1e-6, shift.dtype, True, True, True)
                 yield Call("gated_residual_layer_norm_modulate_bwd", label, args)
 
 
@@ -209,7 +208,7 @@ def _rope_calls(draw: Draw) -> Iterator[Call]:
             ((None, None), tuple(draw(batch, rows, features) for _ in range(2)), True),
         ):
             yield Call("qk_norm_rope_fwd", label, (q, k, *w, *a, 1e-6, interleaved))
-            rest = (q, k, *w, *a, q_rstd, k_rstd, interleaved)
+            rest = (q, k, *w, *a, q_rstd, k_rstd, 1e-6, interleaved)
             yield Call("qk_norm_rope_bwd", label, (grad_q, grad_k, *rest, True))
             yield Call("qk_norm_rope_bwd", label, (None, grad_k, *rest, True))
             yield Call("qk_norm_rope_bwd", label, (grad_q, None, *rest, False))

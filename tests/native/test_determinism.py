@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends import cpu
+from dmdr_fast.backends.cpu import BACKEND
 from tests.native.calls import Call, calls
-from tests.native.test_accuracy import as_tuple
+from tests.raw import RawFunctions, as_tuple
+
+cpu = RawFunctions(BACKEND)
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def large_calls() -> list[Call]:
     latents = [torch.randn(2, 4, 71, 173) for _ in range(5)]
     tokens = [torch.randn(2, 200, 160) for _ in range(4)]
     shift, scale, gate = (torch.randn(2, 1, 160) for _ in range(3))
-    shared = torch.randn(1, 1, 160)
+    shared = torch.randn(160)
     mean, rstd = torch.randn(2, 200), torch.rand(2, 200)
     heads = [torch.randn(2, 200, 4, 64) for _ in range(4)]
     angles, weight = (torch.randn(1, 200, 64), torch.randn(1, 200, 64)), torch.randn(64)
@@ -45,13 +47,13 @@ def large_calls() -> list[Call]:
         ("multi_lora_fwd", (*_bfloat16(tokens[0], tokens[1], A, B), sigma)),
         ("multi_lora_bwd", (*_bfloat16(*tokens[:2]), low_rank, *_bfloat16(A, B), sigma, True, True, True)),
         ("layer_norm_modulate_fwd", (tokens[0], shift, scale, 1e-6, torch.float32)),
-        ("layer_norm_modulate_bwd", (tokens[0], tokens[1], scale, mean, rstd, torch.float32, True, True)),
-        ("layer_norm_modulate_bwd", (tokens[0], tokens[1], shared, mean, rstd, torch.float32, True, True)),
+        ("layer_norm_modulate_bwd", (tokens[0], tokens[1], scale, mean, rstd, 1e-6, torch.float32, True, True)),
+        ("layer_norm_modulate_bwd", (tokens[0], tokens[1], shared, mean, rstd, 1e-6, torch.float32, True, True)),
         (
             "gated_residual_layer_norm_modulate_bwd",
-            (*tokens, gate, scale, mean, rstd, torch.float32, True, True, True),
+            (*tokens, gate, scale, mean, rstd, 1e-6, torch.float32, True, True, True),
         ),
-        ("qk_norm_rope_bwd", (*heads, weight, weight, *angles, head_rstd, head_rstd, True, True)),
+        ("qk_norm_rope_bwd", (*heads, weight, weight, *angles, head_rstd, head_rstd, 1e-6, True, True)),
         ("preprocess_reward_fwd", (image, 96, 112, mean3, std3, True, -1.0, 1.0, True)),
         (
             "preprocess_reward_bwd",

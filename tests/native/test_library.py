@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import dmdr_fast
-from dmdr_fast.backends import cpu, native
-from dmdr_fast.backends.cpu.library import LIBRARY
+from dmdr_fast.backends.cpu import BACKEND, LIBRARY
+from dmdr_fast.backends.native import Library, NativeError, abi, library_path
+from dmdr_fast.backends.native.library import Calls
+from dmdr_fast.backends.views import OUTER, Strided
+from tests.raw import RawFunctions
 
 HEADER = Path(__file__).parents[2] / "csrc" / "include" / "dmdr" / "abi.h"
-# What the header calls a field, in the terms of native.STRUCTS.
+# What the header calls a field, in the terms of abi.STRUCTS.
 KINDS = {"dmdr_tensor": "tensor", "double": "double", "int64_t": "int"}
 
 
@@ -40,7 +43,7 @@ def header_fields(struct_name: str) -> list[tuple[str, str]]:
             elif name.startswith("shape["):
                 fields.append(("shape", "shape"))
             elif words == "dmdr_qk_side":
-                fields += header_fields("dmdr_qk_side")
+                fields += [(kind, f"{name}_{field}") for kind, field in header_fields("dmdr_qk_side")]
             else:
                 fields.append((KINDS[words], name))
     return fields
@@ -52,56 +55,57 @@ def exported_functions() -> dict[str, str]:
 
 
 def test_the_version_is_the_headers():
-    assert int(re.search(r"#define DMDR_ABI_VERSION (\d+)", header_text()).group(1)) == native.ABI_VERSION
-    assert int(re.search(r"#define DMDR_OUTER (\d+)", header_text()).group(1)) == native.OUTER
-    assert LIBRARY.dmdr_abi_version() == native.ABI_VERSION
+    assert int(re.search(r"#define DMDR_ABI_VERSION (\d+)", header_text()).group(1)) == abi.VERSION
+    assert int(re.search(r"#define DMDR_OUTER (\d+)", header_text()).group(1)) == OUTER
+    assert LIBRARY.functions.dmdr_abi_version() == abi.VERSION
 
 
-@pytest.mark.parametrize("struct_name", native.STRUCTS)
+@pytest.mark.parametrize("struct_name", abi.STRUCTS)
 def test_packed_fields_are_the_headers_in_order(struct_name):
-    packed = [(kind, name) for kind, names in native.STRUCTS[struct_name] for name in names.split()]
+    packed = [(kind, name) for kind, names in abi.STRUCTS[struct_name] for name in names.split()]
     assert [("int", "size"), ("int", "num_threads"), *packed] == header_fields(struct_name)
 
 
 def test_every_declared_kernel_is_exported_and_checks_the_struct_size():
     functions = exported_functions()
-    assert len(functions) == 21
-    assert set(functions.values()) == set(native.STRUCTS)
+    assert len(functions) == 19
+    assert set(functions.values()) == set(abi.STRUCTS)
     for name, struct_name in functions.items():
-        entry = getattr(LIBRARY, name)
+        entry = getattr(LIBRARY.functions, name)
         entry.restype, entry.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_void_p)
-        size = native.layout(struct_name).size
+        size = len(abi.packed(struct_name, {})[0])
         for wrong in (size - 8, size + 8, 0):
             assert entry(wrong.to_bytes(8, "little") + bytes(size), None) == 1, name
         assert entry(None, None) == 1, name
 
 
 def test_statuses_have_sentences():
-    texts = {LIBRARY.dmdr_error_string(status).decode() for status in range(6)}
+    texts = {LIBRARY.functions.dmdr_error_string(status).decode() for status in range(6)}
     assert len(texts) == 6 and all(texts)
 
 
 def test_a_refused_call_names_function_and_reason():
-    call = native.function(LIBRARY, "dmdr_grpo_loss_fwd", "dmdr_grpo_loss_args", lambda: 1, lambda: None)
-    with pytest.raises(native.NativeError, match=r"dmdr_grpo_loss_fwd: a size, mode or pointer .*status 3"):
-        call(-1, *[0] * 3, *[0.0] * 3, *[0] * 4)
+    x = torch.zeros(1, 1)
+    with pytest.raises(NativeError, match=r"dmdr_multi_lora_fwd: a size, mode or pointer .*status 3"):
+        Calls(LIBRARY, (x,)).call("multi_lora_fwd", "dmdr_multi_lora_args", batch=-1)
 
 
-def test_a_wrong_dtype_code_is_refused():
-    call = native.function(LIBRARY, "dmdr_renoise_bwd", "dmdr_renoise_args", lambda: 1, lambda: None)
-    shape, tensor = (1, 1, 1, 1, 1, 1), (4096, 7, 0, 0, 0, 0, 0)
-    with pytest.raises(native.NativeError, match="dtype is none of float32, bfloat16 and float16"):
-        call(*shape, *tensor, *tensor, *tensor, 0, 0, 0, 0, 0)
+def test_a_wrong_dtype_code_is_refused(monkeypatch):
+    monkeypatch.setitem(abi.DTYPE_CODE, torch.float32, 7)
+    x = torch.zeros(1, 1)
+    view = Strided(x, (1,))
+    with pytest.raises(NativeError, match="dtype is none of float32, bfloat16 and float16"):
+        Calls(LIBRARY, (x,)).call("renoise_bwd", "dmdr_renoise_args", shape=(1,) * 6, x0=view, out=view, alpha=x)
 
 
 def test_nothing_else_is_exported():
-    assert not hasattr(LIBRARY, "_ZN4dmdr8baseline11renoise_fwdERK17dmdr_renoise_args")
+    assert not hasattr(LIBRARY.functions, "_ZN4dmdr8baseline11renoise_fwdERK17dmdr_renoise_args")
 
 
 def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
     monkeypatch.setattr(dmdr_fast, "__path__", [str(tmp_path)])
     with pytest.raises(ImportError, match=r"libdmdr_cpu.so is not in .*Build it with `pip install .`.*C\+\+ compiler"):
-        native.load("dmdr_cpu")
+        Library(library_path("dmdr_cpu"), "cpu")
 
 
 def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
@@ -109,12 +113,13 @@ def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
     (tmp_path / "lib" / "libdmdr_cpu.so").write_bytes(b"not a library")
     monkeypatch.setattr(dmdr_fast, "__path__", [str(tmp_path)])
     with pytest.raises(ImportError, match=r"libdmdr_cpu.so cannot be loaded"):
-        native.load("dmdr_cpu")
+        Library(library_path("dmdr_cpu"), "cpu")
 
 
 def test_heads_that_are_too_wide_and_empty_matrices_are_refused():
     wide = torch.zeros(1, 1, 1, 1026)
-    args = (wide, wide, wide, wide, None, None, None, None, wide[..., 0], wide[..., 0], True, False)
+    args = (wide, wide, wide, wide, None, None, None, None, wide[..., 0], wide[..., 0], 1e-6, True, False)
+    cpu = RawFunctions(BACKEND)
     assert "at most 1024 features, got 1026" in cpu.supports("qk_norm_rope_bwd", *args)
     x, empty = torch.zeros(1, 2), torch.zeros(2, 0)
     assert "A is [2, 0]" in cpu.supports("multi_lora_fwd", x, x, empty, empty.mT, torch.ones(1))
@@ -125,8 +130,9 @@ def test_lower_instruction_sets_are_as_accurate(level):
     """The kernels that older machines run: tests of accuracy again, in a process that stops at a lower level."""
     script = (
         "import sys, pytest\n"
-        "from dmdr_fast.backends.cpu.library import LIBRARY\n"
-        f"if LIBRARY.dmdr_cpu_level() != b'{level}': sys.exit(77)\n"
+        "from dmdr_fast.backends.cpu import LIBRARY\n"
+        "LIBRARY.functions.dmdr_cpu_level.restype = __import__('ctypes').c_char_p\n"
+        f"if LIBRARY.functions.dmdr_cpu_level() != b'{level}': sys.exit(77)\n"
         "options = ['-q', '-p', 'no:cacheprovider', '-k', 'bf16 or mixed']\n"
         "sys.exit(pytest.main([*options, 'tests/native/test_accuracy.py']))"
     )

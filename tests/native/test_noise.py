@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmdr_fast import reference
-from dmdr_fast.backends import cpu
+from dmdr_fast.backends.cpu import BACKEND
+from tests.raw import RawFunctions
+
+cpu, reference = RawFunctions(BACKEND), RawFunctions(None)
 
 SEED = torch.tensor([-123456789012345, 77 << 33])
 

@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import torch
 
-from dmdr_fast import reference
-from dmdr_fast.backends import cpu
-from dmdr_fast.backends.views import ABSENT, row_view, shared_view
+from dmdr_fast.backends.cpu import BACKEND
+from dmdr_fast.backends.plans import Recorder
+from dmdr_fast.backends.rows import Grouped
+from dmdr_fast.backends.views import shared_view
+from tests.raw import RawFunctions
 
-
-def strides(fields):
-    return [tuple(field[2:]) for field in fields]
+cpu, reference = RawFunctions(BACKEND), RawFunctions(None)
 
 
 def test_contiguous_tensors_are_one_row_per_sample():
     x = torch.zeros(3, 4, 5, 6)
-    shape, fields, held = shared_view(x, None, x.bfloat16())
+    shape, strides, held = shared_view(x, None, x.bfloat16())
     assert shape == (3, 1, 1, 1, 1, 120)
-    assert strides(fields) == [(120, 0, 0, 0, 0), (0,) * 5, (120, 0, 0, 0, 0)]
-    assert fields[0][:2] == (x.data_ptr(), 0) and fields[1] == ABSENT and fields[2][1] == 1
+    assert strides == ((120, 0, 0, 0, 0), None, (120, 0, 0, 0, 0))
     assert held[0] is x
 
 
 def test_dimensions_merge_where_all_strides_allow():
     # [2, 3, 4, 6] within [2, 3, 4, 10]: rows of 6; a channel slice of [2, 7, 4, 6]: one row of 72 per sample.
     padded = torch.zeros(2, 3, 4, 10)[..., :6]
-    shape, fields, _ = shared_view(padded, torch.zeros(2, 3, 4, 6))
+    shape, strides, _ = shared_view(padded, torch.zeros(2, 3, 4, 6))
     assert shape == (2, 12, 1, 1, 1, 6)
-    assert strides(fields) == [(120, 10, 0, 0, 0), (72, 6, 0, 0, 0)]
-    shape, fields, _ = shared_view(torch.zeros(2, 7, 4, 6)[:, 2:5])
-    assert shape == (2, 1, 1, 1, 1, 72) and strides(fields) == [(168, 0, 0, 0, 0)]
+    assert strides == ((120, 10, 0, 0, 0), (72, 6, 0, 0, 0))
+    shape, strides, _ = shared_view(torch.zeros(2, 7, 4, 6)[:, 2:5])
+    assert shape == (2, 1, 1, 1, 1, 72) and strides == ((168, 0, 0, 0, 0),)
 
 
 def test_a_scattered_last_dimension_is_copied_and_only_that_one():
     good, scattered = torch.zeros(2, 3, 8)[..., :4], torch.arange(24.0).view(2, 4, 3).mT
-    shape, fields, held = shared_view(good, scattered)
+    shape, strides, held = shared_view(good, scattered)
     assert shape == (2, 3, 1, 1, 1, 4)
     assert held[0] is good and held[1].is_contiguous() and torch.equal(held[1], scattered)
-    assert strides(fields) == [(24, 8, 0, 0, 0), (12, 4, 0, 0, 0)]
+    assert strides == ((24, 8, 0, 0, 0), (12, 4, 0, 0, 0))
     expanded = torch.ones(()).expand(2, 3, 4)
     _, _, held = shared_view(good, expanded)
     assert held[1].is_contiguous()
@@ -51,9 +50,9 @@ def test_too_many_dimensions_are_copied():
 
 def test_rows_of_one_element_are_never_copied():
     packed = torch.zeros(2, 3, 4, 2)
-    shape, fields, held = shared_view(*packed.chunk(2, -1))
+    shape, strides, held = shared_view(*packed.chunk(2, -1))
     assert shape == (2, 12, 1, 1, 1, 1)
-    assert strides(fields) == [(24, 2, 0, 0, 0)] * 2 and held[0].data_ptr() == packed.data_ptr()
+    assert strides == ((24, 2, 0, 0, 0),) * 2 and held[0].data_ptr() == packed.data_ptr()
 
 
 def test_gradients_of_packed_halves_are_written_in_place_however_many_dimensions():
@@ -64,10 +63,17 @@ def test_gradients_of_packed_halves_are_written_in_place_however_many_dimensions
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_broadcast_by_strides_of_zero():
-    fields, _ = row_view(torch.zeros(1, 7, 5))
-    assert fields[2:4] == (0, 5)
-    fields, _ = row_view(torch.zeros(4, 1, 5).expand(4, 7, 5))
-    assert fields[2:4] == (5, 0)
-    fields, held = row_view(torch.zeros(2, 5, 7).mT)
-    assert fields[2:4] == (35, 5) and held.is_contiguous()
+def test_tokens_are_grouped_by_the_vectors_they_share():
+    x = torch.zeros(2, 3, 4, 5)
+    for shape, groups, vectors in (
+        ((5,), (2, 12), (1, 1, 5)),
+        ((2, 5), (2, 12), (2, 1, 5)),
+        ((2, 3, 1, 5), (6, 4), (6, 1, 5)),
+        ((2, 3, 4, 5), (2, 12), (2, 12, 5)),
+    ):
+        vector = torch.zeros(shape)
+        grouped = Grouped(Recorder((x, vector)), x, vector)
+        assert (grouped.groups, grouped.tokens) == groups and grouped.rows(x).shape == (*groups, 5)
+        assert grouped.vectors(vector).shape == vectors
+    transposed = torch.zeros(2, 5, 7).mT
+    assert Grouped(Recorder((transposed,)), transposed).rows(transposed).is_contiguous()

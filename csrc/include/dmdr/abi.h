@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define DMDR_ABI_VERSION 1
+#define DMDR_ABI_VERSION 2
 #define DMDR_OUTER 5
 #define DMDR_EXPORT __attribute__((visibility("default")))
 
@@ -228,20 +228,6 @@ typedef struct dmdr_sde_step_args {
 DMDR_EXPORT int64_t dmdr_sde_step_workspace(int64_t outer_rows, int64_t inner);
 DMDR_EXPORT int dmdr_sde_step_fwd(const dmdr_sde_step_args *args, void *stream);
 DMDR_EXPORT int dmdr_sde_step_bwd(const dmdr_sde_step_args *args, void *stream);
-
-/* ---- grpo_loss: mean of max(-A r, -A clip(r, 1 - low, 1 + high)), r = exp(logprob - old), |A| <= adv_clip ------- */
-typedef struct dmdr_grpo_loss_args {
-  int64_t size, num_threads;
-  int64_t count;
-  const float *logprob, *old_logprob, *advantage; /* [count] */
-  double clip_low, clip_high, adv_clip;
-  float *loss, *stats;                            /* fwd: [1], and [4] = mean r, max |r - 1|, part clipped and
-                                                     0.5 mean (logprob - old)^2 */
-  const float *grad_loss;                         /* bwd: [1] */
-  float *grad_logprob;                            /* bwd: [count] */
-} dmdr_grpo_loss_args;
-DMDR_EXPORT int dmdr_grpo_loss_fwd(const dmdr_grpo_loss_args *args, void *stream);
-DMDR_EXPORT int dmdr_grpo_loss_bwd(const dmdr_grpo_loss_args *args, void *stream);
 
 /* ---- preprocess_reward: out = (resize((clamp(x, low, high) - low) / (high - low)) - mean) / std -------------------
  * image is [batch, channels, height, width] and out [batch, channels, out_height, out_width]: strides 0, 1 and 2.

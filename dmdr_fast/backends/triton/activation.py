@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import cdiv, launch, next_power_of_2
+from dmdr_fast.backends.triton.launch import Launches, cdiv, implements, next_power_of_2
 from dmdr_fast.kernels.gated_activation import gated_activation_bwd_kernel, gated_activation_kernel
 
 
-def gated_activation_fwd(packed: Tensor, activation: str, gate_first: bool) -> Tensor:
-    """See :func:`dmdr_fast.reference.gated_activation_fwd`."""
-    width = packed.shape[-1] // 2
-    out = packed.new_empty((*packed.shape[:-1], width))
-    packed = _matrix(packed)
+@implements("gated_activation_fwd")
+def gated_activation_fwd(run: Launches, a) -> Tensor:
+    width = a.packed.shape[-1] // 2
+    out = run.new((*a.packed.shape[:-1], width), a.packed.dtype)
+    packed = _matrix(run, a.packed)
     rows = packed.shape[0]
     grid, tile = _tiles(rows, width)
-    launch(
-        gated_activation_kernel, grid, *_halves(packed, gate_first), out, rows, packed.stride(0), width,
-        ACTIVATION=activation, **tile,
+    run.launch(
+        gated_activation_kernel, grid, *_halves(run, packed, a.gate_first), out, rows, packed.stride(0), width,
+        ACTIVATION=a.activation, **tile,
     )  # fmt: skip
     return out
 
 
-def gated_activation_bwd(grad: Tensor, packed: Tensor, activation: str, gate_first: bool) -> Tensor:
-    """See :func:`dmdr_fast.reference.gated_activation_bwd`."""
-    width = grad.shape[-1]
-    out = packed.new_empty(packed.shape)
-    grad, packed = _matrix(grad), _matrix(packed)
+@implements("gated_activation_bwd")
+def gated_activation_bwd(run: Launches, a) -> Tensor:
+    width = a.grad.shape[-1]
+    out = run.new(a.packed.shape, a.packed.dtype)
+    grad, packed = _matrix(run, a.grad), _matrix(run, a.packed)
     rows = packed.shape[0]
     grid, tile = _tiles(rows, width)
-    launch(
-        gated_activation_bwd_kernel, grid, grad, *_halves(packed, gate_first),
-        *_halves(out.view(rows, 2 * width), gate_first), rows, packed.stride(0), grad.stride(0), width,
-        ACTIVATION=activation, **tile,
+    run.launch(
+        gated_activation_bwd_kernel, grid, grad, *_halves(run, packed, a.gate_first),
+        *_halves(run, _matrix(run, out), a.gate_first), rows, packed.stride(0), grad.stride(0), width,
+        ACTIVATION=a.activation, **tile,
     )  # fmt: skip
     return out
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """[..., D] as [R, D] with contiguous rows; copied only where the strides do not merge."""
-    tensor = tensor.reshape(-1, tensor.shape[-1])
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+def _matrix(run: Launches, tensor: Tensor) -> Tensor:
+    """[..., D] as [R, D] with contiguous rows."""
+    return run.view(tensor, math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+def _halves(run: Launches, packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
     """(value, gate), views."""
-    first, second = packed.chunk(2, 1)
+    first, second = (run.part(half, packed) for half in packed.chunk(2, 1))
     return (second, first) if gate_first else (first, second)
 
 

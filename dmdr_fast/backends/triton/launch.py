@@ -1,17 +1,27 @@
-"""Launching kernels, and latents as the kernels see them."""
+"""The Triton backend: launching kernels, and latents as the kernels see them."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from dmdr_fast.backends import Backend
+from dmdr_fast.backends.plans import Live, Recorder
 from dmdr_fast.backends.triton import checkout  # noqa: F401  before anything of dmdr_fast.kernels
 from dmdr_fast.backends.views import shared_view
 from dmdr_fast.kernels.elements import Shape, View
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+    raise ImportError(f"triton 3.4 or newer is needed, this is {triton.__version__}")
 
 # The kernels run in Triton's interpreter, on CPU tensors: for tests. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,13 +30,123 @@ cdiv = triton.cdiv
 next_power_of_2 = triton.next_power_of_2
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
-    """``kernel`` on the current stream.
+class Launches(Recorder):
+    """Launches Triton kernels on the current stream of the tensors' device."""
 
-    The compiler must not fuse multiplications and additions by itself: the kernels say where, so the bits are the same
-    under every version of Triton (its default differs) and in every specialisation of a kernel.
-    """
-    kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        """``kernel`` on ``args``: tensors, numbers, None, or named tuples of them.
+
+        The compiler must not fuse multiplications and additions by itself: the kernels say where, so the bits are the
+        same under every version of Triton (its default differs) and in every specialisation of a kernel.
+        """
+        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
+        with torch.cuda.device(self.device) if elsewhere else nullcontext():
+            compiled = kernel[grid](*_plain(args), **constants, num_warps=num_warps, enable_fp_fusion=False)
+        values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
+        if INTERPRETED:
+            self.note(self._interpreted(kernel, grid, args, constants))
+        else:
+            self.note(self._compiled(compiled, grid, values))
+
+    def _compiled(self, compiled: Any, grid: tuple[int, ...], values: list) -> Callable[[list[int]], None]:
+        """The compiled kernel by itself: 3 us, where Triton's binder, which works out ``compiled`` again, takes 12.
+
+        The arguments are written out as Python source, as Triton does for its binder: a loop over them costs 3 us.
+        """
+        names = {
+            "run": compiled.run, "function": compiled.function, "metadata": compiled.packed_metadata,
+            "stream": triton.runtime.driver.active.get_current_stream, "device": self.device.index or 0,
+        }  # fmt: skip
+        written = ", ".join(self._written(value, names) for value in values)
+        x, y, z = (*grid, 1, 1)[:3]
+        source = f"lambda p: run({x}, {y}, {z}, stream(device), function, metadata, None, None, None, {written})"
+        again = eval(source, names)
+        if self.device.type != "cuda" or torch.cuda.device_count() == 1:
+            return again
+
+        def on_device(pointers: list[int]) -> None:
+            with torch.cuda.device(self.device):
+                again(pointers)
+
+        return on_device
+
+    def _written(self, value: Any, names: dict[str, Any]) -> str:
+        """``value`` as Python source: a pointer is one of ``p`` (at some bytes), all else a name in ``names``."""
+        if isinstance(value, tuple):
+            return "(" + "".join(self._written(part, names) + ", " for part in value) + ")"
+        if isinstance(value, Tensor):
+            place, offset = self.place(value) or (0, 0)
+            return f"p[{place}] + {offset}" if offset else f"p[{place}]"
+        if isinstance(value, Live):
+            return f"p[{value.place}]"
+        name = f"c{len(names)}"
+        names[name] = value
+        return name
+
+    def _interpreted(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict
+    ) -> Callable[[list[int]], None]:
+        """The same in the interpreter, so that plans are tested there: tensors are made of the pointers."""
+
+        def rebuilt(value: Any) -> Callable[[list[int]], Any]:
+            if isinstance(value, tuple):
+                parts = [rebuilt(part) for part in value]
+                make = getattr(type(value), "_make", tuple)
+                return lambda p: make(part(p) for part in parts)
+            if isinstance(value, Tensor):
+                place, offset = self.place(value) or (0, 0)
+                dtype = value.dtype
+                return lambda p: _at(p[place] + offset, dtype)
+            if isinstance(value, Live):
+                place = value.place
+                return lambda p: p[place]
+            return lambda p: value
+
+        made = rebuilt(tuple(args))
+        return lambda p: kernel[grid](*made(p), **constants)
+
+
+def _plain(value: Any) -> Any:
+    """Without :class:`Live`: Triton knows ints by their exact type."""
+    if isinstance(value, tuple):
+        return getattr(type(value), "_make", tuple)(_plain(part) for part in value)
+    return int(value) if isinstance(value, Live) else value
+
+
+def _at(pointer: int, dtype: torch.dtype) -> Tensor:
+    """The element at an address: all that the interpreter asks of a tensor is where it starts."""
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(pointer), dtype=dtype)
+
+
+def _refuses(device: torch.device) -> str | None:
+    if device.type != "cuda" or (capability := _capability(device.index)) >= (8, 0):
+        return None
+    return f"the GPU's compute capability is {'.'.join(map(str, capability))}, below 8.0"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+BACKEND = Backend(Launches, _refuses)
+implements = BACKEND.implements
+
+
+# 65535 blocks of 2048 elements are the most that the second dimension of a grid takes.
+_LARGEST_SAMPLE = 65535 * 2048
+
+
+def too_large(name: str) -> Callable[[Any], str | None]:
+    """Why samples of the argument ``name`` are too large, or None."""
+
+    def refusal(a: Any) -> str | None:
+        count = getattr(a, name).shape[1:].numel()
+        if count <= _LARGEST_SAMPLE:
+            return None
+        return f"it takes samples of at most {_LARGEST_SAMPLE} elements, these have {count}"
+
+    return refusal
 
 
 class Samples(NamedTuple):
@@ -45,15 +165,18 @@ class Samples(NamedTuple):
 
 def samples(*tensors: Tensor | None) -> Samples:
     """The tensors as samples; the first is present and not empty."""
-    sizes, fields, held = shared_view(*tensors)
+    sizes, outer_strides, held = shared_view(*tensors)
     kept = [dim for dim in range(1, len(sizes) - 1) if sizes[dim] != 1]
     outer = tuple(sizes[dim] for dim in kept)
-    strides = [tuple(field[2:][dim] for dim in (0, *kept)) for field in fields]
-    reach = max(sum((size - 1) * step for size, step in zip(outer, steps[1:], strict=True)) for steps in strides)
+    strides = [steps and tuple(steps[dim] for dim in (0, *kept)) for steps in outer_strides]
+    reach = max(
+        sum((size - 1) * step for size, step in zip(outer, steps[1:], strict=True)) for steps in strides if steps
+    )
     if reach + sizes[-1] >= 2**31:  # the kernels index within a sample in 32 bits
         return samples(*(tensor if tensor is None else tensor.contiguous() for tensor in tensors))
     views = (None if tensor is None else View(tensor, steps) for tensor, steps in zip(held, strides, strict=True))
-    return Samples(sizes[0], Shape(held[0].numel() // sizes[0], sizes[-1], outer), tuple(views))
+    count = math.prod(outer) * sizes[-1]
+    return Samples(sizes[0], Shape(count, sizes[-1], outer), tuple(views))
 
 
 def block_and_warps(count: int, per_thread: int, most: int) -> tuple[int, int]:

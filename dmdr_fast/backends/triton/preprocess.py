@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import cdiv, launch, next_power_of_2
+from dmdr_fast.backends.triton.launch import Launches, cdiv, implements, next_power_of_2
 from dmdr_fast.kernels.preprocess_reward import (
     Filter,
     filter_kernel,
@@ -17,6 +17,8 @@ from dmdr_fast.kernels.preprocess_reward import (
     resize_rows_bwd_kernel,
     resize_rows_kernel,
 )
+
+_MOST_CHANNELS = 64
 
 
 class _Filter(NamedTuple):
@@ -35,94 +37,106 @@ class _Filter(NamedTuple):
     reach: float
 
 
-def preprocess_reward_fwd(
-    image: Tensor,
-    height: int,
-    width: int,
-    mean: list[float],
-    std: list[float],
-    antialias: bool,
-    low: float,
-    high: float,
-    need_inside: bool,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`dmdr_fast.reference.preprocess_reward_fwd`."""
-    batch, channels, in_height, in_width = image.shape
-    planes = batch * channels
-    out = image.new_empty((batch, channels, height, width))
-    bits = (batch, channels, in_height, cdiv(in_width, 8)) if need_inside else (0,)
-    inside = image.new_empty(bits, dtype=torch.uint8)
-    vertical, horizontal = _filters((in_height, in_width), (height, width), antialias, image)
+def _refuses(name: str):
+    def refusal(a) -> str | None:
+        channels = getattr(a, name).shape[1]
+        return (
+            f"it takes images of at most {_MOST_CHANNELS} channels, these have {channels}"
+            if channels > _MOST_CHANNELS
+            else None
+        )
 
-    mid = image.new_empty((planes, height, in_width), dtype=torch.float32)
-    block = _columns(in_width, image)
-    launch(
-        resize_rows_kernel, (planes * cdiv(height, 4), cdiv(in_width, block)), image, vertical.table,
-        mid, inside if need_inside else None, channels, in_height, in_width, height, low, high, *image.stride(),
-        TAPS=vertical.taps, ROWS=4, BLOCK=block,
+    return refusal
+
+
+@implements("preprocess_reward_fwd", refuses=_refuses("image"))
+def preprocess_reward_fwd(run: Launches, a) -> tuple[Tensor, Tensor]:
+    batch, channels, in_height, in_width = a.image.shape
+    planes = batch * channels
+    out = run.new((batch, channels, a.height, a.width), a.image.dtype)
+    bits = (batch, channels, in_height, cdiv(in_width, 8)) if a.need_inside else (0,)
+    inside = run.new(bits, torch.uint8)
+    vertical, horizontal = _filters(run, (in_height, in_width), (a.height, a.width), a.antialias)
+
+    mid = run.new((planes, a.height, in_width), torch.float32)
+    block = _columns(in_width, a.image)
+    run.launch(
+        resize_rows_kernel, (planes * cdiv(a.height, 4), cdiv(in_width, block)), a.image, vertical.table,
+        mid, inside if a.need_inside else None, channels, in_height, in_width, a.height, a.low, a.high,
+        *a.image.stride(), TAPS=vertical.taps, ROWS=4, BLOCK=block,
     )  # fmt: skip
-    lines = planes * height
-    launch(
-        resize_columns_kernel, (cdiv(lines, 8), cdiv(width, 128)), mid, horizontal.table, out,
-        tuple(mean), tuple(std), lines, channels, in_width, height, width, high - low,
+    lines = planes * a.height
+    run.launch(
+        resize_columns_kernel, (cdiv(lines, 8), cdiv(a.width, 128)), mid, horizontal.table, out,
+        tuple(a.mean), tuple(a.std), lines, channels, in_width, a.height, a.width, a.high - a.low,
         TAPS=horizontal.taps, ROWS=8, BLOCK=128,
     )  # fmt: skip
     return out, inside
 
 
-def preprocess_reward_bwd(
-    grad: Tensor,
-    inside: Tensor,
-    in_width: int,
-    std: list[float],
-    antialias: bool,
-    low: float,
-    high: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See :func:`dmdr_fast.reference.preprocess_reward_bwd`."""
-    batch, channels, height, width = grad.shape
-    planes, in_height = batch * channels, inside.shape[2]
-    out = grad.new_empty((batch, channels, in_height, in_width), dtype=dtype)
-    vertical, horizontal = _filters((in_height, in_width), (height, width), antialias, grad)
+@implements("preprocess_reward_bwd", refuses=_refuses("grad"))
+def preprocess_reward_bwd(run: Launches, a) -> Tensor:
+    batch, channels, height, width = a.grad.shape
+    planes, in_height, in_width = batch * channels, a.inside.shape[2], a.in_width
+    out = run.new((batch, channels, in_height, in_width), a.dtype)
+    vertical, horizontal = _filters(run, (in_height, in_width), (height, width), a.antialias)
 
-    mid = grad.new_empty((planes, height, in_width), dtype=torch.float32)
+    mid = run.new((planes, height, in_width), torch.float32)
     lines = planes * height
     outputs = math.ceil(2 * horizontal.reach / horizontal.scale) + 3
-    launch(
-        resize_columns_bwd_kernel, (cdiv(lines, 8), cdiv(in_width, 128)), grad, horizontal.table,
-        mid, tuple(std), lines, channels, in_width, height, width, *grad.stride(), horizontal.scale, horizontal.reach,
-        high - low, TAPS=horizontal.taps, OUTPUTS=outputs, ROWS=8, BLOCK=128,
+    run.launch(
+        resize_columns_bwd_kernel, (cdiv(lines, 8), cdiv(in_width, 128)), a.grad, horizontal.table,
+        mid, tuple(a.std), lines, channels, in_width, height, width, *a.grad.stride(), horizontal.scale,
+        horizontal.reach, a.high - a.low, TAPS=horizontal.taps, OUTPUTS=outputs, ROWS=8, BLOCK=128,
     )  # fmt: skip
     block = _columns(in_width, out)
-    launch(
+    run.launch(
         resize_rows_bwd_kernel, (planes * cdiv(in_height, 8), cdiv(in_width, block)), mid, vertical.table,
-        inside.contiguous(), out, in_height, in_width, height, vertical.scale, vertical.reach,
+        a.inside.contiguous(), out, in_height, in_width, height, vertical.scale, vertical.reach,
         TAPS=vertical.taps, ROWS=8, BLOCK=block,
     )  # fmt: skip
     return out
 
 
 def _filters(
-    sizes_in: tuple[int, int], sizes_out: tuple[int, int], antialias: bool, like: Tensor
+    run: Launches, sizes_in: tuple[int, int], sizes_out: tuple[int, int], antialias: bool
 ) -> tuple[_Filter, _Filter]:
     """Those of the rows and of the columns."""
     rows, columns = zip(sizes_in, sizes_out, strict=True)
-    return _filter(*rows, antialias, like), _filter(*columns, antialias, like)
+    return _filter(run, *rows, antialias), _filter(run, *columns, antialias)
 
 
-def _filter(size_in: int, size_out: int, antialias: bool, like: Tensor) -> _Filter:
+def _filter(run: Launches, size_in: int, size_out: int, antialias: bool) -> _Filter:
     scale = size_in / size_out
     # Half the window of the cubic kernel, stretched where the image shrinks.
     support = 2 * max(scale, 1.0) if antialias else 2.0
     taps = 2 * math.ceil(support) + 1 if antialias else 4
-    starts, stops = like.new_empty((2, size_out), dtype=torch.int32).unbind()
-    table = Filter(like.new_empty((taps, size_out), dtype=torch.float32), starts, stops)
-    launch(
-        filter_kernel, (cdiv(size_out, 64),), table, size_in, size_out, scale, ANTIALIAS=antialias, TAPS=taps, BLOCK=64,
-        num_warps=2,
+    weights, starts, stops = (run.kept(tensor) for tensor in _table(size_in, size_out, antialias, taps, run.device))
+    return _Filter(Filter(weights, starts, stops), taps, scale, support + 1)
+
+
+_tables: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _table(
+    size_in: int, size_out: int, antialias: bool, taps: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, starts, stops) of a filter, made once for a device: two launches less in each pass."""
+    key = size_in, size_out, antialias, device
+    if key in _tables:
+        return _tables[key]
+    weights = torch.empty((taps, size_out), dtype=torch.float32, device=device)
+    starts, stops = (torch.empty(size_out, dtype=torch.int32, device=device) for _ in range(2))
+    Launches((weights,)).launch(
+        filter_kernel, (cdiv(size_out, 64),), Filter(weights, starts, stops), size_in, size_out, size_in / size_out,
+        ANTIALIAS=antialias, TAPS=taps, BLOCK=64, num_warps=2,
     )  # fmt: skip
-    return _Filter(table, taps, scale, support + 1)
+    if device.type != "cuda":
+        _tables[key] = weights, starts, stops
+    elif not torch.cuda.is_current_stream_capturing():  # what a graph allocates is the graph's
+        torch.cuda.synchronize(device)  # whatever stream reads it next
+        _tables[key] = weights, starts, stops
+    return weights, starts, stops
 
 
 def _columns(width: int, pixels: Tensor) -> int:

@@ -5,84 +5,68 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import cdiv, launch, next_power_of_2
+from dmdr_fast.backends.triton.launch import Launches, cdiv, implements, next_power_of_2
 from dmdr_fast.backends.triton.sums import sum_chunks
 from dmdr_fast.kernels.qk_norm_rope import Heads, Side, Table, qk_norm_rope_bwd_kernel, qk_norm_rope_kernel
 
+_LONGEST_HEAD = 4096
 # Elements of a block of heads: 32 a thread of one warp forward, 16 of two backward.
 _BLOCK = 1024
 # Programs per block of heads in a backward that sums the weights' gradients.
 _PROGRAMS = 256
 
 
-def qk_norm_rope_fwd(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`dmdr_fast.reference.qk_norm_rope_fwd`."""
-    batch, tokens, _, width = q.shape
-    outs = [x.new_empty(x.shape) for x in (q, k)]
-    rstds = [x.new_empty(x.shape[:-1], dtype=torch.float32) for x in (q, k)]
+def _refuses(a) -> str | None:
+    width = a.q.shape[-1]
+    return f"it takes heads of at most {_LONGEST_HEAD} features, these have {width}" if width > _LONGEST_HEAD else None
+
+
+@implements("qk_norm_rope_fwd", refuses=_refuses)
+def qk_norm_rope_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, _, width = a.q.shape
+    outs = [run.new(x.shape, x.dtype) for x in (a.q, a.k)]
+    rstds = [run.new(x.shape[:-1], torch.float32) for x in (a.q, a.k)]
     sides = [
         Side(_heads(x), None, _vector(weight), out, rstd, None, x.shape[2])
-        for x, weight, out, rstd in zip((q, k), (q_weight, k_weight), outs, rstds, strict=True)
+        for x, weight, out, rstd in zip((a.q, a.k), (a.q_weight, a.k_weight), outs, rstds, strict=True)
     ]
-    tile = _tile(width, interleaved, cos)
-    blocks = [cdiv(x.shape[2], tile["HEADS"]) for x in (q, k)]
-    launch(
-        qk_norm_rope_kernel, (batch * tokens, sum(blocks)), *sides, _table(cos), _table(sin), tokens, width,
-        cdiv(width, 2), blocks[0], eps, num_warps=1, **tile,
+    tile = _tile(width, a.interleaved, a.cos)
+    blocks = [cdiv(x.shape[2], tile["HEADS"]) for x in (a.q, a.k)]
+    run.launch(
+        qk_norm_rope_kernel, (batch * tokens, sum(blocks)), *sides, _table(a.cos), _table(a.sin), tokens, width,
+        cdiv(width, 2), blocks[0], float(a.eps), num_warps=1, **tile,
     )  # fmt: skip
     return *outs, *rstds
 
 
-def qk_norm_rope_bwd(
-    grad_q: Tensor | None,
-    grad_k: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_rstd: Tensor,
-    k_rstd: Tensor,
-    interleaved: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`dmdr_fast.reference.qk_norm_rope_bwd`."""
-    batch, tokens, _, width = q.shape
+@implements("qk_norm_rope_bwd", refuses=_refuses)
+def qk_norm_rope_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, _, width = a.q.shape
     rows = batch * tokens
-    chunk = cdiv(rows, _PROGRAMS) if need_weights else 1
+    chunk = cdiv(rows, _PROGRAMS) if a.need_weights else 1
     programs = cdiv(rows, chunk)
-    tile = _tile(width, interleaved, cos)
+    tile = _tile(width, a.interleaved, a.cos)
     sides, blocks, grads, sums = [], [], [], []
-    for grad, x, weight, rstd in ((grad_q, q, q_weight, q_rstd), (grad_k, k, k_weight, k_rstd)):
+    both = (a.grad_q, a.q, a.q_weight, a.q_rstd), (a.grad_k, a.k, a.k_weight, a.k_rstd)
+    for grad, x, weight, rstd in both:
         count = 0 if grad is None else cdiv(x.shape[2], tile["HEADS"])
-        out = x.new_empty((0,) if grad is None else x.shape)
-        parts = None
-        weight_grad = (x if weight is None else weight).new_empty(0)
-        if need_weights and grad is not None and weight is not None:
-            parts = rstd.new_empty((1, programs * count, width))
-            weight_grad = weight.new_empty(width)
+        summed = a.need_weights and grad is not None and weight is not None
+        out = run.new((0,) if grad is None else x.shape, x.dtype)
+        weight_grad = run.new((width if summed else 0,), (x if weight is None else weight).dtype)
+        parts = run.new((1, programs * count, width), torch.float32) if summed else None
+        if summed:
             sums.append((parts, weight_grad))
         sides.append(Side(_heads(x), _heads(grad), _vector(weight), out, rstd.contiguous(), parts, x.shape[2]))
         blocks.append(count)
         grads.append((out, weight_grad))
     # A side without a gradient has no blocks; what is compiled for it reads the other side's.
     sides = [side if count else sides[1 - index] for index, (side, count) in enumerate(zip(sides, blocks, strict=True))]
-    launch(
-        qk_norm_rope_bwd_kernel, (programs, sum(blocks)), *sides, _table(cos), _table(sin), tokens, width,
+    run.launch(
+        qk_norm_rope_bwd_kernel, (programs, sum(blocks)), *sides, _table(a.cos), _table(a.sin), tokens, width,
         cdiv(width, 2), *blocks, rows, chunk, num_warps=2, **tile,
     )  # fmt: skip
     for parts, weight_grad in sums:
-        sum_chunks(parts, weight_grad)
+        sum_chunks(run, parts, weight_grad)
     (dq, dq_weight), (dk, dk_weight) = grads
     return dq, dk, dq_weight, dk_weight
 
@@ -96,12 +80,12 @@ def _heads(x: Tensor | None) -> Heads | None:
 
 
 def _table(table: Tensor | None) -> Table | None:
-    """cos or sin for the kernel; one for the whole batch has a batch stride of 0."""
+    """cos or sin [T, D] or [B, T, D] for the kernel; one for the whole batch has a batch stride of 0."""
     if table is None:
         return None
-    if table.stride(2) != 1:
+    if table.stride(-1) != 1:
         table = table.contiguous()
-    return Table(table, 0 if table.shape[0] == 1 else table.stride(0), table.stride(1))
+    return Table(table, 0 if table.dim() == 2 or table.shape[0] == 1 else table.stride(0), table.stride(-2))
 
 
 def _vector(weight: Tensor | None) -> Tensor | None:

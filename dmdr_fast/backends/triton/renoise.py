@@ -7,7 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import block_and_warps, cdiv, group_of, launch, samples
+from dmdr_fast.backends.triton.launch import (
+    Launches,
+    block_and_warps,
+    cdiv,
+    group_of,
+    implements,
+    samples,
+    too_large,
+)
 from dmdr_fast.backends.triton.sums import sum_rows
 from dmdr_fast.kernels.renoise import (
     normal_noise_kernel,
@@ -18,55 +26,53 @@ from dmdr_fast.kernels.renoise import (
 )
 
 
-def normal_noise_fwd(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """See :func:`dmdr_fast.reference.normal_noise_fwd`; agrees with it to 1e-6."""
-    noise = seed.new_empty(size, dtype=dtype)
-    count = math.prod(size)
+@implements("normal_noise_fwd")
+def normal_noise_fwd(run: Launches, a) -> Tensor:
+    noise = run.new(a.size, a.dtype)
+    count = math.prod(a.size)
     block, warps = seeded_block(count)
-    launch(
-        normal_noise_kernel, (cdiv(offset % block + count, block),), seed.contiguous(), noise, count, offset,
-        BLOCK=block, GROUP=group_of(dtype), num_warps=warps,
+    run.launch(
+        normal_noise_kernel, (cdiv(a.offset % block + count, block),), a.seed.contiguous(), noise, count, a.offset,
+        BLOCK=block, GROUP=group_of(a.dtype), num_warps=warps,
     )  # fmt: skip
     return noise
 
 
-def renoise_fwd(
-    x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int
-) -> Tensor:
-    """See :func:`dmdr_fast.reference.renoise_fwd`."""
-    out = x0.new_empty(x0.shape)
-    alpha, sigma = alpha.contiguous(), sigma.contiguous()
-    batch, shape, views = samples(x0, noise)
-    if noise is not None:
+@implements("renoise_fwd", refuses=too_large("x0"))
+def renoise_fwd(run: Launches, a) -> Tensor:
+    out = run.new(a.x0.shape, a.x0.dtype)
+    alpha, sigma = a.alpha.contiguous(), a.sigma.contiguous()
+    batch, shape, views = samples(a.x0, a.noise)
+    if a.noise is not None:
         block, warps = block_and_warps(shape.count, 8, 2048)
         grid = batch, cdiv(shape.count, block)
-        launch(renoise_kernel, grid, *views, alpha, sigma, out, shape, BLOCK=block, num_warps=warps)
+        run.launch(renoise_kernel, grid, *views, alpha, sigma, out, shape, BLOCK=block, num_warps=warps)
         return out
     block, warps = seeded_block(shape.count)
-    launch(
-        seeded_renoise_kernel, (batch, windows(shape.count, offset, block)), views[0], seed.contiguous(),
-        alpha, sigma, out, shape, offset, BLOCK=block, GROUP=group_of(x0.dtype), num_warps=warps,
+    run.launch(
+        seeded_renoise_kernel, (batch, windows(shape.count, a.offset, block)), views[0], a.seed.contiguous(),
+        alpha, sigma, out, shape, a.offset, BLOCK=block, GROUP=group_of(a.x0.dtype), num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def renoise_bwd(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """See :func:`dmdr_fast.reference.renoise_bwd`."""
-    out = grad.new_empty(grad.shape, dtype=dtype)
-    batch, shape, (view,) = samples(grad)
+@implements("renoise_bwd", refuses=too_large("grad"))
+def renoise_bwd(run: Launches, a) -> Tensor:
+    out = run.new(a.grad.shape, a.dtype)
+    batch, shape, (view,) = samples(a.grad)
     block, warps = block_and_warps(shape.count, 8, 2048)
     grid = batch, cdiv(shape.count, block)
-    launch(scaled_kernel, grid, view, scale.contiguous(), out, shape, BLOCK=block, num_warps=warps)
+    run.launch(scaled_kernel, grid, view, a.scale.contiguous(), out, shape, BLOCK=block, num_warps=warps)
     return out
 
 
-def renoise_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
-    """See :func:`dmdr_fast.reference.renoise_scale_bwd`."""
-    batch, shape, views = samples(grad, factor)
+@implements("renoise_scale_bwd", refuses=too_large("grad"))
+def renoise_scale_bwd(run: Launches, a) -> Tensor:
+    batch, shape, views = samples(a.grad, a.factor)
     block, warps = block_and_warps(shape.count, 16, 4096)
-    parts = grad.new_empty((batch, cdiv(shape.count, block)), dtype=torch.float32)
-    launch(product_sums_kernel, tuple(parts.shape), *views, parts, shape, BLOCK=block, num_warps=warps)
-    return sum_rows(parts, torch.float32)
+    parts = run.new((batch, cdiv(shape.count, block)), torch.float32)
+    run.launch(product_sums_kernel, tuple(parts.shape), *views, parts, shape, BLOCK=block, num_warps=warps)
+    return sum_rows(run, parts, torch.float32)
 
 
 def seeded_block(count: int) -> tuple[int, int]:

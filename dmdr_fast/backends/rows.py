@@ -1,0 +1,68 @@
+"""Token tensors as rows: [B, ..., D] as [G, S, D], and the vectors that rows share as [1 or G, 1 or S, D].
+
+A group is a sample, or the tokens of a frame where vectors are given per frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dmdr_fast.backends.plans import Recorder
+
+
+def depth_of(shape: Sequence[int], x_shape: Sequence[int]) -> int:
+    """How many leading dimensions of x [B, ..., D] a vector differs along: 0 for [D], 1 for one per sample, and so on.
+
+    ``shape``: [D], [B, D] or x's number of dimensions: x's sizes up to the depth, then ones, then D.
+    """
+    if len(shape) == 1:
+        return 0
+    if len(shape) == 2:
+        return 1
+    depth = len(shape) - 1
+    while depth > 1 and shape[depth - 1] == 1 != x_shape[depth - 1]:
+        depth -= 1
+    return depth
+
+
+def mixed(x: Tensor, *vectors: Tensor | None) -> str | None:
+    """Why the vectors of one call have no grouping in common; None where they have."""
+    depths = {depth_of(vector.shape, x.shape) for vector in vectors if vector is not None}
+    middle = depths - {0, x.dim() - 1}
+    return "it takes vectors per frame beside vectors per sample or token of one kind only" if len(middle) > 1 else None
+
+
+class Grouped:
+    """Tensors of one call as rows.
+
+    Attributes:
+        groups, tokens, width: G, S, D.
+    """
+
+    def __init__(self, run: Recorder, x: Tensor, *vectors: Tensor | None) -> None:
+        self._run, self._shape = run, x.shape
+        depths = {depth_of(vector.shape, x.shape) for vector in vectors if vector is not None}
+        middle = depths - {0, x.dim() - 1}
+        # One vector per token is one per row of any grouping.
+        self.depth = max(middle, default=1)
+        self.groups, self.width = math.prod(x.shape[: self.depth]), x.shape[-1]
+        self.tokens = math.prod(x.shape[self.depth : -1])
+
+    def rows(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor of x's shape as [G, S, D]; copied where its strides do not merge."""
+        return None if tensor is None else self._run.view(tensor, self.groups, self.tokens, self.width)
+
+    def vectors(self, tensor: Tensor | None) -> Tensor | None:
+        """A vector as [1 or G, 1 or S, D]."""
+        return None if tensor is None else self._run.view(tensor, *self.vector_shape(tensor.shape))
+
+    def vector_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        depth = depth_of(shape, self._shape)
+        if depth == 0:
+            return 1, 1, self.width
+        if depth == self.depth:
+            return self.groups, 1, self.width
+        return self.groups, self.tokens, self.width
