@@ -100,6 +100,12 @@ def _token_calls(draw: Draw) -> Iterator[Call]:
     batch, tokens, width = 2, 5, 33
     x, h, grad, grad_y = (draw(batch, tokens, width) for _ in range(4))
     other_gate = draw(batch, 1, width)
+    for other_width in (1, 48, 100):  # one feature, two full pieces of a row, a last piece that is not full
+        row, vector = draw(batch, tokens, other_width), draw(batch, 1, other_width)
+        stats = draw(batch, tokens, dtype=torch.float32), draw.per_sample(batch * tokens).view(batch, tokens)
+        label = f"{other_width} features"
+        yield Call("layer_norm_modulate_fwd", label, (row, vector, vector, 1e-6, row.dtype))
+        yield Call("layer_norm_modulate_bwd", label, (row, row, vector, *stats, row.dtype, True, True))
     for b, t in ((1, 1), (batch, 1), (1, tokens), (batch, tokens)):
         label = f"by-{b}x{t}"
         shift, scale, gate = (draw(b, t, width) for _ in range(3))

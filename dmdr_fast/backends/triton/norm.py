@@ -17,6 +17,7 @@ from dmdr_fast.kernels.layer_norm_modulate import (
     layer_norm_modulate_bwd_kernel,
     layer_norm_modulate_kernel,
 )
+from dmdr_fast.kernels.rows import Pieces
 
 # Tiles of the kernels without a norm: features, and rows so that a thread of 4 warps has 32 elements.
 _TILE = 4096
@@ -28,10 +29,10 @@ def layer_norm_modulate_fwd(
     """See :func:`dmdr_fast.reference.layer_norm_modulate_fwd`."""
     batch, tokens, width = x.shape
     y = x.new_empty(x.shape, dtype=out_dtype)
-    mean, rstd = x.new_empty((2, batch, tokens), dtype=torch.float32).unbind()
+    mean, rstd = (x.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
     launch(
         layer_norm_modulate_kernel, (batch * tokens,), rows(x), rows(shift), rows(scale), y, mean, rstd,
-        tokens, width, eps, **_row_of(width, 64),
+        tokens, eps, **_row_of(width, 64),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -56,8 +57,8 @@ def layer_norm_modulate_bwd(
     )
     launch(
         layer_norm_modulate_bwd_kernel, (batch * chunks,), rows(grad), rows(x), rows(scale), mean.contiguous(),
-        rstd.contiguous(), grad_x, grad_shift.target, grad_scale.target, tokens, width, chunks, chunk,
-        PER_TOKEN=grad_shift.per_token, **_row_of(width, 16),
+        rstd.contiguous(), grad_x, grad_shift.target, grad_scale.target, tokens, chunks, chunk,
+        PER_TOKEN=grad_shift.per_token, **_row_of(width, 32),
     )  # fmt: skip
     _finish(grad_shift, grad_scale)
     return x.new_empty(0) if grad_x is None else grad_x, grad_shift.out, grad_scale.out
@@ -99,10 +100,10 @@ def gated_residual_layer_norm_modulate_fwd(
     """See :func:`dmdr_fast.reference.gated_residual_layer_norm_modulate_fwd`."""
     batch, tokens, width = x.shape
     residual, y = x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype)
-    mean, rstd = x.new_empty((2, batch, tokens), dtype=torch.float32).unbind()
+    mean, rstd = (x.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
     launch(
         gated_residual_layer_norm_modulate_kernel, (batch * tokens,), rows(x), rows(h), rows(gate), rows(shift),
-        rows(scale), residual, y, mean, rstd, tokens, width, eps, **_row_of(width, 64),
+        rows(scale), residual, y, mean, rstd, tokens, eps, **_row_of(width, 64),
     )  # fmt: skip
     return residual, y, mean, rstd
 
@@ -135,8 +136,8 @@ def gated_residual_layer_norm_modulate_bwd(
     launch(
         gated_residual_layer_norm_modulate_bwd_kernel, (batch * chunks,), rows(grad_residual), rows(grad_y),
         rows(residual), rows(h), rows(gate), rows(scale), mean.contiguous(), rstd.contiguous(), grad_x, grad_h,
-        grad_gate.target, grad_shift.target, grad_scale.target, tokens, width, chunks, chunk,
-        GATE_PER_TOKEN=grad_gate.per_token, PER_TOKEN=grad_shift.per_token, **_row_of(width, 16),
+        grad_gate.target, grad_shift.target, grad_scale.target, tokens, chunks, chunk,
+        GATE_PER_TOKEN=grad_gate.per_token, PER_TOKEN=grad_shift.per_token, **_row_of(width, 24),
     )  # fmt: skip
     _finish(grad_gate)
     _finish(grad_shift, grad_scale)
@@ -153,10 +154,15 @@ def _finish(first: Gradient, second: Gradient | None = None) -> None:
         sum_chunks(first.parts, first.out, *second_args)
 
 
-def _row_of(width: int, per_thread: int) -> dict[str, int]:
-    """A block that holds a row at ``per_thread`` elements a thread, or twice that for a row beyond 1024 threads'."""
-    block = max(32, next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": max(1, min(32, block // (32 * per_thread)))}
+def _row_of(width: int, most: int) -> dict[str, object]:
+    """The pieces of a row and the fewest warps with at most ``most`` lanes a thread: per thread, sums cost the same.
+
+    1024 threads are the most; beyond ``1024 most`` features each has more lanes.
+    """
+    first = max(1, next_power_of_2(width) // 2)
+    pieces = Pieces(width, first, next_power_of_2(max(1, width - first)))
+    warps = next_power_of_2(cdiv(pieces.first + pieces.rest, 32 * most))
+    return {"ROW": pieces, "num_warps": min(32, warps)}
 
 
 def _tile(width: int) -> dict[str, int]:
