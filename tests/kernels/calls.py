@@ -134,6 +134,9 @@ def _lora_calls(draw: Draw) -> Iterator[Call]:
         yield Call("multi_lora_fwd", f"rank-{rank}", (x, base, A, B, scale))
         for need in ((True, True, True), (False, True, False)):
             yield Call("multi_lora_bwd", f"rank-{rank}", (grad, x, low_rank, A, B, scale, *need))
+        one = scale[:1].expand(3)  # a number for all samples, not copied
+        yield Call("multi_lora_fwd", f"one-scale-rank-{rank}", (x, base, A, B, one))
+        yield Call("multi_lora_bwd", f"one-scale-rank-{rank}", (grad, x, low_rank, A, B, one, False, True, True))
 
 
 def _rope_calls(draw: Draw) -> Iterator[Call]:

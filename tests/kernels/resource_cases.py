@@ -54,7 +54,7 @@ def _latent_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
         "dmd_gradient_fwd, 16384 elements": (dmd(block, "zero"), {"dmd_gradient_sample_kernel": 16384}),
         "dmd_gradient_fwd, 262144 elements": (
             dmd(x, "zero_sample"),
-            {"dmd_distance_kernel": 2048, "dmd_gradient_kernel": 2048, "dmd_zero_samples_kernel": 2048},
+            {"dmd_distance_kernel": 2048, "dmd_gradient_kernel": 2048},
         ),
         "dmd_loss_bwd": (
             lambda: kernels.dmd_loss_bwd(number, x, number, torch.bfloat16),
@@ -160,9 +160,14 @@ def _token_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
 def _image_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
     image, small, inside = meta(8, 3, 1024, 1024), meta(8, 3, 224, 224), meta(8, 3, 1024, 128, dtype=torch.uint8)
     mean, std = [0.5] * 3, [0.25] * 3
+
+    def first_use() -> None:
+        kernels.preprocess.filter_of.forget()
+        kernels.preprocess_reward_fwd(image, 224, 224, mean, std, True, -1.0, 1.0, True)
+
     return {
         "preprocess_reward_fwd": (
-            lambda: kernels.preprocess_reward_fwd(image, 224, 224, mean, std, True, -1.0, 1.0, True),
+            first_use,
             {"resize_rows_kernel": 4 * 1024, "resize_columns_kernel": 8 * 128},
         ),
         "preprocess_reward_bwd": (

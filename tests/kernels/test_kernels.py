@@ -124,6 +124,25 @@ def test_large_samples_give_what_small_ones_give(kernels, device, monkeypatch, n
     expected = reference.dmd_gradient_fwd(*(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args))
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert not kernels.dmd.counters(device, 1 + 2).any()
+
+
+def test_what_launches_leave_is_kept_per_stream_and_not_while_capturing(device, monkeypatch):
+    from dmdr_fast.backends.triton import kept
+
+    made = []
+    find = kept.kept(lambda device, size: made.append(size) or len(made))
+    stream, capturing = [7], [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(kept, "_stream", lambda index: stream[0])
+    gpu = torch.device("cuda", 0)
+    assert [find(gpu, 3), find(gpu, 3), find(gpu, 4), find(torch.device("cpu"), 3)] == [1, 1, 2, 3]
+    stream[0] = 8
+    assert [find(gpu, 3), find(gpu, 3)] == [4, 4]
+    capturing[0] = True
+    assert [find(gpu, 3), find(gpu, 3)] == [5, 6]
+    capturing[0], stream[0] = False, 7
+    assert find(gpu, 3) == 1
 
 
 def test_a_sample_of_scale_zero_is_not_read(kernels, device):

@@ -31,7 +31,7 @@ CASES = cases()
 
 # What reads or writes latents, tokens or pixels in other pieces than 16 bytes, and why.
 _BY_COLUMN = {"resize_columns_kernel", "resize_columns_bwd_kernel"}  # neighbouring threads take neighbouring outputs
-_WRITES_ONLY = {"normal_noise_kernel", "dmd_zero_samples_kernel"}
+_WRITES_ONLY = {"normal_noise_kernel"}
 _SUMS_ONLY = {"product_sums_kernel", "dmd_distance_kernel"}
 LOADS_NOTHING_WIDE = _BY_COLUMN | _WRITES_ONLY
 STORES_NOTHING_WIDE = _BY_COLUMN | _SUMS_ONLY
@@ -78,6 +78,27 @@ def test_machine_code(case):
     if VERSION not in recorded:
         pytest.skip(f"numbers are recorded for Triton {', '.join(recorded)}, this is {triton.__version__}")
     assert kernels == recorded[VERSION]["kernels"][case]
+
+
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    {
+        "dmd_gradient_fwd, 16384 elements": 1,
+        "dmd_gradient_fwd, 262144 elements": 2,
+        "dmd_loss_bwd": 1,
+        "multi_lora_fwd": 2,
+        "multi_lora_bwd": 4,
+        "preprocess_reward_fwd": 3,  # its first use: the table of its filter too
+        "preprocess_reward_bwd": 2,
+        "layer_norm_modulate_fwd, 1536 features": 1,
+        "layer_norm_modulate_bwd, 1536 features": 2,
+        "gated_residual_layer_norm_modulate_bwd, 1536 features": 2,
+        "qk_norm_rope_bwd, neighbours": 2,
+    }.items(),
+)
+def test_launches(case, launches):
+    ahead_of_time.compiled_by(CASES["preprocess_reward_fwd"][0])
+    assert len(ahead_of_time.compiled_by(CASES[case][0])) == launches
 
 
 def test_the_record_has_these_cases():

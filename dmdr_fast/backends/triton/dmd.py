@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import Samples, block_and_warps, cdiv, launch, next_power_of_2, samples
+from dmdr_fast.backends.triton.kept import counters
+from dmdr_fast.backends.triton.launch import Samples, block_and_warps, cdiv, launch, samples
 from dmdr_fast.kernels.dmd_gradient import (
     Latents,
     Options,
+    Parts,
     Scalars,
+    Totals,
     dmd_distance_kernel,
     dmd_gradient_kernel,
     dmd_gradient_sample_kernel,
     dmd_loss_bwd_kernel,
-    dmd_loss_kernel,
-    dmd_norm_kernel,
-    dmd_zero_samples_kernel,
 )
 
 # What 512 threads hold: 32 elements each. 1024 threads of 32 spill.
@@ -58,62 +58,41 @@ def dmd_gradient_fwd(
     if scaled:
         written = 2 * factor / max(x0.numel(), 1) if reduction == "mean" else 2 * factor
     scalars = Scalars(*per_sample, cfg_scale, eps, written)
-    options = Options(prediction, cfg_mode, normalizer, eps_mode, nan_policy, torch.finfo(out_dtype).max)
-    run = _one_reading if normalizer != "global" and view.shape.count <= _LARGEST_BLOCK else _two_readings
-    squares, counts = run(view, scalars, grad, norms, mask is not None, options)
-
+    largest = torch.finfo(out_dtype).max
+    options = Options(prediction, cfg_mode, normalizer, eps_mode, nan_policy, reduction, scaled, largest)
     loss, loss_scale = norms.new_empty(()), norms.new_empty(())
-    launch(
-        dmd_loss_kernel, (1,), squares, counts, loss, loss_scale, squares.numel(), float(x0.numel()), factor,
-        MEAN=reduction == "mean", SCALED=scaled, BLOCK=1024,
-    )  # fmt: skip
+    arrived = counters(x0.device, 1 + x0.shape[0])
+    totals = Totals(norms, loss, loss_scale, arrived, float(x0.numel()), factor)
+    run = _one_reading if normalizer != "global" and view.shape.count <= _LARGEST_BLOCK else _two_readings
+    run(view, scalars, grad, totals, options)
     return grad, norms, loss, loss_scale
 
 
-def _one_reading(
-    view: Samples, scalars: Scalars, grad: Tensor, norms: Tensor, masked: bool, options: Options
-) -> tuple[Tensor, Tensor | None]:
-    """Write grad and norms; returns the sums of squares, and the counts where there is a mask."""
-    squares = torch.empty_like(norms)
-    counts = torch.empty_like(norms, dtype=torch.int32) if masked else None
+def _one_reading(view: Samples, scalars: Scalars, grad: Tensor, totals: Totals, options: Options) -> None:
+    """Write grad and the totals."""
+    latents, norms = Latents(*view.views), totals.norms
+    counts = None if latents.mask is None else torch.empty_like(norms, dtype=torch.int32)
     count = view.shape.count
     block, warps = block_and_warps(count, 16 if count <= 4096 else 32, _LARGEST_BLOCK)
     launch(
-        dmd_gradient_sample_kernel, (view.batch,), Latents(*view.views), scalars, grad, norms, squares, counts,
-        view.shape, OPTIONS=options, BLOCK=block, num_warps=warps,
+        dmd_gradient_sample_kernel, (view.batch,), latents, scalars, grad,
+        Parts(torch.empty_like(norms), None, counts, None), totals, view.shape, OPTIONS=options, BLOCK=block,
+        num_warps=warps,
     )  # fmt: skip
-    return squares, counts
 
 
-def _two_readings(
-    view: Samples, scalars: Scalars, grad: Tensor, norms: Tensor, masked: bool, options: Options
-) -> tuple[Tensor, Tensor | None]:
+def _two_readings(view: Samples, scalars: Scalars, grad: Tensor, totals: Totals, options: Options) -> None:
     """As ``_one_reading``, for samples beyond a block and for the normaliser over all samples."""
     batch, shape, latents = view.batch, view.shape, Latents(*view.views)
     block, warps = block_and_warps(shape.count, 16, 2048)
-    parts = min(cdiv(shape.count, block), _MOST_PARTS)
-    squares, distances = grad.new_empty((2, batch, parts), dtype=torch.float32).unbind()
-    counts, broken = grad.new_empty((2, batch, parts), dtype=torch.int32).unbind()
+    grid = batch, min(cdiv(shape.count, block), _MOST_PARTS)
+    squares, distances = grad.new_empty((2, *grid), dtype=torch.float32).unbind()
+    counts, broken = grad.new_empty((2, *grid), dtype=torch.int32).unbind()
+    parts = Parts(squares, distances, counts, broken)
     constants = {"OPTIONS": options, "BLOCK": block, "num_warps": warps}
-    if options.normalizer == "none":
-        norms.fill_(1)
-    else:
-        launch(dmd_distance_kernel, (batch, parts), latents, scalars, distances, counts, shape, **constants)
-        programs = batch if options.normalizer == "per_sample" else 1
-        launch(
-            dmd_norm_kernel, (programs,), distances, counts, norms, batch // programs, batch * parts // programs,
-            scalars.eps, OPTIONS=options, BLOCK=256,
-        )  # fmt: skip
-    launch(
-        dmd_gradient_kernel, (batch, parts), latents, scalars, grad, norms, squares, counts, broken, shape,
-        **constants,
-    )  # fmt: skip
-    if options.nan_policy == "zero_sample":
-        launch(
-            dmd_zero_samples_kernel, (batch, parts), grad, squares, broken, shape, PARTS=next_power_of_2(parts),
-            BLOCK=block, num_warps=warps,
-        )  # fmt: skip
-    return squares, counts if masked else None
+    if options.normalizer != "none":
+        launch(dmd_distance_kernel, grid, latents, scalars, parts, totals, shape, **constants)
+    launch(dmd_gradient_kernel, grid, latents, scalars, grad, parts, totals, shape, **constants)
 
 
 def dmd_loss_bwd(grad_loss: Tensor, g: Tensor, loss_scale: Tensor, dtype: torch.dtype) -> Tensor:

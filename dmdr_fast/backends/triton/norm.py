@@ -139,19 +139,16 @@ def gated_residual_layer_norm_modulate_bwd(
         grad_gate.target, grad_shift.target, grad_scale.target, tokens, chunks, chunk,
         GATE_PER_TOKEN=grad_gate.per_token, PER_TOKEN=grad_shift.per_token, **_row_of(width, 24),
     )  # fmt: skip
-    _finish(grad_gate)
-    _finish(grad_shift, grad_scale)
+    _finish(grad_gate, grad_shift, grad_scale)
     modulation = grad_shift.out, grad_scale.out
     if need_modulation and grad_y is None:  # the kernel had nothing to write
         modulation = tuple(scale.new_zeros(scale.shape, dtype=dtype) for dtype in (shift_dtype, scale.dtype))
     return grad_x, h.new_empty(0) if grad_h is None else grad_h, grad_gate.out, *modulation
 
 
-def _finish(first: Gradient, second: Gradient | None = None) -> None:
-    """Add up the partial sums of one gradient or of two of one shape."""
-    if first.parts is not None:
-        second_args = () if second is None else (second.parts, second.out)
-        sum_chunks(first.parts, first.out, *second_args)
+def _finish(*gradients: Gradient) -> None:
+    """Add up the partial sums of those that have some."""
+    sum_chunks(*((one.parts, one.out) for one in gradients if one.parts is not None))
 
 
 def _row_of(width: int, most: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends.triton.kept import kept
 from dmdr_fast.backends.triton.launch import cdiv, launch, next_power_of_2
 from dmdr_fast.kernels.preprocess_reward import (
     Filter,
@@ -108,16 +109,18 @@ def _filters(
 ) -> tuple[_Filter, _Filter]:
     """Those of the rows and of the columns."""
     rows, columns = zip(sizes_in, sizes_out, strict=True)
-    return _filter(*rows, antialias, like), _filter(*columns, antialias, like)
+    return filter_of(like.device, *rows, antialias), filter_of(like.device, *columns, antialias)
 
 
-def _filter(size_in: int, size_out: int, antialias: bool, like: Tensor) -> _Filter:
+@kept
+def filter_of(device: torch.device, size_in: int, size_out: int, antialias: bool) -> _Filter:
+    """The filter from ``size_in`` to ``size_out``."""
     scale = size_in / size_out
     # Half the window of the cubic kernel, stretched where the image shrinks.
     support = 2 * max(scale, 1.0) if antialias else 2.0
     taps = 2 * math.ceil(support) + 1 if antialias else 4
-    starts, stops = like.new_empty((2, size_out), dtype=torch.int32).unbind()
-    table = Filter(like.new_empty((taps, size_out), dtype=torch.float32), starts, stops)
+    starts, stops = torch.empty((2, size_out), dtype=torch.int32, device=device).unbind()
+    table = Filter(torch.empty((taps, size_out), device=device, dtype=torch.float32), starts, stops)
     launch(
         filter_kernel, (cdiv(size_out, 64),), table, size_in, size_out, scale, ANTIALIAS=antialias, TAPS=taps, BLOCK=64,
         num_warps=2,

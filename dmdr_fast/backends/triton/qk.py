@@ -81,8 +81,7 @@ def qk_norm_rope_bwd(
         qk_norm_rope_bwd_kernel, (programs, sum(blocks)), *sides, _table(cos), _table(sin), tokens, width,
         cdiv(width, 2), *blocks, rows, chunk, num_warps=2, **tile,
     )  # fmt: skip
-    for parts, weight_grad in sums:
-        sum_chunks(parts, weight_grad)
+    sum_chunks(*sums)
     (dq, dq_weight), (dk, dk_weight) = grads
     return dq, dk, dq_weight, dk_weight
 
