@@ -5,6 +5,7 @@ import triton.language as tl
 
 from dmdr_fast.kernels.rows import (
     centered,
+    full_row,
     load_row,
     norm_gradient,
     normalized,
@@ -16,7 +17,6 @@ from dmdr_fast.kernels.rows import (
     store_row,
     times,
     times_plus,
-    zero_row,
 )
 
 
@@ -55,11 +55,11 @@ def gated_residual_layer_norm_modulate_bwd_kernel(
         factor = one_plus(load_row(scale, batch, 0, ROW))
     if not GATE_PER_TOKEN:
         gate_row = load_row(gate, batch, 0, ROW)
-    gate_total, shift_total, scale_total = zero_row(ROW), zero_row(ROW), zero_row(ROW)
+    gate_total, shift_total, scale_total = full_row(0.0, ROW), full_row(0.0, ROW), full_row(0.0, ROW)
     for token in range(part * chunk, tl.minimum(part * chunk + chunk, tokens)):
         row = batch * tokens + token
         at = row.to(tl.int64) * ROW.width
-        total = zero_row(ROW)
+        total = full_row(0.0, ROW)
         if grad_residual is not None:
             total = load_row(grad_residual, batch, token, ROW)
         if grad_y is not None:

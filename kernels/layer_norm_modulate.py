@@ -5,6 +5,7 @@ import triton.language as tl
 
 from dmdr_fast.kernels.rows import (
     centered,
+    full_row,
     load_row,
     norm_gradient,
     normalized,
@@ -15,7 +16,6 @@ from dmdr_fast.kernels.rows import (
     store_row,
     times,
     times_plus,
-    zero_row,
 )
 
 
@@ -45,7 +45,7 @@ def layer_norm_modulate_bwd_kernel(
     batch, part = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     if not PER_TOKEN:
         factor = one_plus(load_row(scale, batch, 0, ROW))
-    shift_total, scale_total = zero_row(ROW), zero_row(ROW)
+    shift_total, scale_total = full_row(0.0, ROW), full_row(0.0, ROW)
     for token in range(part * chunk, tl.minimum(part * chunk + chunk, tokens)):
         row = batch * tokens + token
         row_rstd = tl.load(rstd + row)

@@ -69,8 +69,9 @@ def _inside(ROW: tl.constexpr):
 
 
 @triton.jit
-def zero_row(ROW: tl.constexpr):
-    return tl.full([ROW.first], 0.0, tl.float32), tl.full([ROW.rest], 0.0, tl.float32)
+def full_row(value, ROW: tl.constexpr):
+    """``value`` in every lane."""
+    return tl.full([ROW.first], value, tl.float32), tl.full([ROW.rest], value, tl.float32)
 
 
 @triton.jit
@@ -89,6 +90,14 @@ def plus(a, b):
 def times(a, b):
     """a b."""
     return a[0] * b[0], a[1] * b[1]
+
+
+@triton.jit
+def times_rows(row, rows, batch, token, ROW: tl.constexpr):
+    """``row`` times row (batch, token) of ``rows``; None is 1."""
+    if rows is not None:
+        row = times(row, load_row(rows, batch, token, ROW))
+    return row
 
 
 @triton.jit
@@ -122,8 +131,14 @@ def normalized(row, eps, ROW: tl.constexpr):
     """((row - mean) rstd, mean, rstd) of a row."""
     mean = mean_of(row, ROW)
     distance = centered(row, mean, ROW)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_of(times(distance, distance), ROW) + eps))
+    rstd = rms_rstd(distance, eps, ROW)
     return scaled(distance, rstd), mean, rstd
+
+
+@triton.jit
+def rms_rstd(row, eps, ROW: tl.constexpr):
+    """1 / sqrt(mean row^2 + eps)."""
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(times(row, row), ROW) + eps))
 
 
 @triton.jit
@@ -140,3 +155,10 @@ def norm_gradient(inner, normal, rstd, ROW: tl.constexpr):
     first = rstd * (tl.fma(normal[0], -slope, inner[0]) - mean)
     rest = rstd * (tl.fma(normal[1], -slope, inner[1]) - mean)
     return first, rest
+
+
+@triton.jit
+def rms_norm_gradient(inner, normal, rstd, ROW: tl.constexpr):
+    """The gradient of a row x from ``inner``, that of normal = x rstd."""
+    slope = mean_of(times(inner, normal), ROW)
+    return rstd * tl.fma(normal[0], -slope, inner[0]), rstd * tl.fma(normal[1], -slope, inner[1])

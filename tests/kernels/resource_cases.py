@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends import triton as kernels
+from dmdr_fast.backends.triton import rms_norm
 
 _FLOAT = torch.float32
 
@@ -84,7 +85,7 @@ def _norm_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
 def _norms_of(width: int, label: str, shared: bool) -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
     batch, tokens = 4, 4096
     x, row = meta(batch, tokens, width), meta(batch, tokens, dtype=_FLOAT)
-    rows = meta(batch, 1, width) if shared else x
+    rows, weight = meta(batch, 1, width) if shared else x, meta(width)
     return {
         f"layer_norm_modulate_fwd, {label}": (
             lambda: kernels.layer_norm_modulate_fwd(x, rows, rows, 1e-6, torch.bfloat16),
@@ -103,6 +104,18 @@ def _norms_of(width: int, label: str, shared: bool) -> dict[str, tuple[Callable[
                 x, x, x, x, rows, rows, row, row, torch.bfloat16, True, True, True
             ),
             {"gated_residual_layer_norm_modulate_bwd_kernel": width},
+        ),
+        f"rms_norm_scale_fwd, {label}": (
+            lambda: rms_norm.rms_norm_scale_fwd(x, weight, rows, 1e-5, torch.bfloat16),
+            {"rms_norm_scale_kernel": width},
+        ),
+        f"rms_norm_scale_bwd, {label}": (
+            lambda: rms_norm.rms_norm_scale_bwd(x, x, weight, rows, row, True, True, True),
+            {"rms_norm_scale_bwd_kernel": width},
+        ),
+        f"gated_residual_rms_norm_fwd, {label}": (
+            lambda: rms_norm.gated_residual_rms_norm_fwd(x, x, weight, rows, 1e-5),
+            {"gated_residual_rms_norm_kernel": width},
         ),
     }
 

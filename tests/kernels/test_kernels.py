@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dmdr_fast import ops, reference
 from tests.kernels.calls import SEED, small_calls
-from tests.kernels.truth import as_tuple, check, moved
-from tests.native.calls import Call, calls
+from tests.kernels.truth import as_tuple, check, moved, relative_error
+from tests.native.calls import Call, Draw, calls
 
 
 @pytest.fixture
@@ -143,6 +143,58 @@ def test_what_launches_leave_is_kept_per_stream_and_not_while_capturing(device, 
     assert [find(gpu, 3), find(gpu, 3)] == [5, 6]
     capturing[0], stream[0] = False, 7
     assert find(gpu, 3) == 1
+
+
+ROWS_OF_SCALE = {"batch": (1, 1), "sample": (2, 1), "position": (1, 5), "token": (2, 5), "none": None}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "per", "weighted"),
+    [
+        *((torch.float32, per, weighted) for per in ROWS_OF_SCALE for weighted in (True, False)),
+        (torch.bfloat16, "sample", True),
+        (torch.bfloat16, "token", True),
+    ],
+)
+def test_rms_norms_agree_with_the_formula_in_float64(device, dtype, per, weighted):
+    from dmdr_fast.backends.triton import rms_norm
+
+    draw = Draw(dtype, strided=True)
+    for width in (48, 100):
+        x, h, grad = (draw(2, 5, width) for _ in range(3))
+        weight = draw(width) if weighted else None
+        scale = draw(*ROWS_OF_SCALE[per], width) if ROWS_OF_SCALE[per] else None
+        needs = True, weighted, scale is not None
+        placed = [value if value is None else value.to(device) for value in (x, h, weight, scale, grad)]
+        y, rstd = rms_norm.rms_norm_scale_fwd(placed[1], *placed[2:4], 1e-5, dtype)
+        gated, same_rstd = rms_norm.gated_residual_rms_norm_fwd(*placed[:4], 1e-5)
+        assert torch.equal(rstd, same_rstd)
+        grads = rms_norm.rms_norm_scale_bwd(placed[4], placed[1], *placed[2:4], rstd, *needs)
+
+        leaves = [value if value is None else value.double().requires_grad_() for value in (h, weight, scale)]
+        exact_rstd = (leaves[0].square().mean(-1) + 1e-5).rsqrt()
+        exact = leaves[0] * exact_rstd[..., None] * (leaves[1] if weighted else 1) * (1 if scale is None else leaves[2])
+        exact.backward(grad.double())
+        truths = [exact, exact_rstd, exact + x.double(), *(leaf.grad for leaf in leaves if leaf is not None)]
+        values = [y, rstd, gated, *(value for value, need in zip(grads, needs, strict=True) if need)]
+        for value, truth in zip(values, truths, strict=True):
+            assert value.shape == truth.shape
+            assert relative_error(value.cpu(), truth.detach()) < (1e-6 if value.dtype is torch.float32 else 8e-3)
+
+
+def test_modulation_per_frame_is_frames_as_samples(kernels, device):
+    x, shift, scale = (torch.randn(2, 3, tokens, 8, device=device) for tokens in (5, 1, 1))
+    frames = [value.flatten(0, 1) for value in (x, shift, scale)]
+    y, mean, rstd = kernels.layer_norm_modulate_fwd(*frames, 1e-6, torch.float32)
+    per_token = [value.expand(x.shape).flatten(1, 2) for value in (x, shift, scale)]
+    truth = reference.layer_norm_modulate_fwd(*(value.cpu() for value in per_token), 1e-6, torch.float32)
+    torch.testing.assert_close(y.view(2, 15, 8).cpu(), truth[0], rtol=1e-5, atol=1e-5)
+    grads = kernels.layer_norm_modulate_bwd(y, *frames[::2], mean, rstd, torch.float32, True, True)
+    truth = reference.layer_norm_modulate_bwd(
+        y.view(2, 15, 8).cpu(), per_token[0].cpu(), per_token[2].cpu(), *truth[1:], torch.float32, True, True
+    )
+    for value, exact in zip(grads[1:], truth[1:], strict=True):
+        torch.testing.assert_close(value.view(2, 3, 8).cpu(), exact.view(2, 3, 5, 8).sum(2), rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_of_scale_zero_is_not_read(kernels, device):

@@ -46,6 +46,9 @@ MOST_INSTRUCTIONS = {
     "layer_norm_modulate_bwd_kernel": 48,
     "gated_residual_layer_norm_modulate_kernel": 32,
     "gated_residual_layer_norm_modulate_bwd_kernel": 70,
+    "rms_norm_scale_kernel": 20,
+    "rms_norm_scale_bwd_kernel": 45,
+    "gated_residual_rms_norm_kernel": 24,
 }
 
 

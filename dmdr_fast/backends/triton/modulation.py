@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import cdiv
-from dmdr_fast.kernels.rows import Rows
+from dmdr_fast.backends.triton.launch import cdiv, next_power_of_2
+from dmdr_fast.backends.triton.sums import sum_chunks
+from dmdr_fast.kernels.rows import Pieces, Rows
 
 
 def rows(tensor: Tensor | None) -> Rows | None:
@@ -62,3 +63,19 @@ class Gradient:
     def target(self) -> Rows | None:
         """The buffer as rows."""
         return None if self.buffer is None else Rows(self.buffer, self.buffer.stride(0), self.buffer.stride(1))
+
+
+def finish(*gradients: Gradient) -> None:
+    """Add up the partial sums of those that have some."""
+    sum_chunks(*((one.parts, one.out) for one in gradients if one.parts is not None))
+
+
+def row_tile(width: int, most: int) -> dict[str, object]:
+    """The pieces of a row and the fewest warps with at most ``most`` lanes a thread: per thread, sums cost the same.
+
+    1024 threads are the most; beyond ``1024 most`` features each has more lanes.
+    """
+    first = max(1, next_power_of_2(width) // 2)
+    pieces = Pieces(width, first, next_power_of_2(max(1, width - first)))
+    warps = next_power_of_2(cdiv(pieces.first + pieces.rest, 32 * most))
+    return {"ROW": pieces, "num_warps": min(32, warps)}

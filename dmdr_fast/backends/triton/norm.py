@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends.triton.launch import cdiv, launch, next_power_of_2
-from dmdr_fast.backends.triton.modulation import Gradient, chunks_of, rows
-from dmdr_fast.backends.triton.sums import sum_chunks
+from dmdr_fast.backends.triton.modulation import Gradient, chunks_of, finish, row_tile, rows
 from dmdr_fast.kernels.gated_residual import gated_residual_bwd_kernel, gated_residual_kernel
 from dmdr_fast.kernels.gated_residual_layer_norm_modulate import (
     gated_residual_layer_norm_modulate_bwd_kernel,
@@ -17,7 +16,6 @@ from dmdr_fast.kernels.layer_norm_modulate import (
     layer_norm_modulate_bwd_kernel,
     layer_norm_modulate_kernel,
 )
-from dmdr_fast.kernels.rows import Pieces
 
 # Tiles of the kernels without a norm: features, and rows so that a thread of 4 warps has 32 elements.
 _TILE = 4096
@@ -32,7 +30,7 @@ def layer_norm_modulate_fwd(
     mean, rstd = (x.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
     launch(
         layer_norm_modulate_kernel, (batch * tokens,), rows(x), rows(shift), rows(scale), y, mean, rstd,
-        tokens, eps, **_row_of(width, 64),
+        tokens, eps, **row_tile(width, 64),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -58,9 +56,9 @@ def layer_norm_modulate_bwd(
     launch(
         layer_norm_modulate_bwd_kernel, (batch * chunks,), rows(grad), rows(x), rows(scale), mean.contiguous(),
         rstd.contiguous(), grad_x, grad_shift.target, grad_scale.target, tokens, chunks, chunk,
-        PER_TOKEN=grad_shift.per_token, **_row_of(width, 32),
+        PER_TOKEN=grad_shift.per_token, **row_tile(width, 32),
     )  # fmt: skip
-    _finish(grad_shift, grad_scale)
+    finish(grad_shift, grad_scale)
     return x.new_empty(0) if grad_x is None else grad_x, grad_shift.out, grad_scale.out
 
 
@@ -90,7 +88,7 @@ def gated_residual_bwd(grad: Tensor, h: Tensor, gate: Tensor, need_h: bool, need
         grad_h, grad_gate.buffer, tokens, width, chunks, chunk, PER_TOKEN=grad_gate.per_token,
         GATE_PER_TOKEN=gate.shape[1] != 1, **tile,
     )  # fmt: skip
-    _finish(grad_gate)
+    finish(grad_gate)
     return h.new_empty(0) if grad_h is None else grad_h, grad_gate.out
 
 
@@ -103,7 +101,7 @@ def gated_residual_layer_norm_modulate_fwd(
     mean, rstd = (x.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
     launch(
         gated_residual_layer_norm_modulate_kernel, (batch * tokens,), rows(x), rows(h), rows(gate), rows(shift),
-        rows(scale), residual, y, mean, rstd, tokens, eps, **_row_of(width, 64),
+        rows(scale), residual, y, mean, rstd, tokens, eps, **row_tile(width, 64),
     )  # fmt: skip
     return residual, y, mean, rstd
 
@@ -137,29 +135,13 @@ def gated_residual_layer_norm_modulate_bwd(
         gated_residual_layer_norm_modulate_bwd_kernel, (batch * chunks,), rows(grad_residual), rows(grad_y),
         rows(residual), rows(h), rows(gate), rows(scale), mean.contiguous(), rstd.contiguous(), grad_x, grad_h,
         grad_gate.target, grad_shift.target, grad_scale.target, tokens, chunks, chunk,
-        GATE_PER_TOKEN=grad_gate.per_token, PER_TOKEN=grad_shift.per_token, **_row_of(width, 24),
+        GATE_PER_TOKEN=grad_gate.per_token, PER_TOKEN=grad_shift.per_token, **row_tile(width, 24),
     )  # fmt: skip
-    _finish(grad_gate, grad_shift, grad_scale)
+    finish(grad_gate, grad_shift, grad_scale)
     modulation = grad_shift.out, grad_scale.out
     if need_modulation and grad_y is None:  # the kernel had nothing to write
         modulation = tuple(scale.new_zeros(scale.shape, dtype=dtype) for dtype in (shift_dtype, scale.dtype))
     return grad_x, h.new_empty(0) if grad_h is None else grad_h, grad_gate.out, *modulation
-
-
-def _finish(*gradients: Gradient) -> None:
-    """Add up the partial sums of those that have some."""
-    sum_chunks(*((one.parts, one.out) for one in gradients if one.parts is not None))
-
-
-def _row_of(width: int, most: int) -> dict[str, object]:
-    """The pieces of a row and the fewest warps with at most ``most`` lanes a thread: per thread, sums cost the same.
-
-    1024 threads are the most; beyond ``1024 most`` features each has more lanes.
-    """
-    first = max(1, next_power_of_2(width) // 2)
-    pieces = Pieces(width, first, next_power_of_2(max(1, width - first)))
-    warps = next_power_of_2(cdiv(pieces.first + pieces.rest, 32 * most))
-    return {"ROW": pieces, "num_warps": min(32, warps)}
 
 
 def _tile(width: int) -> dict[str, int]:
