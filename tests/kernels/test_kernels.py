@@ -124,25 +124,36 @@ def test_large_samples_give_what_small_ones_give(kernels, device, monkeypatch, n
     expected = reference.dmd_gradient_fwd(*(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args))
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert not kernels.dmd.counters(device, 1 + 2).any()
+    assert not kernels.dmd.counters(latents[0].device, 1 + 2).any()
 
 
-def test_what_launches_leave_is_kept_per_stream_and_not_while_capturing(device, monkeypatch):
+def test_tables_are_made_once_per_stream_and_captured_launches_take_one_that_is_there(device, monkeypatch):
     from dmdr_fast.backends.triton import kept
 
     made = []
     find = kept.kept(lambda device, size: made.append(size) or len(made))
     stream, capturing = [7], [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(kept, "_stream", lambda index: stream[0])
-    gpu = torch.device("cuda", 0)
-    assert [find(gpu, 3), find(gpu, 3), find(gpu, 4), find(torch.device("cpu"), 3)] == [1, 1, 2, 3]
+    monkeypatch.setattr(kept, "_captures", lambda device: capturing[0])
+    monkeypatch.setattr(kept, "_stream", lambda device: stream[0])
+    assert [find(device, 3), find(device, 3), find(device, 4)] == [1, 1, 2]
     stream[0] = 8
-    assert [find(gpu, 3), find(gpu, 3)] == [4, 4]
-    capturing[0] = True
-    assert [find(gpu, 3), find(gpu, 3)] == [5, 6]
-    capturing[0], stream[0] = False, 7
-    assert find(gpu, 3) == 1
+    assert [find(device, 3), find(device, 3)] == [3, 3]
+    stream[0], capturing[0] = 9, True
+    assert [find(device, 3), find(device, 5), find(device, 5)] == [1, 4, 5]
+
+
+def test_captured_launches_have_counters_of_their_own(device, monkeypatch):
+    from dmdr_fast.backends.triton import kept
+
+    device = torch.empty(0, device=device).device
+    monkeypatch.setattr(kept, "_spare", {device: torch.zeros(20, dtype=torch.int32, device=device)})
+    eager = kept.counters(device, 3)
+    assert kept.counters(device, 1).data_ptr() == eager.data_ptr()
+    monkeypatch.setattr(kept, "_captures", lambda device: True)
+    captured = [kept.counters(device, count) for count in (3, 9, 9, 3)]  # the third finds too few left
+    assert len({tensor.data_ptr() for tensor in (eager, *captured)}) == 5
+    assert [tensor.numel() for tensor in captured] == [4, 12, 12, 4]
+    assert not any(tensor.any() or tensor.data_ptr() % 16 for tensor in captured)
 
 
 ROWS_OF_SCALE = {"batch": (1, 1), "sample": (2, 1), "position": (1, 5), "token": (2, 5), "none": None}
