@@ -3,8 +3,9 @@
     g = weight gain (fake - real) / n,   n = mean |x0 - keep x_t - gain real|
 
 where keep and gain turn a prediction into a denoised sample, x0_hat = keep x_t + gain prediction. A sample that fits
-in a block is read once. Larger ones are read for n and again for g, the second time from the end, which is still in
-the L2 cache.
+in a block is read once, in one launch. Larger ones are read for n and again for g, the second time from the end, which
+is still in the L2 cache: two launches. What is a sum over programs (n, the loss) the last of them to arrive adds up,
+in a fixed order.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from dmdr_fast.kernels.elements import load_sample, store_sample
+from dmdr_fast.kernels.sums import last_to_arrive
 
 
 class Latents(NamedTuple):
@@ -42,19 +44,53 @@ class Scalars(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a kernel is compiled for: the options of ``ops.dmd_gradient`` and the largest number of its result."""
+    """What a kernel is compiled for: the options of ``ops.dmd_loss``, and the largest number of its gradient's dtype.
+
+    ``scaled``: g is written with the loss's factor, and loss_scale is 1.
+    """
 
     prediction: Any
     cfg_mode: Any
     normalizer: Any
     eps_mode: Any
     nan_policy: Any
+    reduction: Any
+    scaled: Any
     largest: Any
+
+
+class Parts(NamedTuple):
+    """What each program finds, [samples, programs of a sample]: sums of g^2 and of |x0 - x0_real|, which are float32;
+    how many elements count, and whether one of g was not finite, which are int32. Any may be None but the first."""
+
+    squares: Any
+    distances: Any
+    counts: Any
+    broken: Any
+
+
+class Totals(NamedTuple):
+    """What is a sum over programs.
+
+    Attributes:
+        norms: [samples] float32.
+        loss, loss_scale: 0-d float32.
+        arrived: int32 counters, 0 between launches: one for all programs, then one per sample.
+        elements: of all samples.
+        factor: of the loss.
+    """
+
+    norms: Any
+    loss: Any
+    loss_scale: Any
+    arrived: Any
+    elements: Any
+    factor: Any
 
 
 @triton.jit
 def dmd_gradient_sample_kernel(
-    latents, scalars, grad, norms, squares, counts, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    latents, scalars, grad, parts, totals, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program per sample, all of it in registers: every tensor is read or written once; grad = written g."""
     sample = tl.program_id(0)
@@ -72,61 +108,56 @@ def dmd_gradient_sample_kernel(
     if OPTIONS.nan_policy == "zero_sample":
         g = tl.where(tl.max(broken.to(tl.int32)) == 0, g, 0.0)
     store_sample(grad, shape, sample, i, scalars.written * g, i < shape.count)
-    tl.store(norms + sample, norm)
-    tl.store(squares + sample, tl.sum(g * g))
+    tl.store(totals.norms + sample, norm)
+    tl.store(parts.squares + sample, tl.sum(g * g))
     if latents.mask is not None:
-        tl.store(counts + sample, selected)
+        tl.store(parts.counts + sample, selected)
+    if last_to_arrive(totals.arrived, tl.num_programs(0)):
+        _write_loss(parts, totals, tl.num_programs(0), latents.mask is not None, OPTIONS)
 
 
 @triton.jit
 def dmd_distance_kernel(
-    latents, scalars, distances, counts, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    latents, scalars, parts, totals, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """First reading of large samples: distances[b, p] = sum |x0 - x0_real| and counts[b, p] of what program p read."""
-    sample, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    """First reading of large samples: the sums and counts of what each program reads, and of them the norms."""
+    sample, part, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     keep, gain = _denoiser(scalars, sample, OPTIONS)
     total = tl.zeros([BLOCK], tl.float32)
     selected = tl.zeros([BLOCK], tl.int32)
-    for start in range(part * BLOCK, shape.count, parts * BLOCK):
+    for start in range(part * BLOCK, shape.count, programs * BLOCK):
         i = start + tl.arange(0, BLOCK)
         on = _selected(latents, shape, sample, i)
         real = _real(latents, scalars, shape, sample, i, on, OPTIONS)
         total += _distance(latents, real, keep, gain, shape, sample, i, on, OPTIONS)
         selected += on.to(tl.int32)
-    tl.store(distances + sample * parts + part, tl.sum(total))
-    tl.store(counts + sample * parts + part, tl.sum(selected))
-
-
-@triton.jit
-def dmd_norm_kernel(distances, counts, norms, samples, parts, eps, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """The normalisers from the partial sums: one program per sample, or one for all of them."""
-    first = tl.program_id(0).to(tl.int64) * parts
-    distance = tl.zeros([BLOCK], tl.float32)
-    selected = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, parts, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        distance += tl.load(distances + first + i, mask=i < parts, other=0)
-        selected += tl.load(counts + first + i, mask=i < parts, other=0)
-    norm = _norm(tl.sum(distance), tl.sum(selected), eps, OPTIONS)
-    for start in range(0, samples, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        tl.store(norms + tl.program_id(0) + i, norm + tl.zeros([BLOCK], tl.float32), mask=i < samples)
+    tl.store(parts.distances + sample * programs + part, tl.sum(total))
+    tl.store(parts.counts + sample * programs + part, tl.sum(selected))
+    if last_to_arrive(totals.arrived + 1 + sample, programs):
+        if OPTIONS.normalizer == "per_sample":
+            _write_norms(parts, totals, sample, 1, programs, scalars.eps, OPTIONS)
+        elif last_to_arrive(totals.arrived, tl.num_programs(0)):
+            _write_norms(parts, totals, sample * 0, tl.num_programs(0), programs, scalars.eps, OPTIONS)
 
 
 @triton.jit
 def dmd_gradient_kernel(
-    latents, scalars, grad, norms, squares, counts, broken, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    latents, scalars, grad, parts, totals, shape, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Second reading: grad = written g. broken[b, p] says that program p met an element that is not finite."""
-    sample, parts = tl.program_id(0), tl.num_programs(1)
-    part = parts - 1 - tl.program_id(1)
+    """Second reading: grad = written g, and the loss."""
+    sample, programs = tl.program_id(0), tl.num_programs(1)
+    part = programs - 1 - tl.program_id(1)
     _keep, gain = _denoiser(scalars, sample, OPTIONS)
-    norm = tl.load(norms + sample) if OPTIONS.normalizer != "none" else 1.0
+    norm = tl.full([], 1.0, tl.float32)
+    if OPTIONS.normalizer == "none":
+        tl.store(totals.norms + sample, norm)
+    else:
+        norm = tl.load(totals.norms + sample)
     scale = _scale(gain, norm, scalars, sample)
     total = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
     selected = tl.zeros([BLOCK], tl.int32)
-    for start in range(part * BLOCK, shape.count, parts * BLOCK):
+    for start in range(part * BLOCK, shape.count, programs * BLOCK):
         i = start + tl.arange(0, BLOCK)
         _real_prediction, difference, on = _difference(latents, scalars, shape, sample, i, OPTIONS)
         g, not_finite = _policy(scale * difference, on, grad.dtype.element_ty, OPTIONS)
@@ -134,47 +165,67 @@ def dmd_gradient_kernel(
         total = tl.fma(g, g, total)
         bad |= not_finite.to(tl.int32)
         selected += on.to(tl.int32)
-    tl.store(squares + sample * parts + part, tl.sum(total))
+    tl.store(parts.squares + sample * programs + part, tl.sum(total))
     if latents.mask is not None:
-        tl.store(counts + sample * parts + part, tl.sum(selected))
+        tl.store(parts.counts + sample * programs + part, tl.sum(selected))
     if OPTIONS.nan_policy == "zero_sample":
-        tl.store(broken + sample * parts + part, tl.max(bad))
+        tl.store(parts.broken + sample * programs + part, tl.max(bad))
+    if last_to_arrive(totals.arrived + 1 + sample, programs):
+        if OPTIONS.nan_policy == "zero_sample":
+            _zero_if_broken(grad, parts, shape, sample, programs, BLOCK)
+        if last_to_arrive(totals.arrived, tl.num_programs(0)):
+            _write_loss(parts, totals, tl.num_programs(0) * programs, latents.mask is not None, OPTIONS)
 
 
 @triton.jit
-def dmd_zero_samples_kernel(grad, squares, broken, shape, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero the samples in which an element was not finite, and their squares."""
-    sample, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    p = tl.arange(0, PARTS)
-    if tl.max(tl.load(broken + sample * parts + p, mask=p < parts, other=0)) != 0:
-        for start in range(part * BLOCK, shape.count, parts * BLOCK):
+def _write_norms(parts, totals, sample, samples, programs, eps, OPTIONS: tl.constexpr):
+    """The normaliser over ``samples`` samples from ``sample`` on, for each of them."""
+    first = sample.to(tl.int64) * programs
+    distance = tl.zeros([256], tl.float32)
+    selected = tl.zeros([256], tl.int64)
+    for start in range(0, samples * programs, 256):
+        i = start + tl.arange(0, 256)
+        distance += tl.load(parts.distances + first + i, mask=i < samples * programs, other=0)
+        selected += tl.load(parts.counts + first + i, mask=i < samples * programs, other=0)
+    norm = _norm(tl.sum(distance), tl.sum(selected), eps, OPTIONS)
+    for start in range(0, samples, 256):
+        i = start + tl.arange(0, 256)
+        tl.store(totals.norms + sample + i, norm + tl.zeros([256], tl.float32), mask=i < samples)
+
+
+@triton.jit
+def _zero_if_broken(grad, parts, shape, sample, programs, BLOCK: tl.constexpr):
+    """Zero a sample in which an element was not finite, and its squares. One program does it: that is rare."""
+    first = sample * programs
+    broken = tl.zeros([256], tl.int32)
+    for start in range(0, programs, 256):
+        i = start + tl.arange(0, 256)
+        broken |= tl.load(parts.broken + first + i, mask=i < programs, other=0)
+    if tl.max(broken) != 0:
+        for start in range(0, shape.count, BLOCK):
             i = start + tl.arange(0, BLOCK)
             store_sample(grad, shape, sample, i, tl.zeros([BLOCK], tl.float32), i < shape.count)
-        tl.store(squares + sample * parts + part, 0.0)
+        for start in range(0, programs, 256):
+            i = start + tl.arange(0, 256)
+            tl.store(parts.squares + first + i, tl.zeros([256], tl.float32), mask=i < programs)
 
 
 @triton.jit
-def dmd_loss_kernel(
-    squares, counts, loss, loss_scale, parts, total_count, factor, MEAN: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """loss = factor * (mean or sum of g^2) and loss_scale = 2 factor (/ count), by one program in a fixed order.
-
-    SCALED: grad has that factor already, loss_scale = 1.
-    """
-    total = tl.zeros([BLOCK], tl.float32)
-    selected = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, parts, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(squares + i, mask=i < parts, other=0)
-        if counts is not None:
-            selected += tl.load(counts + i, mask=i < parts, other=0)
-    scale = 2.0 * factor
-    if MEAN:
-        count = total_count if counts is None else tl.sum(selected).to(tl.float32)
+def _write_loss(parts, totals, programs, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
+    """loss = factor * (mean or sum of g^2) and loss_scale = 2 factor (/ count)."""
+    total = tl.zeros([1024], tl.float32)
+    selected = tl.zeros([1024], tl.int64)
+    for start in range(0, programs, 1024):
+        i = start + tl.arange(0, 1024)
+        total += tl.load(parts.squares + i, mask=i < programs, other=0)
+        if MASKED:
+            selected += tl.load(parts.counts + i, mask=i < programs, other=0)
+    scale = 2.0 * totals.factor
+    if OPTIONS.reduction == "mean":
+        count = tl.sum(selected).to(tl.float32) if MASKED else totals.elements
         scale = tl.div_rn(scale, tl.maximum(count, 1.0))
-    tl.store(loss_scale, 1.0 if SCALED else scale)
-    tl.store(loss, tl.sum(total) * (0.5 * scale))
+    tl.store(totals.loss_scale, 1.0 if OPTIONS.scaled else scale)
+    tl.store(totals.loss, tl.sum(total) * (0.5 * scale))
 
 
 @triton.jit

@@ -3,28 +3,39 @@
 import triton
 import triton.language as tl
 
-from dmdr_fast.kernels.elements import store_as
-from dmdr_fast.kernels.rows import keep_or_add, load_row, norm_gradient, normalized, row_of
+from dmdr_fast.kernels.rows import (
+    centered,
+    full_row,
+    load_row,
+    norm_gradient,
+    normalized,
+    one_plus,
+    plus,
+    rounded_row,
+    row_of,
+    scaled,
+    store_row,
+    times,
+    times_plus,
+)
 
 
 @triton.jit
 def gated_residual_layer_norm_modulate_kernel(
-    x, h, gate, shift, scale, residual, y, mean, rstd, tokens, width, eps, BLOCK: tl.constexpr
+    x, h, gate, shift, scale, residual, y, mean, rstd, tokens, eps, ROW: tl.constexpr
 ):  # fmt: skip
     """One program per row."""
     row = tl.program_id(0)
     batch, token = row // tokens, row % tokens
-    column = tl.arange(0, BLOCK)
-    on = column < width
-    update = load_row(h, batch, token, column, on)
-    total = tl.fma(update, load_row(gate, batch, token, column, on), load_row(x, batch, token, column, on))
+    at = row.to(tl.int64) * ROW.width
+    update = load_row(h, batch, token, ROW)
+    total = times_plus(update, load_row(gate, batch, token, ROW), load_row(x, batch, token, ROW))
     # The norm is that of the rounded residual: the backward reads that one.
-    rounded = total.to(residual.dtype.element_ty)
-    at = row.to(tl.int64) * width + column
-    tl.store(residual + at, rounded, mask=on)
-    normal, row_mean, row_rstd = normalized(rounded.to(tl.float32), on, width, eps)
-    factor = 1.0 + load_row(scale, batch, token, column, on)
-    store_as(y + at, tl.fma(normal, factor, load_row(shift, batch, token, column, on)), on)
+    total = rounded_row(total, residual.dtype.element_ty)
+    store_row(residual + at, total, ROW)
+    normal, row_mean, row_rstd = normalized(total, eps, ROW)
+    factor = one_plus(load_row(scale, batch, token, ROW))
+    store_row(y + at, times_plus(normal, factor, load_row(shift, batch, token, ROW)), ROW)
     tl.store(mean + row, row_mean)
     tl.store(rstd + row, row_rstd)
 
@@ -32,48 +43,52 @@ def gated_residual_layer_norm_modulate_kernel(
 @triton.jit
 def gated_residual_layer_norm_modulate_bwd_kernel(
     grad_residual, grad_y, residual, h, gate, scale, mean, rstd, grad_x, grad_h, grad_gate, grad_shift, grad_scale,
-    tokens, width, chunks, chunk, GATE_PER_TOKEN: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, chunks, chunk, GATE_PER_TOKEN: tl.constexpr, PER_TOKEN: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """One program per ``chunk`` tokens of a sample; gradients that nobody wants, or that do not come, are None.
 
-    The gradients of gate, shift and scale are written per token, or per program as sums over its tokens.
+    GATE_PER_TOKEN: each token has its own gate, and its gradient is written per token; else the gate is read once and
+    its gradient is a partial sum per program. PER_TOKEN says the same of shift and scale.
     """
     batch, part = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    column = tl.arange(0, BLOCK)
-    on = column < width
-    gate_total = tl.zeros([BLOCK], tl.float32)
-    shift_total = tl.zeros([BLOCK], tl.float32)
-    scale_total = tl.zeros([BLOCK], tl.float32)
+    if not PER_TOKEN:
+        factor = one_plus(load_row(scale, batch, 0, ROW))
+    if not GATE_PER_TOKEN:
+        gate_row = load_row(gate, batch, 0, ROW)
+    gate_total, shift_total, scale_total = full_row(0.0, ROW), full_row(0.0, ROW), full_row(0.0, ROW)
     for token in range(part * chunk, tl.minimum(part * chunk + chunk, tokens)):
         row = batch * tokens + token
-        at = row.to(tl.int64) * width + column
-        total = tl.zeros([BLOCK], tl.float32)
+        at = row.to(tl.int64) * ROW.width
+        total = full_row(0.0, ROW)
         if grad_residual is not None:
-            total = load_row(grad_residual, batch, token, column, on)
+            total = load_row(grad_residual, batch, token, ROW)
         if grad_y is not None:
             row_rstd = tl.load(rstd + row)
-            incoming = load_row(grad_y, batch, token, column, on)
-            centered = tl.where(on, load_row(residual, batch, token, column, on) - tl.load(mean + row), 0.0)
-            normal = centered * row_rstd
-            inner = incoming * (1.0 + load_row(scale, batch, token, column, on))
-            total += norm_gradient(inner, normal, row_rstd, width)
+            incoming = load_row(grad_y, batch, token, ROW)
+            normal = scaled(centered(load_row(residual, batch, token, ROW), tl.load(mean + row), ROW), row_rstd)
+            if PER_TOKEN:
+                factor = one_plus(load_row(scale, batch, token, ROW))
+            total = plus(total, norm_gradient(times(incoming, factor), normal, row_rstd, ROW))
             if grad_shift is not None:
-                shift_total = keep_or_add(
-                    shift_total, incoming, grad_shift, batch, token, column, on, PER_TOKEN
-                )  # fmt: skip
-                scale_total = keep_or_add(
-                    scale_total, incoming * normal, grad_scale, batch, token, column, on, PER_TOKEN
-                )  # fmt: skip
-        store_as(grad_x + at, total, on)
+                if PER_TOKEN:
+                    store_row(row_of(grad_shift, batch, token), incoming, ROW)
+                    store_row(row_of(grad_scale, batch, token), times(incoming, normal), ROW)
+                else:
+                    shift_total = plus(shift_total, incoming)
+                    scale_total = plus(scale_total, times(incoming, normal))
+        store_row(grad_x + at, total, ROW)
         if grad_h is not None:
-            store_as(grad_h + at, total * load_row(gate, batch, token, column, on), on)
+            if GATE_PER_TOKEN:
+                gate_row = load_row(gate, batch, token, ROW)
+            store_row(grad_h + at, times(total, gate_row), ROW)
         if grad_gate is not None:
-            product = total * load_row(h, batch, token, column, on)
-            gate_total = keep_or_add(
-                gate_total, product, grad_gate, batch, token, column, on, GATE_PER_TOKEN
-            )  # fmt: skip
+            product = times(total, load_row(h, batch, token, ROW))
+            if GATE_PER_TOKEN:
+                store_row(row_of(grad_gate, batch, token), product, ROW)
+            else:
+                gate_total = plus(gate_total, product)
     if grad_gate is not None and not GATE_PER_TOKEN:
-        store_as(row_of(grad_gate, batch, part) + column, gate_total, on)
+        store_row(row_of(grad_gate, batch, part), gate_total, ROW)
     if grad_shift is not None and not PER_TOKEN:
-        store_as(row_of(grad_shift, batch, part) + column, shift_total, on)
-        store_as(row_of(grad_scale, batch, part) + column, scale_total, on)
+        store_row(row_of(grad_shift, batch, part), shift_total, ROW)
+        store_row(row_of(grad_scale, batch, part), scale_total, ROW)

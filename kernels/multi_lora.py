@@ -2,7 +2,11 @@
 
 Rows (tokens of all samples, one after the other) are taken in tiles. A tile whose samples all have scale 0 reads
 neither x nor the matrices; a row of scale 0 in another tile is not read either.
+
+The scale is a pointer and a stride: 1, or 0 where all samples share one number.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,11 +16,11 @@ from dmdr_fast.kernels.elements import store_as
 
 @triton.jit
 def project_kernel(
-    x, matrix, scale, low_rank, rows, tokens, features, rank, feature_stride, rank_stride,
+    x, matrix, scale, scale_stride, low_rank, rows, tokens, features, rank, feature_stride, rank_stride,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """low_rank = scale_b (x matrix), float32 [rows, rank]; one program per tile of rows and of the rank."""
-    row, batch, token, factor = _tile_of_rows(scale, tl.program_id(0) * ROWS, rows, tokens, ROWS)
+    row, batch, token, factor = _tile_of_rows(scale, scale_stride, tl.program_id(0) * ROWS, rows, tokens, ROWS)
     column = tl.program_id(1) * RANK + tl.arange(0, RANK)
     total = tl.zeros([ROWS, RANK], tl.float32)
     if tl.max((factor != 0).to(tl.int32), 0) != 0:
@@ -36,11 +40,11 @@ def project_kernel(
 
 @triton.jit
 def expand_kernel(
-    low_rank, matrix, scale, base, out, rows, tokens, features, rank, rank_stride, feature_stride,
+    low_rank, matrix, scale, scale_stride, base, out, rows, tokens, features, rank, rank_stride, feature_stride,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """out = base + low_rank matrix, base None being 0; one program per tile of rows and of features."""
-    row, batch, token, factor = _tile_of_rows(scale, tl.program_id(0) * ROWS, rows, tokens, ROWS)
+    row, batch, token, factor = _tile_of_rows(scale, scale_stride, tl.program_id(0) * ROWS, rows, tokens, ROWS)
     column = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     on = (row < rows)[:, None] & (column < features)[None, :]
     total = tl.zeros([ROWS, FEATURES], tl.float32)
@@ -59,47 +63,85 @@ def expand_kernel(
     store_as(out + row[:, None] * features + column[None, :], total, on)
 
 
+class Product(NamedTuple):
+    """left^T right over all rows, in chunks of them.
+
+    Attributes:
+        left, right: :class:`Rows` of left_features and right_features.
+        parts: float32 [chunks of rows, left_features * right_features], what each chunk adds.
+        left_stride, right_stride: those of a part, which may be transposed.
+        chunk: rows of a chunk.
+        programs: one per chunk and tile of the product.
+    """
+
+    left: Any
+    right: Any
+    parts: Any
+    left_features: Any
+    right_features: Any
+    left_stride: Any
+    right_stride: Any
+    chunk: Any
+    programs: Any
+
+
 @triton.jit
 def outer_sums_kernel(
-    left, right, scale, parts, rows, tokens, left_features, right_features, left_stride, right_stride, chunk,
+    products, scale, scale_stride, rows, tokens,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    """parts[p] = left^T right over the p-th ``chunk`` rows; one program per chunk and tile of the product."""
-    tiles = tl.cdiv(right_features, RIGHT)
-    i = tl.program_id(0) // tiles * LEFT + tl.arange(0, LEFT)
-    j = tl.program_id(0) % tiles * RIGHT + tl.arange(0, RIGHT)
-    first = tl.program_id(1) * chunk
-    last = tl.minimum(first + chunk, rows)
+    """The parts of each of ``products``, the programs of one after those of another."""
+    program = tl.program_id(0)
+    for k in tl.static_range(len(products)):
+        if (program >= 0) & (program < products[k].programs):
+            _outer_sums(products[k], program, scale, scale_stride, rows, tokens, PRECISION, WIDE, ROWS, LEFT, RIGHT)
+        program -= products[k].programs
+
+
+@triton.jit
+def _outer_sums(
+    product, program, scale, scale_stride, rows, tokens,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    left, right = product.left, product.right
+    left_features, right_features = product.left_features, product.right_features
+    tiles_across = tl.cdiv(right_features, RIGHT)
+    tiles = tl.cdiv(left_features, LEFT) * tiles_across
+    tile, part = program % tiles, program // tiles
+    i = tile // tiles_across * LEFT + tl.arange(0, LEFT)
+    j = tile % tiles_across * RIGHT + tl.arange(0, RIGHT)
+    first = part * product.chunk
+    last = tl.minimum(first + product.chunk, rows)
     total = tl.zeros([LEFT, RIGHT], tl.float32)
-    if _any_active(scale, first // tokens, (last - 1) // tokens):
+    if _any_active(scale, scale_stride, first // tokens, (last - 1) // tokens):
         for start in range(first, last, ROWS):
-            _row, batch, token, factor = _tile_of_rows(scale, start, last, tokens, ROWS)
+            _row, batch, token, factor = _tile_of_rows(scale, scale_stride, start, last, tokens, ROWS)
             active = (factor != 0)[:, None]
             at = (batch * left.batch_stride + token * left.token_stride)[:, None] + i[None, :]
             a = tl.load(left.pointer + at, mask=active & (i < left_features)[None, :], other=0)
             at = (batch * right.batch_stride + token * right.token_stride)[:, None] + j[None, :]
             b = tl.load(right.pointer + at, mask=active & (j < right_features)[None, :], other=0)
             total = _dot(tl.trans(a), b, total, PRECISION, WIDE)
-    to = parts + tl.program_id(1).to(tl.int64) * left_features * right_features
+    to = product.parts + part.to(tl.int64) * left_features * right_features
     on = (i < left_features)[:, None] & (j < right_features)[None, :]
-    tl.store(to + i[:, None] * left_stride + j[None, :] * right_stride, total, mask=on)
+    tl.store(to + i[:, None] * product.left_stride + j[None, :] * product.right_stride, total, mask=on)
 
 
 @triton.jit
-def _tile_of_rows(scale, first, rows, tokens, ROWS: tl.constexpr):
+def _tile_of_rows(scale, scale_stride, first, rows, tokens, ROWS: tl.constexpr):
     """(row, sample, token, scale of the sample) [ROWS]; the scale is 0 beyond the last row."""
     row = first + tl.arange(0, ROWS).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    return row, batch, token, tl.load(scale + batch, mask=row < rows, other=0)
+    return row, batch, token, tl.load(scale + batch * scale_stride, mask=row < rows, other=0)
 
 
 @triton.jit
-def _any_active(scale, first, last):
+def _any_active(scale, scale_stride, first, last):
     """Whether a sample of first .. last has a scale other than 0."""
     found = tl.zeros([32], tl.int32)
     for start in range(first, last + 1, 32):
         i = start + tl.arange(0, 32)
-        found |= (tl.load(scale + i, mask=i <= last, other=0) != 0).to(tl.int32)
+        found |= (tl.load(scale + i * scale_stride, mask=i <= last, other=0) != 0).to(tl.int32)
     return tl.max(found, 0) != 0
 
 

@@ -86,8 +86,9 @@ class Recorder:
         """The notes; None where they cannot be repeated. ``outputs`` is what the function returned."""
         several = isinstance(outputs, tuple)
         places = [self.place(output) for output in (outputs if several else (outputs,))]
+        # What a graph allocates once is the graph's; on meta tensors nothing was launched.
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing or not self._repeatable:  # what a graph allocates once is the graph's
+        if capturing or self.device.type == "meta" or not self._repeatable:
             return None
         made = [place[0] - self._first_new for place in places]
         return Plan(self._allocations, self._launches, made if several else made[0])

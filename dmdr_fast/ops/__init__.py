@@ -19,12 +19,14 @@ from dmdr_fast.ops.activation import gelu_mul, silu_mul
 from dmdr_fast.ops.dmd import DMDGradient, dmd_gradient, dmd_loss
 from dmdr_fast.ops.gated_residual import gated_residual
 from dmdr_fast.ops.gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
+from dmdr_fast.ops.gated_residual_rms_norm import gated_residual_rms_norm
 from dmdr_fast.ops.grpo_loss import GRPOLoss, RatioStats, grpo_loss
 from dmdr_fast.ops.layer_norm_modulate import layer_norm_modulate
 from dmdr_fast.ops.lora import multi_lora
 from dmdr_fast.ops.preprocess import preprocess_reward
 from dmdr_fast.ops.qk_norm_rope import qk_norm_rope
 from dmdr_fast.ops.renoise import normal_noise, renoise
+from dmdr_fast.ops.rms_norm_scale import rms_norm_scale
 from dmdr_fast.ops.sde_step import SDEStep, sde_step_logprob
 
 
@@ -60,6 +62,7 @@ __all__ = [
     "explain",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
+    "gated_residual_rms_norm",
     "gelu_mul",
     "grpo_loss",
     "layer_norm_modulate",
@@ -69,6 +72,7 @@ __all__ = [
     "preprocess_reward",
     "qk_norm_rope",
     "renoise",
+    "rms_norm_scale",
     "sde_step_logprob",
     "silu_mul",
 ]

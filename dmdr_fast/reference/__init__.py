@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from dmdr_fast.reference import activation, dmd, preprocess  # noqa: F401
+from dmdr_fast.reference import activation, dmd, preprocess, qk_norm_rope  # noqa: F401
 from dmdr_fast.reference.lora import low_rank
 from dmdr_fast.reference.modulate import layer_norm_statistics
 from dmdr_fast.reference.noise import seeded_normals
 from dmdr_fast.reference.philox import philox4x32, seeded_blocks
-from dmdr_fast.reference.qk_norm_rope import rms_norm_statistic
 from dmdr_fast.reference.registry import FUNCTIONS
+from dmdr_fast.reference.rms_norm import rms_norm_statistic
 from dmdr_fast.reference.sde_step import sde_coefficients
 
 

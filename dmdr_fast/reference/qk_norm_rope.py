@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dmdr_fast.reference.precision import compute_dtype
 from dmdr_fast.reference.registry import implements
+from dmdr_fast.reference.rms_norm import rms_norm_statistic
 
 
 @implements("qk_norm_rope_fwd")
@@ -27,11 +28,6 @@ def qk_norm_rope_bwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dq_weight = _backward(a, a.grad_q, a.q, a.q_weight, a.q_rstd)
     dk, dk_weight = _backward(a, a.grad_k, a.k, a.k_weight, a.k_rstd)
     return dq, dk, dq_weight, dk_weight
-
-
-def rms_norm_statistic(x: Tensor, eps: float, compute: torch.dtype) -> Tensor:
-    """1 / sqrt(mean x^2 + eps) over the last dimension, contiguous, in the compute dtype."""
-    return torch.rsqrt(x.to(compute).square().mean(-1) + eps).contiguous()
 
 
 def _forward(a, x: Tensor, weight: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,9 @@ def small_calls(dtype: torch.dtype | None, strided: bool) -> Iterator[Call]:
         _dmd_calls,
         _sde_calls,
         _token_calls,
+        _row_calls,
         _lora_calls,
+        _one_scale_calls,
         _rope_calls,
         _activation_calls,
         _image_calls,
@@ -111,6 +113,12 @@ def _token_calls(draw: Draw) -> Iterator[Call]:
         yield Call("layer_norm_modulate_fwd", label, (x, shift, scale, 1e-6, h.dtype))
         yield Call("gated_residual_fwd", label, (x, h, gate))
         yield Call("gated_residual_layer_norm_modulate_fwd", label, (x, h, gate, shift, scale, 1e-6, grad.dtype))
+        for weight in (draw(width), None):
+            yield Call("rms_norm_scale_fwd", label, (x, weight, scale, 1e-6, h.dtype))
+            yield Call("gated_residual_rms_norm_fwd", label, (x, h, gate, weight, 1e-6))
+            need_weight = weight is not None
+            yield Call("rms_norm_scale_bwd", label, (grad, x, weight, scale, rstd, 1e-6, True, need_weight, True))
+        yield Call("rms_norm_scale_bwd", label, (grad, x, draw(width), scale, rstd, 1e-6, False, True, False))
         for need in ((True, True), (True, False), (False, True)):
             yield Call("layer_norm_modulate_bwd", label, (grad_y, x, scale, mean, rstd, 1e-6, shift.dtype, *need))
             yield Call("gated_residual_bwd", label, (grad, h, gate, *need))
@@ -123,6 +131,16 @@ def _token_calls(draw: Draw) -> Iterator[Call]:
             yield Call("gated_residual_layer_norm_modulate_bwd", label, args)
 
 
+def _row_calls(draw: Draw) -> Iterator[Call]:
+    batch, tokens = 2, 5
+    for width in (1, 48, 100):  # one feature, two full pieces of a row, a last piece that is not full
+        x, vector = draw(batch, tokens, width), draw(batch, 1, width)
+        stats = draw(batch, tokens, dtype=torch.float32), draw.per_sample(batch * tokens).view(batch, tokens)
+        label = f"{width} features"
+        yield Call("layer_norm_modulate_fwd", label, (x, vector, vector, 1e-6, x.dtype))
+        yield Call("layer_norm_modulate_bwd", label, (x, x, vector, *stats, 1e-6, x.dtype, True, True))
+
+
 def _lora_calls(draw: Draw) -> Iterator[Call]:
     for tokens, n_in, rank, n_out in (((5,), 33, 3, 17), ((), 20, 17, 16), ((2, 40), 70, 4, 20)):
         x, base, grad = (draw(3, *tokens, size) for size in (n_in, n_out, n_out))
@@ -132,6 +150,14 @@ def _lora_calls(draw: Draw) -> Iterator[Call]:
         yield Call("multi_lora_fwd", f"rank-{rank}", (x, base, A, B, scale))
         for need in ((True, True, True), (False, True, False)):
             yield Call("multi_lora_bwd", f"rank-{rank}", (grad, x, low_rank, A, B, scale, *need))
+
+
+def _one_scale_calls(draw: Draw) -> Iterator[Call]:
+    x, base, grad = draw(3, 5, 33), draw(3, 5, 17), draw(3, 5, 17)
+    A, B, low_rank = draw(33, 3), draw(3, 17), draw(3, 5, 3, dtype=torch.float32)
+    for label, scale in (("expanded", torch.tensor([0.7]).expand(3)), ("0-d", torch.tensor(0.7))):  # not copied
+        yield Call("multi_lora_fwd", label, (x, base, A, B, scale))
+        yield Call("multi_lora_bwd", label, (grad, x, low_rank, A, B, scale, True, True, True))
 
 
 def _rope_calls(draw: Draw) -> Iterator[Call]:
@@ -174,7 +200,8 @@ def _image_calls(draw: Draw) -> Iterator[Call]:
     ):
         mean, std = MEAN[:channels], STD[:channels]
         image = _channels_last(draw(batch, channels, height, width)) if channels == 2 else draw(batch, 1, height, width)
-        inside = torch.randint(0, 256, (batch, channels, height, (width + 7) // 8), dtype=torch.uint8)
+        bits = (batch, channels, height, (width + 7) // 8)
+        inside = torch.randint(0, 256, bits, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
         grad = draw(batch, channels, *size)
         for antialias in (True, False):
             label = f"{height}x{width}-{'aa' if antialias else 'plain'}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.triton import BACKEND
+from dmdr_fast.backends.triton import BACKEND, preprocess
 from tests.raw import RawFunctions
 
 _FLOAT = torch.float32
@@ -23,7 +23,7 @@ def cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
 
     A kernel that is left out of the latter is a second stage: sums, scalars, tables.
     """
-    return {**_latent_cases(), **_token_cases(), **_image_cases()}
+    return {**_latent_cases(), **_norm_cases(), **_token_cases(), **_image_cases()}
 
 
 def _latent_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
@@ -56,7 +56,7 @@ def _latent_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
         "dmd_gradient_fwd, 16384 elements": (dmd(block, "zero"), {"dmd_gradient_sample_kernel": 16384}),
         "dmd_gradient_fwd, 262144 elements": (
             dmd(x, "zero_sample"),
-            {"dmd_distance_kernel": 2048, "dmd_gradient_kernel": 2048, "dmd_zero_samples_kernel": 2048},
+            {"dmd_distance_kernel": 2048, "dmd_gradient_kernel": 2048},
         ),
         "dmd_loss_bwd": (
             lambda: kernels.dmd_loss_bwd(number, x, number, torch.bfloat16),
@@ -73,37 +73,65 @@ def _latent_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
     }
 
 
+def _norm_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
+    """Rows of SiT-XL, SD3, SD3.5, FLUX and Z-Image: each width fills its two pieces otherwise."""
+    result = {}
+    for width in (1152, 1536, 2432, 3072, 3840):
+        result |= _norms_of(width, f"{width} features", shared=True)
+    return result | _norms_of(1536, "modulation per token", shared=False)
+
+
+def _norms_of(width: int, label: str, shared: bool) -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
+    batch, tokens = 4, 4096
+    x, row = meta(batch, tokens, width), meta(batch, tokens, dtype=_FLOAT)
+    rows, weight = meta(batch, 1, width) if shared else x, meta(width)
+    return {
+        f"layer_norm_modulate_fwd, {label}": (
+            lambda: kernels.layer_norm_modulate_fwd(x, rows, rows, 1e-6, torch.bfloat16),
+            {"layer_norm_modulate_kernel": width},
+        ),
+        f"layer_norm_modulate_bwd, {label}": (
+            lambda: kernels.layer_norm_modulate_bwd(x, x, rows, row, row, 1e-6, torch.bfloat16, True, True),
+            {"layer_norm_modulate_bwd_kernel": width},
+        ),
+        f"gated_residual_layer_norm_modulate_fwd, {label}": (
+            lambda: kernels.gated_residual_layer_norm_modulate_fwd(x, x, rows, rows, rows, 1e-6, torch.bfloat16),
+            {"gated_residual_layer_norm_modulate_kernel": width},
+        ),
+        f"gated_residual_layer_norm_modulate_bwd, {label}": (
+            lambda: kernels.gated_residual_layer_norm_modulate_bwd(
+                x, x, x, x, rows, rows, row, row, 1e-6, torch.bfloat16, True, True, True
+            ),
+            {"gated_residual_layer_norm_modulate_bwd_kernel": width},
+        ),
+        f"rms_norm_scale_fwd, {label}": (
+            lambda: kernels.rms_norm_scale_fwd(x, weight, rows, 1e-5, torch.bfloat16),
+            {"rms_norm_scale_kernel": width},
+        ),
+        f"rms_norm_scale_bwd, {label}": (
+            lambda: kernels.rms_norm_scale_bwd(x, x, weight, rows, row, 1e-5, True, True, True),
+            {"rms_norm_scale_bwd_kernel": width},
+        ),
+        f"gated_residual_rms_norm_fwd, {label}": (
+            lambda: kernels.gated_residual_rms_norm_fwd(x, x, rows, weight, 1e-5),
+            {"gated_residual_rms_norm_kernel": width},
+        ),
+    }
+
+
 def _token_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
     batch, tokens, width, rank = 4, 4096, 1536, 64
-    x, one, row = meta(batch, tokens, width), meta(batch, 1, width), meta(batch, tokens, dtype=_FLOAT)
+    x, one = meta(batch, tokens, width), meta(batch, 1, width)
     q, weight, table = meta(batch, tokens, 24, 128), meta(128), meta(1, tokens, 128, dtype=_FLOAT)
     rstd = meta(batch, tokens, 24, dtype=_FLOAT)
     packed, half = meta(batch, tokens, 8192), meta(batch, tokens, 4096)
     A, B, scale = meta(width, rank), meta(rank, width), meta(batch, dtype=_FLOAT)
     low_rank = meta(batch, tokens, rank, dtype=_FLOAT)
     result = {
-        "layer_norm_modulate_fwd": (
-            lambda: kernels.layer_norm_modulate_fwd(x, one, one, 1e-6, torch.bfloat16),
-            {"layer_norm_modulate_kernel": width},
-        ),
-        "layer_norm_modulate_bwd": (
-            lambda: kernels.layer_norm_modulate_bwd(x, x, one, row, row, 1e-6, torch.bfloat16, True, True),
-            {"layer_norm_modulate_bwd_kernel": width},
-        ),
         "gated_residual_fwd": (lambda: kernels.gated_residual_fwd(x, x, one), {"gated_residual_kernel": 4096}),
         "gated_residual_bwd": (
             lambda: kernels.gated_residual_bwd(x, x, one, True, True),
             {"gated_residual_bwd_kernel": 4096},
-        ),
-        "gated_residual_layer_norm_modulate_fwd": (
-            lambda: kernels.gated_residual_layer_norm_modulate_fwd(x, x, one, one, one, 1e-6, torch.bfloat16),
-            {"gated_residual_layer_norm_modulate_kernel": width},
-        ),
-        "gated_residual_layer_norm_modulate_bwd": (
-            lambda: kernels.gated_residual_layer_norm_modulate_bwd(
-                x, x, x, x, one, one, row, row, 1e-6, torch.bfloat16, True, True, True
-            ),
-            {"gated_residual_layer_norm_modulate_bwd_kernel": width},
         ),
         "multi_lora_fwd": (
             lambda: kernels.multi_lora_fwd(x, x, A, B, scale),
@@ -144,9 +172,14 @@ def _token_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
 def _image_cases() -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
     image, small, inside = meta(8, 3, 1024, 1024), meta(8, 3, 224, 224), meta(8, 3, 1024, 128, dtype=torch.uint8)
     mean, std = [0.5] * 3, [0.25] * 3
+
+    def first_use() -> None:
+        preprocess._tables.clear()
+        kernels.preprocess_reward_fwd(image, 224, 224, mean, std, True, -1.0, 1.0, True)
+
     return {
         "preprocess_reward_fwd": (
-            lambda: kernels.preprocess_reward_fwd(image, 224, 224, mean, std, True, -1.0, 1.0, True),
+            first_use,
             {"resize_rows_kernel": 4 * 1024, "resize_columns_kernel": 8 * 128},
         ),
         "preprocess_reward_bwd": (

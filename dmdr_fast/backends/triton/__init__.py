@@ -4,7 +4,7 @@ Launch configurations are rules on the shape, not measurements: nothing is timed
 like any other, and all of it can be captured in a CUDA graph. Arithmetic is float32, sums have a fixed order.
 """
 
-from dmdr_fast.backends.triton import activation, dmd, lora, modulation, preprocess, qk, renoise, sde  # noqa: F401
+from dmdr_fast.backends.triton import activation, dmd, lora, modulation, preprocess, qk, renoise, rms_norm, sde  # noqa: F401
 from dmdr_fast.backends.triton.launch import BACKEND
 
 __all__ = ["BACKEND"]

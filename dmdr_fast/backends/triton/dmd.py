@@ -5,27 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends.triton.counters import counters
 from dmdr_fast.backends.triton.launch import (
     Launches,
     Samples,
     block_and_warps,
     cdiv,
     implements,
-    next_power_of_2,
     samples,
     too_large,
 )
 from dmdr_fast.kernels.dmd_gradient import (
     Latents,
     Options,
+    Parts,
     Scalars,
+    Totals,
     dmd_distance_kernel,
     dmd_gradient_kernel,
     dmd_gradient_sample_kernel,
     dmd_loss_bwd_kernel,
-    dmd_loss_kernel,
-    dmd_norm_kernel,
-    dmd_zero_samples_kernel,
 )
 
 # What 512 threads hold: 32 elements each. 1024 threads of 32 spill.
@@ -44,68 +43,47 @@ def dmd_gradient_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if a.scaled:
         written = 2 * a.factor / max(a.x0.numel(), 1) if a.reduction == "mean" else 2 * a.factor
     scalars = Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
+    largest = torch.finfo(out_dtype).max
     options = Options(
-        a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, torch.finfo(out_dtype).max
+        a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest
     )  # fmt: skip
+    norms, loss, loss_scale = (run.new(shape, torch.float32) for shape in (a.x0.shape[:1], (), ()))
+    arrived = run.allocate(counters, 1 + a.x0.shape[0])
+    totals = Totals(norms, loss, loss_scale, arrived, float(a.x0.numel()), float(a.factor))
     fits = a.normalizer != "global" and view.shape.count <= _LARGEST_BLOCK
-    if a.normalizer == "none" and not fits:  # the second reading does not write them
-        norms = run.filled(a.x0.shape[:1], 1, torch.float32)
-    else:
-        norms = run.new(a.x0.shape[:1], torch.float32)
-    squares, counts = (_one_reading if fits else _two_readings)(
-        run, view, scalars, grad, norms, mask is not None, options
-    )
-
-    loss, loss_scale = (run.new((), torch.float32) for _ in range(2))
-    run.launch(
-        dmd_loss_kernel, (1,), squares, counts, loss, loss_scale, squares.numel(), float(a.x0.numel()),
-        float(a.factor), MEAN=a.reduction == "mean", SCALED=a.scaled, BLOCK=1024,
-    )  # fmt: skip
+    (_one_reading if fits else _two_readings)(run, view, scalars, grad, totals, options)
     return grad, norms, loss, loss_scale
 
 
 def _one_reading(
-    run: Launches, view: Samples, scalars: Scalars, grad: Tensor, norms: Tensor, masked: bool, options: Options
-) -> tuple[Tensor, Tensor | None]:
-    """Write grad and norms; returns the sums of squares, and the counts where there is a mask."""
-    squares = run.new(norms.shape, torch.float32)
-    counts = run.new(norms.shape, torch.int32) if masked else None
+    run: Launches, view: Samples, scalars: Scalars, grad: Tensor, totals: Totals, options: Options
+) -> None:
+    """Write grad and the totals."""
+    latents, norms = Latents(*view.views), totals.norms
+    counts = None if latents.mask is None else run.new(norms.shape, torch.int32)
     count = view.shape.count
     block, warps = block_and_warps(count, 16 if count <= 4096 else 32, _LARGEST_BLOCK)
     run.launch(
-        dmd_gradient_sample_kernel, (view.batch,), Latents(*view.views), scalars, grad, norms, squares, counts,
-        view.shape, OPTIONS=options, BLOCK=block, num_warps=warps,
+        dmd_gradient_sample_kernel, (view.batch,), latents, scalars, grad,
+        Parts(run.new(norms.shape, torch.float32), None, counts, None), totals, view.shape, OPTIONS=options,
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    return squares, counts
 
 
 def _two_readings(
-    run: Launches, view: Samples, scalars: Scalars, grad: Tensor, norms: Tensor, masked: bool, options: Options
-) -> tuple[Tensor, Tensor | None]:
+    run: Launches, view: Samples, scalars: Scalars, grad: Tensor, totals: Totals, options: Options
+) -> None:
     """As ``_one_reading``, for samples beyond a block and for the normaliser over all samples."""
     batch, shape, latents = view.batch, view.shape, Latents(*view.views)
     block, warps = block_and_warps(shape.count, 16, 2048)
-    parts = min(cdiv(shape.count, block), _MOST_PARTS)
-    squares, distances = (run.new((batch, parts), torch.float32) for _ in range(2))
-    counts, broken = (run.new((batch, parts), torch.int32) for _ in range(2))
+    grid = batch, min(cdiv(shape.count, block), _MOST_PARTS)
+    squares, distances = (run.new(grid, torch.float32) for _ in range(2))
+    counts, broken = (run.new(grid, torch.int32) for _ in range(2))
+    parts = Parts(squares, distances, counts, broken)
     constants = {"OPTIONS": options, "BLOCK": block, "num_warps": warps}
     if options.normalizer != "none":
-        run.launch(dmd_distance_kernel, (batch, parts), latents, scalars, distances, counts, shape, **constants)
-        programs = batch if options.normalizer == "per_sample" else 1
-        run.launch(
-            dmd_norm_kernel, (programs,), distances, counts, norms, batch // programs, batch * parts // programs,
-            scalars.eps, OPTIONS=options, BLOCK=256,
-        )  # fmt: skip
-    run.launch(
-        dmd_gradient_kernel, (batch, parts), latents, scalars, grad, norms, squares, counts, broken, shape,
-        **constants,
-    )  # fmt: skip
-    if options.nan_policy == "zero_sample":
-        run.launch(
-            dmd_zero_samples_kernel, (batch, parts), grad, squares, broken, shape, PARTS=next_power_of_2(parts),
-            BLOCK=block, num_warps=warps,
-        )  # fmt: skip
-    return squares, counts if masked else None
+        run.launch(dmd_distance_kernel, grid, latents, scalars, parts, totals, shape, **constants)
+    run.launch(dmd_gradient_kernel, grid, latents, scalars, grad, parts, totals, shape, **constants)
 
 
 @implements("dmd_loss_bwd", refuses=too_large("g"))

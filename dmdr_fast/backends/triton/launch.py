@@ -42,6 +42,8 @@ class Launches(Recorder):
         elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
         with torch.cuda.device(self.device) if elsewhere else nullcontext():
             compiled = kernel[grid](*_plain(args), **constants, num_warps=num_warps, enable_fp_fusion=False)
+        if self.device.type == "meta":  # compiled ahead of time, launched nowhere
+            return
         values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
         if INTERPRETED:
             self.note(self._interpreted(kernel, grid, args, constants))

@@ -14,7 +14,7 @@ from dmdr_fast.kernels.gated_residual_layer_norm_modulate import (
     gated_residual_layer_norm_modulate_kernel,
 )
 from dmdr_fast.kernels.layer_norm_modulate import layer_norm_modulate_bwd_kernel, layer_norm_modulate_kernel
-from dmdr_fast.kernels.rows import Rows
+from dmdr_fast.kernels.rows import Pieces, Rows
 
 # A block holds a row: beyond this its registers spill more than they hold.
 _LONGEST_ROW = 65536
@@ -22,7 +22,7 @@ _LONGEST_ROW = 65536
 _TILE = 4096
 
 
-def _refuses(x: str, *vectors: str):
+def refuses(x: str, *vectors: str):
     """Of a raw function whose arguments ``x`` and ``vectors`` are called so."""
 
     def refusal(a) -> str | None:
@@ -34,33 +34,33 @@ def _refuses(x: str, *vectors: str):
     return refusal
 
 
-@implements("layer_norm_modulate_fwd", refuses=_refuses("x", "shift", "scale"))
+@implements("layer_norm_modulate_fwd", refuses=refuses("x", "shift", "scale"))
 def layer_norm_modulate_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor]:
     y = run.new(a.x.shape, a.out_dtype or a.x.dtype)
     mean, rstd = (run.new(a.x.shape[:-1], torch.float32) for _ in range(2))
     g = Grouped(run, a.x, a.shift, a.scale)
     run.launch(
         layer_norm_modulate_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.vectors(a.shift)),
-        rows(g.vectors(a.scale)), y, mean, rstd, g.tokens, g.width, float(a.eps), **_row_of(g.width, 64),
+        rows(g.vectors(a.scale)), y, mean, rstd, g.tokens, float(a.eps), **row_tile(g.width, 64),
     )  # fmt: skip
     return y, mean, rstd
 
 
-@implements("layer_norm_modulate_bwd", refuses=_refuses("x", "scale"))
+@implements("layer_norm_modulate_bwd", refuses=refuses("x", "scale"))
 def layer_norm_modulate_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor]:
     g = Grouped(run, a.x, a.scale)
     grad_x = run.new(a.x.shape if a.need_x else (0,), a.x.dtype)
     grads = [Gradient(g, a.scale, dtype, a.need_modulation) for dtype in (a.shift_dtype, a.scale.dtype)]
-    chunks, chunk = _chunks_of(g, 512 if grads[0].summed else None)
+    chunks, chunk = chunks_of(g, 512 if grads[0].summed else None)
     for grad in grads:
         grad.allocate(run, chunks)
     run.launch(
         layer_norm_modulate_bwd_kernel, (g.groups * chunks,), rows(g.rows(a.grad)), rows(g.rows(a.x)),
         rows(g.vectors(a.scale)), a.mean.contiguous(), a.rstd.contiguous(), grad_x if a.need_x else None,
-        grads[0].target, grads[1].target, g.tokens, g.width, chunks, chunk, PER_TOKEN=grads[0].per_token,
-        **_row_of(g.width, 16),
+        grads[0].target, grads[1].target, g.tokens, chunks, chunk, PER_TOKEN=grads[0].per_token,
+        **row_tile(g.width, 32),
     )  # fmt: skip
-    _finish(run, *grads)
+    finish(run, *grads)
     return grad_x, grads[0].out, grads[1].out
 
 
@@ -83,18 +83,18 @@ def gated_residual_bwd(run: Launches, a) -> tuple[Tensor, Tensor]:
     gate, grad_gate = g.vectors(a.gate), Gradient(g, a.gate, a.gate.dtype, a.need_gate)
     chunks, chunk = cdiv(g.tokens, tile["ROWS"]), tile["ROWS"]
     if grad_gate.summed:
-        chunks, chunk = _chunks_of(g, 512)
+        chunks, chunk = chunks_of(g, 512)
     grad_gate.allocate(run, chunks)
     run.launch(
         gated_residual_bwd_kernel, (g.groups * chunks, cdiv(g.width, tile["BLOCK"])), rows(g.rows(a.grad)),
         rows(g.rows(a.h)), rows(gate), grad_h if a.need_h else None, grad_gate.buffer, g.tokens, g.width, chunks, chunk,
         PER_TOKEN=grad_gate.per_token, GATE_PER_TOKEN=gate.shape[1] != 1, **tile,
     )  # fmt: skip
-    _finish(run, grad_gate)
+    finish(run, grad_gate)
     return grad_h, grad_gate.out
 
 
-@implements("gated_residual_layer_norm_modulate_fwd", refuses=_refuses("x", "gate", "shift", "scale"))
+@implements("gated_residual_layer_norm_modulate_fwd", refuses=refuses("x", "gate", "shift", "scale"))
 def gated_residual_layer_norm_modulate_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual, y = run.new(a.x.shape, a.x.dtype), run.new(a.x.shape, a.out_dtype or a.x.dtype)
     mean, rstd = (run.new(a.x.shape[:-1], torch.float32) for _ in range(2))
@@ -102,12 +102,12 @@ def gated_residual_layer_norm_modulate_fwd(run: Launches, a) -> tuple[Tensor, Te
     run.launch(
         gated_residual_layer_norm_modulate_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.rows(a.h)),
         *(rows(g.vectors(vector)) for vector in (a.gate, a.shift, a.scale)), residual, y, mean, rstd, g.tokens,
-        g.width, float(a.eps), **_row_of(g.width, 64),
+        float(a.eps), **row_tile(g.width, 64),
     )  # fmt: skip
     return residual, y, mean, rstd
 
 
-@implements("gated_residual_layer_norm_modulate_bwd", refuses=_refuses("residual", "gate", "scale"))
+@implements("gated_residual_layer_norm_modulate_bwd", refuses=refuses("residual", "gate", "scale"))
 def gated_residual_layer_norm_modulate_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     g = Grouped(run, a.residual, a.gate, a.scale)
     grad_x = run.new(a.residual.shape, a.residual.dtype)
@@ -116,18 +116,17 @@ def gated_residual_layer_norm_modulate_bwd(run: Launches, a) -> tuple[Tensor, Te
     grad_gate = Gradient(g, a.gate, a.gate.dtype, a.need_gate)
     grads = [Gradient(g, a.scale, dtype, through_y) for dtype in (a.shift_dtype, a.scale.dtype)]
     # 3 blocks of 167 registers a multiprocessor
-    chunks, chunk = _chunks_of(g, 384 if grad_gate.summed or grads[0].summed else None)
+    chunks, chunk = chunks_of(g, 384 if grad_gate.summed or grads[0].summed else None)
     for grad in (grad_gate, *grads):
         grad.allocate(run, chunks)
     run.launch(
         gated_residual_layer_norm_modulate_bwd_kernel, (g.groups * chunks,), rows(g.rows(a.grad_residual)),
         rows(g.rows(a.grad_y)), rows(g.rows(a.residual)), rows(g.rows(a.h)), rows(g.vectors(a.gate)),
         rows(g.vectors(a.scale)), a.mean.contiguous(), a.rstd.contiguous(), grad_x, grad_h if a.need_h else None,
-        grad_gate.target, grads[0].target, grads[1].target, g.tokens, g.width, chunks, chunk,
-        GATE_PER_TOKEN=grad_gate.per_token, PER_TOKEN=grads[0].per_token, **_row_of(g.width, 16),
+        grad_gate.target, grads[0].target, grads[1].target, g.tokens, chunks, chunk,
+        GATE_PER_TOKEN=grad_gate.per_token, PER_TOKEN=grads[0].per_token, **row_tile(g.width, 24),
     )  # fmt: skip
-    _finish(run, grad_gate)
-    _finish(run, *grads)
+    finish(run, grad_gate, *grads)
     modulation = grads[0].out, grads[1].out
     if a.need_modulation and a.grad_y is None:  # the kernel had nothing to write
         modulation = tuple(run.filled(a.scale.shape, 0, dtype) for dtype in (a.shift_dtype, a.scale.dtype))
@@ -177,13 +176,12 @@ class Gradient:
         return Rows(self.buffer, lines * self._grouped.width, self._grouped.width)
 
 
-def _finish(run: Launches, first: Gradient, second: Gradient | None = None) -> None:
-    """Add up the partial sums of one gradient or of two of one shape."""
-    if first.parts is not None:
-        sum_chunks(run, first.parts, first.out, *(() if second is None else (second.parts, second.out)))
+def finish(run: Launches, *gradients: Gradient) -> None:
+    """Add up the partial sums of those that have some."""
+    sum_chunks(run, *((one.parts, one.out) for one in gradients if one.parts is not None))
 
 
-def _chunks_of(g: Grouped, programs: int | None) -> tuple[int, int]:
+def chunks_of(g: Grouped, programs: int | None) -> tuple[int, int]:
     """(programs per group, tokens of each) for about ``programs`` in all; None: one token each.
 
     Kernels that sum over tokens take as many programs as an H100 runs at once: their partial sums are then 5 % of the
@@ -195,10 +193,15 @@ def _chunks_of(g: Grouped, programs: int | None) -> tuple[int, int]:
     return cdiv(g.tokens, chunk), chunk
 
 
-def _row_of(width: int, per_thread: int) -> dict[str, int]:
-    """A block that holds a row at ``per_thread`` elements a thread, or twice that for a row beyond 1024 threads'."""
-    block = max(32, next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": max(1, min(32, block // (32 * per_thread)))}
+def row_tile(width: int, most: int) -> dict[str, object]:
+    """The pieces of a row and the fewest warps with at most ``most`` lanes a thread: per thread, sums cost the same.
+
+    1024 threads are the most; beyond ``1024 most`` features each has more lanes.
+    """
+    first = max(1, next_power_of_2(width) // 2)
+    pieces = Pieces(width, first, next_power_of_2(max(1, width - first)))
+    warps = next_power_of_2(cdiv(pieces.first + pieces.rest, 32 * most))
+    return {"ROW": pieces, "num_warps": min(32, warps)}
 
 
 def _tile(width: int) -> dict[str, int]:

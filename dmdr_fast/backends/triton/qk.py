@@ -65,8 +65,7 @@ def qk_norm_rope_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         qk_norm_rope_bwd_kernel, (programs, sum(blocks)), *sides, _table(a.cos), _table(a.sin), tokens, width,
         cdiv(width, 2), *blocks, rows, chunk, num_warps=2, **tile,
     )  # fmt: skip
-    for parts, weight_grad in sums:
-        sum_chunks(run, parts, weight_grad)
+    sum_chunks(run, *sums)
     (dq, dq_weight), (dk, dk_weight) = grads
     return dq, dk, dq_weight, dk_weight
 

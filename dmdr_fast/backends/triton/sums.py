@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends.triton.launch import Launches, cdiv, next_power_of_2
-from dmdr_fast.kernels.sums import sum_chunks_kernel, sum_rows_kernel
+from dmdr_fast.kernels.sums import Chunks, sum_chunks_kernel, sum_rows_kernel
 
 
 def sum_rows(run: Launches, parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -18,13 +18,12 @@ def sum_rows(run: Launches, parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def sum_chunks(
-    run: Launches, parts: Tensor, out: Tensor, second_parts: Tensor | None = None, second_out: Tensor | None = None
-) -> None:
-    """Write the sums over dimension 1 of contiguous float32 parts [G, C, D] to out [G, D], rounded to its dtype."""
-    groups, chunks, width = parts.shape
-    rows = min(64, next_power_of_2(chunks))
+def sum_chunks(run: Launches, *sums: tuple[Tensor, Tensor]) -> None:
+    """(contiguous float32 parts [G, C, D], out [G, D]) each: write out, the sums over dimension 1, in one launch."""
+    if not sums:
+        return
+    chunks = tuple(Chunks(parts, out, *parts.shape) for parts, out in sums)
     run.launch(
-        sum_chunks_kernel, (groups * cdiv(width, 64),), parts, out, second_parts, second_out, chunks, width,
-        ROWS=rows, BLOCK=64, num_warps=4,
+        sum_chunks_kernel, (sum(one.groups * cdiv(one.width, 64) for one in chunks),), chunks,
+        ROWS=tuple(min(64, next_power_of_2(one.chunks)) for one in chunks), BLOCK=64, num_warps=4,
     )  # fmt: skip

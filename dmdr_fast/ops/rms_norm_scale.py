@@ -1,0 +1,114 @@
+"""An RMS norm and the scale after it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmdr_fast import reference
+from dmdr_fast.ops import _checks as check
+from dmdr_fast.ops._library import define
+from dmdr_fast.ops._modulation import modulation
+
+
+class RMSNormScale(NamedTuple):
+    x: Tensor
+    weight: Tensor | None
+    scale: Tensor
+    eps: float
+    out_dtype: torch.dtype | None
+
+
+class RMSNormScaleGrad(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    weight: Tensor | None
+    scale: Tensor
+    rstd: Tensor
+    eps: float
+    need_x: bool
+    need_weight: bool
+    need_scale: bool
+
+
+def rms_norm_scale(
+    x: Tensor, weight: Tensor | None, scale: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x / sqrt(mean x^2 + eps) * weight * scale, the mean over the last dimension.
+
+    Args:
+        x: [B, ..., D], at least 2-D, any float dtype, as all tensors here.
+        weight: [D], the norm's; None means 1.
+        scale: shapes as ``scale`` of :func:`layer_norm_modulate`; the factor itself, not what 1 is added to.
+        eps: > 0.
+        out_dtype: dtype of the result; None means x's.
+
+    Returns:
+        x's shape, contiguous. Rounded once; arithmetic in float32 (float64 where any tensor is float64).
+
+    Differentiable in x, weight and scale; sums over tokens and samples are in a fixed order.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Source: RMSNorm (arXiv 1910.07467); the way into a branch of Z-Image's blocks (diffusers' ZImageTransformerBlock).
+    """
+    return _fwd.checked("rms_norm_scale", x, weight, scale, eps, out_dtype)[0]
+
+
+def check_weight(op: str, weight: Tensor | None, x: Tensor) -> None:
+    """The weight of a norm over x's last dimension, or None."""
+    if weight is not None:
+        check.shaped(op, "weight", weight, (x.shape[-1],), "D", x, "x")
+
+
+def _check(op: str, a: RMSNormScale) -> None:
+    check.floating(op, "x", a.x, min_dim=2)
+    check_weight(op, a.weight, a.x)
+    modulation(op, "scale", a.scale, a.x)
+    check.number(op, "eps", a.eps, above=0)
+    if a.out_dtype is not None:
+        check.dtype(op, "out_dtype", a.out_dtype)
+
+
+def _save(ctx, a: RMSNormScale, results) -> None:
+    ctx.save_for_backward(a.x, a.weight, a.scale, results[1])
+    ctx.eps = a.eps
+
+
+def _backward(ctx, needed: RMSNormScale, grad, _) -> dict:
+    grads = rms_norm_scale_bwd(grad, *ctx.saved_tensors, ctx.eps, needed.x, needed.weight, needed.scale)
+    return check.wanted(needed, x=grads[0], weight=grads[1], scale=grads[2])
+
+
+def _fake_fwd(a: RMSNormScale):
+    compute = check.compute_dtype(a.x, a.weight, a.scale)
+    return a.x.new_empty(a.x.shape, dtype=a.out_dtype), a.x.new_empty(a.x.shape[:-1], dtype=compute)
+
+
+def _fake_bwd(a: RMSNormScaleGrad):
+    weight = a.x if a.weight is None else a.weight
+    needs = (a.x, a.need_x), (weight, a.need_weight), (a.scale, a.need_scale)
+    return tuple(value.new_empty(value.shape if need else (0,)) for value, need in needs)
+
+
+def _formula_bwd(a: RMSNormScaleGrad):
+    """The statistic is a function of x."""
+    return reference.run("rms_norm_scale_bwd", a._replace(rstd=reference.rms_norm_statistic(a.x, a.eps, a.rstd.dtype)))
+
+
+rms_norm_scale_bwd = define(
+    "rms_norm_scale_bwd", RMSNormScaleGrad, "grad_x grad_weight grad_scale", _fake_bwd, formula=_formula_bwd
+)
+_fwd = define(
+    "rms_norm_scale_fwd",
+    RMSNormScale,
+    "y rstd",
+    _fake_fwd,
+    check=_check,
+    save=_save,
+    backward=_backward,
+    constant_results=(1,),
+)
