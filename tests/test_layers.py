@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"cache", "errors"},
     "eval": {"algorithm", "data", "ops", "errors"},
     "patch": {"ops", "models", "errors"},
-    "plan": {"algorithm", "cli", "config", "models", "ops", "errors"},
+    "plan": {"algorithm", "cli", "config", "models", "ops", "patch", "errors"},
 }
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from dmdr_fast.config.base import Count, Section, key
+from dmdr_fast.config.compute import Compute
 from dmdr_fast.config.data import Data
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
 from dmdr_fast.config.memory import Memory, Rollout
@@ -27,6 +28,7 @@ __all__ = [
     "RL",
     "AdamW",
     "Checkpoint",
+    "Compute",
     "Config",
     "Data",
     "Decoder",
@@ -82,6 +84,7 @@ class Config(Section):
     monitors: Monitors = key(Monitors(), "Collapse monitors.")
     rollout: Rollout = key(Rollout(), "Rollouts.")
     memory: Memory = key(Memory(), "Memory levers.")
+    compute: Compute = key(Compute(), "Compute path.")
     optimizer: Optimizer = key(Optimizer(), "Optimizers.")
     deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")
     checkpoint: Checkpoint = key(Checkpoint(), "Checkpoints.")

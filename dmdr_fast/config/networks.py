@@ -59,7 +59,9 @@ class Decoder(Section):
 
     kind: Literal["identity", "vae"] = key("identity", "identity: latents are images; vae: diffusers' AutoencoderKL.")
     path: str | None = key(None, "Folder or hub id of the VAE.")
-    dtype: Literal["fp32", "bf16"] = key("fp32", "Type of the VAE's weights and of the decoding.")
+    dtype: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "Type of the VAE's weights and of the decoding; auto: bf16 on CUDA, fp32 on a CPU."
+    )
     tiling: bool = key(False, "Decode large latents tile by tile, blended at the seams: less memory, nearly the same.")
     recompute: bool = key(False, "Recompute the decoder's blocks in the reward's backward pass: less memory, the same.")
 

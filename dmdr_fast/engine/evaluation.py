@@ -20,6 +20,7 @@ from dmdr_fast.algorithm.rollout import Network, ode_sample, sample
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
+from dmdr_fast.engine.compute import uncompiled
 from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.inputs import EvaluationData
 from dmdr_fast.engine.model import Model
@@ -128,7 +129,9 @@ class Evaluator:
         for base in range(0, self._total(), unit):
             start = base + self.runtime.rank * self.config.eval.batch_size
             batch = self.conditions.batch(rows[start : start + self.config.eval.batch_size])
-            image = self.decoder(draw(self._noise(0, start), batch, start)).float().clamp(-1, 1)
+            with uncompiled():  # a graph for this batch size takes longer than these few samples
+                drawn = draw(self._noise(0, start), batch, start)
+            image = self.decoder(drawn).float().clamp(-1, 1)
             parts.append(self.runtime.concatenate(image))
         return torch.cat(parts)[: self.config.eval.samples]
 

@@ -1,4 +1,4 @@
-"""The memory levers of ``memory`` put on the networks of a run, with a line for each that says what was taken."""
+"""Memory options that cannot work here are refused, and a frozen base gets 8-bit weights, with the effect measured."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.optimizers import check_device
 from dmdr_fast.engine.roles import Role
 from dmdr_fast.errors import UserError
-from dmdr_fast.models.attention import Choice, choose_attention, set_attention
 from dmdr_fast.models.eight_bit import float8_refusal, quantise_blocks
-from dmdr_fast.models.recompute import set_recompute
 
 
 def check_levers(config: Config, device: torch.device) -> None:
@@ -33,17 +31,6 @@ def check_levers(config: Config, device: torch.device) -> None:
         refusal = float8_refusal(device)
         if refusal is not None:
             raise UserError(f"memory.frozen: float8 {refusal}; use int8")
-
-
-def set_levers(network: nn.Module, config: Config, dtype: torch.dtype, device: torch.device) -> Choice:
-    """Activation checkpointing and the attention kernel of a network that will compute in ``dtype`` on ``device``."""
-    set_recompute(network, config.memory.activation)
-    try:
-        choice = choose_attention(config.memory.attention, network, dtype=dtype, device=device)
-    except ValueError as error:
-        raise UserError(f"memory.attention: {error}") from None
-    set_attention(network, choice)
-    return choice
 
 
 @dataclass(frozen=True)

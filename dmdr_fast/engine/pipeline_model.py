@@ -28,7 +28,7 @@ from dmdr_fast.models.stored import (
     stored_tensors,
     with_lora,
 )
-from dmdr_fast.models.vae import save_decoder_memory
+from dmdr_fast.models.vae import decoder_dtype, save_decoder_memory, speed_up_convolutions
 
 PREFIX = "transformer."  # of the network's parameters in a Denoiser
 
@@ -115,7 +115,8 @@ class PipelineModel:
     def decoder(self, device: torch.device) -> Decode:
         settings = self.config.decoder
         try:
-            vae = self.family.load_vae(DTYPES[settings.dtype]).to(device)
+            vae = self.family.load_vae(decoder_dtype(settings.dtype, device)).to(device)
+            speed_up_convolutions(vae, device)
             save_decoder_memory(vae, tiling=settings.tiling, recompute=settings.recompute)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"teacher.pipeline: {error}") from None

@@ -16,7 +16,13 @@ from dmdr_fast.errors import UserError
 from dmdr_fast.models.sit import SiT, load_sit_weights
 from dmdr_fast.models.sit_weights import stored_sit_tensors
 from dmdr_fast.models.stored import load_partitioned, parameters_on_meta
-from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder, save_decoder_memory
+from dmdr_fast.models.vae import (
+    IdentityDecoder,
+    LatentDecoder,
+    decoder_dtype,
+    save_decoder_memory,
+    speed_up_convolutions,
+)
 from dmdr_fast.preflight import HUB_PREFIX
 
 LATENT_SATURATION = 4.0  # latents have unit variance
@@ -105,7 +111,9 @@ class SiTModel:
         if config.decoder.kind == "identity":
             return IdentityDecoder().decode
         try:
-            decoder = LatentDecoder.from_pretrained(config.decoder.path, dtype=DTYPES[config.decoder.dtype]).to(device)
+            dtype = decoder_dtype(config.decoder.dtype, device)
+            decoder = LatentDecoder.from_pretrained(config.decoder.path, dtype=dtype).to(device)
+            speed_up_convolutions(decoder.vae, device)
             save_decoder_memory(decoder.vae, tiling=config.decoder.tiling, recompute=config.decoder.recompute)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"decoder.path: {error}") from None

@@ -21,6 +21,7 @@ from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
 from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
+from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.logs import RunLog
@@ -294,6 +295,8 @@ class Run:
             "real_lora_scale": self.recipe.real_scale(self.step - 1),
         }
         values |= {f"{n}_grad_norm": r.gradient_norm for n, r in _trained(self.roles).items()}
+        if graphs := compiled_graphs():
+            values["compilations"] = float(graphs)
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})

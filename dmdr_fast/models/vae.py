@@ -88,6 +88,23 @@ def save_decoder_memory(vae: nn.Module, *, tiling: bool, recompute: bool) -> Non
             vae.decoder.forward = partial(_recomputed, vae.decoder.forward)
 
 
+def decoder_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of ``decoder.dtype`` on ``device``: auto is bf16 on CUDA and fp32 elsewhere."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def speed_up_convolutions(vae: nn.Module, device: torch.device) -> None:
+    """On CUDA: weights with the channels last, as tensor cores read them, and cuDNN tries its kernels on every shape.
+
+    A run decodes few shapes, thousands of times each. Otherwise cuDNN transposes around every convolution.
+    """
+    if device.type == "cuda":
+        vae.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True
+
+
 def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*inputs)
