@@ -69,6 +69,7 @@ def networks_of(work: Workload) -> Workload:
         sharing=work.sharing,
         dtype=work.dtype,
         frozen=work.frozen,
+        blocks="eager",
         student_lora=work.student_lora,
         fake_lora=work.fake_lora,
     )
