@@ -140,7 +140,7 @@ def _group_problems(config: Config) -> Iterator[str]:
     if rl.grpo.mode != "policy":
         if not config.uses_cfg:
             yield (
-                f"teacher.cfg_scale: {config.teacher.cfg_scale:g} is no guidance, so rl.grpo.mode "
+                f"teacher.cfg_scale: {_shown(config.teacher.cfg_scale)} is no guidance, so rl.grpo.mode "
                 "advantage_weighted_dmd has nothing to weigh; raise it, or set the mode to policy"
             )
         return
@@ -155,3 +155,7 @@ def _group_problems(config: Config) -> Iterator[str]:
         )
     if rl.grpo.trained_steps is not None and rl.grpo.trained_steps > stochastic:
         yield f"rl.grpo.trained_steps: {rl.grpo.trained_steps} of {stochastic} stochastic step(s); lower it"
+
+
+def _shown(number: float | None) -> str:
+    return "null" if number is None else f"{number:g}"

@@ -63,6 +63,7 @@ class PipelineModel:
             check_weights(family.path, "vae")
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"teacher.pipeline: {error} (model.family is {name})") from None
+        _check_guidance(config, family)
         try:
             shape = family.latent_shape(config.model.resolution, config.model.resolution)
         except ValueError as error:
@@ -76,6 +77,10 @@ class PipelineModel:
     @property
     def path(self) -> NoisePath:
         return FLOW if self.prediction == "flow" else self.family
+
+    @property
+    def token(self) -> int:
+        return self.family.patch
 
     @property
     def teacher_shift(self) -> float:
@@ -120,6 +125,24 @@ class PipelineModel:
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"teacher.pipeline: {error}") from None
         return PipelineDecoder(self.family, vae).decode
+
+
+def _check_guidance(config: Config, family: Family) -> None:
+    """CFG beside a guidance input is asked for by name.
+
+    Raises:
+        UserError: it is not.
+    """
+    if family.guidance is None or config.teacher.cfg_mode != "pipeline":
+        return
+    for key in ("cfg_scale", "sample_cfg_scale"):
+        scale = getattr(config.teacher, key)
+        if config.guides(scale):
+            raise UserError(
+                f"teacher.{key}: {scale:g} on top of guidance {family.guidance:g}, which is an input of this network "
+                f"and what its pipeline guides by; leave teacher.{key} out and set teacher.guidance, or ask for both "
+                "with teacher.cfg_mode standard"
+            )
 
 
 @dataclass(frozen=True)
