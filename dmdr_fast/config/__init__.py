@@ -18,7 +18,7 @@ from dmdr_fast.config.memory import Memory, Rollout
 from dmdr_fast.config.networks import PIPELINE_CFG, Decoder, LoRA, Model, Student, StudentLoRA, Teacher, TeacherTraining
 from dmdr_fast.config.problems import problems
 from dmdr_fast.config.rl import DPO, GRPO, RL, Monitors, ReFL, Reward, RewardTerm
-from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Log, Optimizer, Train
+from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Export, Log, Optimizer, Train
 
 __all__ = [
     "DMD",
@@ -34,6 +34,7 @@ __all__ = [
     "DynaDG",
     "DynaRS",
     "Evaluation",
+    "Export",
     "LoRA",
     "Log",
     "Memory",
@@ -85,6 +86,7 @@ class Config(Section):
     optimizer: Optimizer = key(Optimizer(), "Optimizers.")
     deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")
     checkpoint: Checkpoint = key(Checkpoint(), "Checkpoints.")
+    export: Export = key(Export(), "Final weights.")
     log: Log = key(Log(), "Logs.")
     eval: Evaluation = key(Evaluation(), "Evaluation.")
 

@@ -106,6 +106,6 @@ class LoRA(Section):
         None, "Module-name suffixes of the Linear layers that get an adapter; null: the family's own."
     )
     form: Literal["standard", "post_projection"] = key(
-        "standard", "standard: W x + s (x A) B, PEFT-exportable; post_projection: the reference's, on qkv's output."
+        "standard", "standard: W x + s (x A) B; post_projection: the reference's, on qkv's output."
     )
     init_std: PositiveFloat | None = key(None, "Standard deviation of A at the start; null: the form's own.")

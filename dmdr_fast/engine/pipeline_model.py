@@ -30,8 +30,6 @@ from dmdr_fast.models.stored import (
 )
 from dmdr_fast.models.vae import save_decoder_memory
 
-PREFIX = "transformer."  # of the network's parameters in a Denoiser
-
 
 @dataclass(frozen=True)
 class PipelineModel:
@@ -112,7 +110,7 @@ class PipelineModel:
         teacher = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))
         if generator is None:
             return teacher
-        trained = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(generator).items()}
+        trained = {name.removeprefix(Denoiser.prefix): tensor for name, tensor in stored_tensors(generator).items()}
         if is_lora(trained):
             return with_lora(teacher, trained, lora_scale(generator))
         return teacher | trained

@@ -22,6 +22,7 @@ from dmdr_fast.config import Config
 from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
+from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.model import Model, open_model
@@ -193,7 +194,7 @@ class Run:
         """Write the final weights, the evaluation and the report."""
         config = self.config
         final = config.run_dir / "final" / "generator.safetensors"
-        self._save_generator(final)
+        self._save_generator(final, DTYPES[config.export.dtype])
         self.log.close()
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
@@ -215,8 +216,9 @@ class Run:
         data = None if self.evaluation is None else self.evaluation.to(self.ranks.device)
         return Evaluator(self.config, self.ranks, self.model, self.shown, self.decoder, self.rewards, data, self.recipe)
 
-    def _save_generator(self, path: Path) -> None:
-        save_generator(self.roles.generator, self.ema, path, self.ranks, merges_lora=self.model.merges_lora)
+    def _save_generator(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        merges = self.model.merges_lora
+        save_generator(self.roles.generator, self.ema, path, self.ranks, merges_lora=merges, dtype=dtype)
 
     def _role_in_training(self) -> Path:
         """The weights that would be saved now, in a file that the next evaluation overwrites."""
