@@ -121,7 +121,8 @@ def test_a_lora_alone_gives_the_merged_pipelines_images(case, tmp_path):
     merged = DiffusionPipeline.from_pretrained(out, **load_arguments(out))
     images = drawn(merged, **call_arguments(out))
     teacher = DiffusionPipeline.from_pretrained(case.folder)
-    teacher.scheduler = merged.scheduler
+    without = {case.family.folder: None}
+    teacher.scheduler = DiffusionPipeline.from_pretrained(out, **load_arguments(out), **without).scheduler
     guidance = case.family.guidance
     call = call_arguments(out) | ({} if guidance is None else {"guidance_scale": guidance})
     plain = drawn(teacher, **call)
