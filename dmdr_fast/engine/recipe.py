@@ -38,7 +38,7 @@ def recipe_of(config: Config, model: Model) -> Recipe:
         ),
         dmd=dmd_options(config, model.prediction, model.token),
         rl=rl_options(config),
-        reward_weight=config.reward.weight,
+        reward_weight=1.0 if config.reward.weight == "auto" else config.reward.weight,  # auto: set as RL starts
         reward_final_weight=config.reward.final_weight,
         reward_warmup_steps=config.reward.warmup_steps,
         saturation=model.saturation,
@@ -119,9 +119,10 @@ def _rl_words(config: Config) -> str:
     if rl.method == "none":
         return "DMD alone"
     names = " + ".join(f"{term.weight:g} {term.name or term.kind}" for term in reward.terms)
+    weight = reward.weight if reward.weight == "auto" else f"{reward.weight:g}"
     final = "" if reward.final_weight is None else f" to {reward.final_weight:g}"
     holds = {"dmd": "beside DMD", "kl": f"with KL x {rl.kl_weight:g} to {rl.reference} reference", "none": "alone"}
-    return f"{rl.method} on {names} x {reward.weight:g}{final}, {holds[rl.regularizer]}"
+    return f"{rl.method} on {names} x {weight}{final}, {holds[rl.regularizer]}"
 
 
 def table_text(table: dict[str, dict[str, float]]) -> str:
