@@ -29,7 +29,7 @@ def checkpoint_weights(run_dir: Path, step: int, model: PipelineModel, beside: P
     """A file as ``final/generator.safetensors``, of the checkpoint of ``step``; in a temporary folder in ``beside``.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged.
+        UserError: there is no such checkpoint, or it cannot be read.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     if not folder.is_dir():
@@ -38,7 +38,7 @@ def checkpoint_weights(run_dir: Path, step: int, model: PipelineModel, beside: P
         weights = generator_weights(folder, model)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--step {step}: {folder} is damaged ({reason}); {steps_in_words(run_dir)}") from None
+        raise UserError(f"--step {step}: {folder} cannot be read ({reason}); {steps_in_words(run_dir)}") from None
     lora = model.config.student.lora
     metadata = {"lora_scale": repr(lora.scale)} if lora.rank else None
     try:
@@ -106,4 +106,4 @@ def _engine_weights(folder: Path, trained: dict[str, nn.Parameter], config: Conf
 
 
 def _load(file: Path) -> dict:
-    return torch.load(file, map_location="cpu", weights_only=False)
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=True)

@@ -166,11 +166,11 @@ def test_exporting_and_sampling_a_checkpoint(finished, tmp_path, capsys):
     image = sample.sample_pipeline(tmp_path / "out", prompts[:1])
     torch.testing.assert_close(image, images[:1], rtol=0, atol=1e-5)
     steps = [sample.sample_run(run_dir, prompts, step=step) for step in (1, 2)]
-    assert (steps[0] - steps[1]).abs().max() > 1e-3
+    assert (steps[0] - steps[1]).abs().max() > 1e-4
     (run_dir / "checkpoints/step_00000002/rank_00001.pt").write_bytes(b"torn")
     assert run_user_command(sample.main, [str(run_dir), "--prompts", "sea", "--step", "2"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --step 2: ") and "is damaged" in error and "it has steps 1, 2, 3" in error
+    assert error.startswith("error: --step 2: ") and "cannot be read" in error and "it has steps 1, 2, 3" in error
 
 
 @pytest.mark.parametrize(("family", "stage"), [("flux", 3), ("flux2", 3), ("flux2", 2)])
@@ -204,6 +204,7 @@ def test_sampling_a_run_and_its_pipeline(finished, tmp_path):
     assert not run_user_command(sample.main, arguments)
     assert Image.open(tmp_path / "pipeline.png").size == (2 * SIZE, 2 * SIZE)
     assert run_user_command(sample.main, [str(tmp_path), "--prompts", "sea"]) == 2
+    assert run_user_command(sample.main, [*arguments, "--step", "2"]) == 2  # a pipeline has one generator
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
@@ -217,4 +218,5 @@ def test_two_zero3_ranks_equal_one_rank(finished, run, folder, changes, tmp_path
     for a, b in zip(records(tmp_path), records(finished(family)), strict=True):
         for name in ("dmd_loss", "fake_loss", "reward", "generator_grad_norm", "fake_grad_norm"):
             if name in a:
-                assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
+                # abs: without CFG the first DMD losses, 3e-4, are squares of differences of nearly equal scores
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), (a["step"], name)
