@@ -6,6 +6,9 @@ from typing import Literal
 
 from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, key
 
+# How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
+PIPELINE_CFG = {"z_image": "offset", "qwen_image": "per_token"}
+
 
 class Model(Section):
     """The network that teacher, fake score and generator share.
@@ -48,9 +51,16 @@ class Teacher(Section):
         None,
         "Guidance scale that a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is told; null: its default.",
     )
-    cfg_scale: NonNegative = key(1.0, "CFG scale w of the real score; standard: u + w (c - u), so 1 is no CFG.")
-    cfg_mode: Literal["standard", "offset"] = key("standard", "standard u + w (c - u), offset c + w (c - u).")
-    sample_cfg_scale: NonNegative = key(1.0, "Standard CFG scale of the teacher's own samples in the evaluation.")
+    cfg_scale: NonNegative | None = key(
+        None, "CFG scale w of the real score, in the form of cfg_mode; null: no CFG (as is 1 in the standard form)."
+    )
+    cfg_mode: Literal["pipeline", "standard", "offset"] = key(
+        "pipeline",
+        "pipeline: as the family's own pipeline guides (SiT: standard); standard u + w (c - u); offset c + w (c - u).",
+    )
+    sample_cfg_scale: NonNegative | None = key(
+        None, "CFG scale of the teacher's own samples in the evaluation, in the same form; null: no CFG."
+    )
     train: TeacherTraining = key(TeacherTraining(), "How a missing teacher is trained.")
 
 
@@ -98,6 +108,6 @@ class LoRA(Section):
         None, "Module-name suffixes of the Linear layers that get an adapter; null: the family's own."
     )
     form: Literal["standard", "post_projection"] = key(
-        "standard", "standard: W x + s (x A) B, PEFT-exportable; post_projection: the reference's, on qkv's output."
+        "standard", "standard: W x + s (x A) B; post_projection: the reference's, on qkv's output."
     )
     init_std: PositiveFloat | None = key(None, "Standard deviation of A at the start; null: the form's own.")

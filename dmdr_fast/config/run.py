@@ -58,6 +58,14 @@ class Checkpoint(Section):
     keep: Positive = key(2, "How many stay.")
 
 
+class Export(Section):
+    """The weights that a finished run leaves."""
+
+    dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "Type of final/generator.safetensors, and of an exported pipeline's network unless told otherwise."
+    )
+
+
 class Log(Section):
     """Logs."""
 

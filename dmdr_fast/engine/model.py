@@ -20,6 +20,7 @@ class Model(Protocol):
     return ``prediction`` ("flow" or "eps") on ``path`` in x_t's shape.
 
     Attributes:
+        token: latent pixels along one edge of a token, over which per-token guidance takes its norms.
         teacher_shift: the timestep shift of the teacher's own multi-step samples.
         saturation: |x0| beyond which a value counts as saturated.
         lora_targets: layers of an adapter where the configuration names none.
@@ -30,6 +31,7 @@ class Model(Protocol):
     prediction: str
     path: Path
     latent_shape: tuple[int, ...]
+    token: int
     teacher_shift: float
     saturation: float
     lora_targets: tuple[str, ...]

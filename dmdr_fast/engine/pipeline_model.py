@@ -30,8 +30,6 @@ from dmdr_fast.models.stored import (
 )
 from dmdr_fast.models.vae import decoder_dtype, save_decoder_memory, speed_up_convolutions
 
-PREFIX = "transformer."  # of the network's parameters in a Denoiser
-
 
 @dataclass(frozen=True)
 class PipelineModel:
@@ -63,6 +61,7 @@ class PipelineModel:
             check_weights(family.path, "vae")
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"teacher.pipeline: {error} (model.family is {name})") from None
+        _check_guidance(config, family)
         try:
             shape = family.latent_shape(config.model.resolution, config.model.resolution)
         except ValueError as error:
@@ -76,6 +75,10 @@ class PipelineModel:
     @property
     def path(self) -> NoisePath:
         return FLOW if self.prediction == "flow" else self.family
+
+    @property
+    def token(self) -> int:
+        return self.family.patch
 
     @property
     def teacher_shift(self) -> float:
@@ -107,7 +110,7 @@ class PipelineModel:
         teacher = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))
         if generator is None:
             return teacher
-        trained = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(generator).items()}
+        trained = {name.removeprefix(Denoiser.prefix): tensor for name, tensor in stored_tensors(generator).items()}
         if is_lora(trained):
             return with_lora(teacher, trained, lora_scale(generator))
         return teacher | trained
@@ -121,6 +124,24 @@ class PipelineModel:
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"teacher.pipeline: {error}") from None
         return PipelineDecoder(self.family, vae).decode
+
+
+def _check_guidance(config: Config, family: Family) -> None:
+    """CFG beside a guidance input is asked for by name.
+
+    Raises:
+        UserError: it is not.
+    """
+    if family.guidance is None or config.teacher.cfg_mode != "pipeline":
+        return
+    for key in ("cfg_scale", "sample_cfg_scale"):
+        scale = getattr(config.teacher, key)
+        if config.guides(scale):
+            raise UserError(
+                f"teacher.{key}: {scale:g} on top of guidance {family.guidance:g}, which is an input of this network "
+                f"and what its pipeline guides by; leave teacher.{key} out and set teacher.guidance, or ask for both "
+                "with teacher.cfg_mode standard"
+            )
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,10 @@ class SiTModel:
         return self.config.model.channels, size, size
 
     @property
+    def token(self) -> int:
+        return self.config.model.patch_size
+
+    @property
     def teacher_shift(self) -> float:
         return self.config.student.shift
 

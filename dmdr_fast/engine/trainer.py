@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,9 +14,11 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.recipe import Recipe, RewardModel
-from dmdr_fast.algorithm.rl.refl import Decode
-from dmdr_fast.algorithm.step import Update, dmdr_update
+from dmdr_fast.algorithm.recipe import Data, Recipe, RewardModel
+from dmdr_fast.algorithm.rl.experience import rows_of
+from dmdr_fast.algorithm.rl.policy import batch_name
+from dmdr_fast.algorithm.rl.refl import Decode, refl_loss
+from dmdr_fast.algorithm.step import Update, dmdr_update, simulate
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
@@ -23,12 +26,14 @@ from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
 from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
+from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rate, recipe_of, table_text
+from dmdr_fast.engine.reward_weight import RewardWeight
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.telemetry import Telemetry
@@ -65,6 +70,7 @@ class Run:
     conditions: Conditions  # trained on
     shown: Conditions  # of the evaluation
     recipe: Recipe
+    weight: RewardWeight
     streams: Streams
     roles: Roles
     ema: EMA | None
@@ -100,6 +106,8 @@ class Run:
             if rewards is not None:
                 rewards.load_state_dict(state["rewards"])
             ranks.say(f"resumed from {resume_from}, step {state['step']}")
+        weight = RewardWeight(ranks)
+        weight.load_state_dict(state["counters"].pop("reward_weight", weight.state_dict()))
         checkpoints.drop_after(state["step"])
         run = cls(
             config=config,
@@ -108,6 +116,7 @@ class Run:
             conditions=conditions,
             shown=shown,
             recipe=recipe_of(config, model),
+            weight=weight,
             streams=streams,
             roles=roles,
             ema=ema,
@@ -142,6 +151,7 @@ class Run:
         self.flushed_at = time.monotonic()
         while self.step < config.train.generator_steps:
             self._begin_update()
+            self._match_reward_weight(data, shards)
             update = dmdr_update(
                 self.roles.networks,
                 data,
@@ -181,6 +191,30 @@ class Run:
         for role, settings in ((self.roles.generator, optimizer.generator), (self.roles.fake, optimizer.fake)):
             role.set_lr(learning_rate(settings, self.step, train.cold_start_steps, train.generator_steps))
 
+    def _match_reward_weight(self, data: Data, shards: Sequence[Shard]) -> None:
+        """``reward.weight: auto`` as RL starts, on the samples that its first update will see."""
+        if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
+            return
+        if self.weight.value is None:
+            index = (self.step, self.recipe.fake_updates - 1)
+            given = (self.roles.generator, data, self.recipe, self.streams, index)
+            losses = []
+            for shard in shards:
+                sample = simulate(*given, shard, self.ranks.device)
+                inputs, name = sample.batch.reward_inputs, batch_name(self.step, shard)
+
+                def score(images: Tensor, rows: slice, inputs: dict = inputs, name: str = name) -> Tensor:
+                    return self.rewards.score(images, rows_of(inputs, rows), batch=name)[0]
+
+                losses.append(refl_loss(sample.rollout.x0, self.decoder, score, self.recipe.rl.refl))
+            self._look_at_rewards()
+            try:
+                value = self.weight.match(torch.stack(losses).mean())
+            except ValueError as error:
+                self._end(str(error), "go on with --resume auto")
+            self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
+        self.recipe = replace(self.recipe, reward_weight=self.weight.value)
+
     def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
         total, each = self.rewards.score(images, given, batch=batch)
@@ -194,7 +228,7 @@ class Run:
         """Write the final weights, the evaluation and the report."""
         config = self.config
         final = config.run_dir / "final" / "generator.safetensors"
-        self._save_generator(final)
+        self._save_generator(final, DTYPES[config.export.dtype])
         self.log.close()
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
@@ -216,8 +250,9 @@ class Run:
         data = None if self.evaluation is None else self.evaluation.to(self.ranks.device)
         return Evaluator(self.config, self.ranks, self.model, self.shown, self.decoder, self.rewards, data, self.recipe)
 
-    def _save_generator(self, path: Path) -> None:
-        save_generator(self.roles.generator, self.ema, path, self.ranks, merges_lora=self.model.merges_lora)
+    def _save_generator(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        merges = self.model.merges_lora
+        save_generator(self.roles.generator, self.ema, path, self.ranks, merges_lora=merges, dtype=dtype)
 
     def _role_in_training(self) -> Path:
         """The weights that would be saved now, in a file that the next evaluation overwrites."""
@@ -249,6 +284,8 @@ class Run:
     def _account(self, update: Update) -> None:
         """EMA and skip counters after one update; ends a run that no longer moves."""
         self.pending.append(update.metrics)
+        if self.config.reward.weight == "auto" and not self.recipe.rl_active(self.step - 1):
+            self.weight.note(update.metrics["dmd_loss"])
         if self.ema is not None and "generator" not in update.skipped:
             self.ema.update()
         if not update.skipped:
@@ -316,6 +353,8 @@ class Run:
 
     def _checkpoint(self) -> None:
         counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if self.config.reward.weight == "auto":
+            counters["reward_weight"] = self.weight.state_dict()
         rewards = {} if self.rewards is None else self.rewards.state_dict()
         self.checkpoints.save(self.step, Trained(_trained(self.roles), self.ema), counters, rewards)
 
