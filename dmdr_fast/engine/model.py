@@ -49,6 +49,10 @@ class Model(Protocol):
         """
         ...
 
+    def teacher_files(self) -> list[FilePath]:
+        """The files of the teacher's weights, in an order of their own."""
+        ...
+
     def decoder(self, device: torch.device) -> Decode:
         """Latents fp32 to images in about [-1, 1]."""
         ...

@@ -105,6 +105,12 @@ class PipelineModel:
             raise UserError(f"teacher.pipeline: {error}") from None
         return Denoiser(self.family, network.eval()).to(device)
 
+    def teacher_files(self) -> list[Path]:
+        place = weights_of(self.family.path, self.family.folder, self.family.revision)
+        if place.is_file():
+            return [place]
+        return sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+
     def _stored(self, generator: Path | None) -> dict[str, Stored]:
         """The network's tensors: the teacher's, with the generator's in their place or its LoRA merged in."""
         teacher = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))

@@ -110,6 +110,9 @@ class SiTModel:
         load_partitioned(network, stored, dtype=DTYPES[self.config.deepspeed.dtype], settings=settings)
         return network
 
+    def teacher_files(self) -> list[Path]:
+        return [self.teacher]
+
     def decoder(self, device: torch.device) -> Decode:
         config = self.config
         if config.decoder.kind == "identity":

@@ -28,6 +28,7 @@ from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import Evaluator
+from dmdr_fast.engine.identity import evaluates_anew, run_settings
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
@@ -35,10 +36,13 @@ from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rate, recipe_of, table_text
 from dmdr_fast.engine.reward_weight import RewardWeight
 from dmdr_fast.engine.rewards import RewardSet
+from dmdr_fast.engine.run_lock import lock_run
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
+
+FINAL, SUMMARY = Path("final") / "generator.safetensors", Path("summary.json")
 
 
 def train(config: Config) -> None:
@@ -51,7 +55,26 @@ def train(config: Config) -> None:
     """
     model = open_model(config)
     ranks = runtime.start()
-    run = Run.build(config, model, ranks)
+    lock = lock_run(config.run_dir, ranks)
+    try:
+        checkpoints = CheckpointFolder(config, run_settings(config, model, ranks), ranks)
+        start = checkpoints.find(config.resume)
+        changes = [] if start is None else checkpoints.changes(start)
+        for change in changes:
+            ranks.say(f"since the checkpoint: {change}")
+        if start is not None and not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]:
+            ranks.say(
+                f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
+                "run_dir for another run, or start anew with --resume never"
+            )
+            return
+        _run(Run.build(config, model, ranks, checkpoints, start))
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run(run: Run) -> None:
     try:
         if run.updates():
             run.finish()
@@ -89,13 +112,16 @@ class Run:
     samples_seen: int = 0  # by this process, over all ranks
 
     @classmethod
-    def build(cls, config: Config, model: Model, ranks: runtime.Runtime) -> Run:
-        """Build every part, resume where ``resume`` says so, and print the effective recipe once."""
+    def build(
+        cls,
+        config: Config,
+        model: Model,
+        ranks: runtime.Runtime,
+        checkpoints: CheckpointFolder,
+        resume_from: Path | None,
+    ) -> Run:
+        """Build every part, resume from a checkpoint where there is one, and print the effective recipe once."""
         streams = Streams(config.seed)
-        checkpoints = CheckpointFolder(
-            config.run_dir / "checkpoints", config.checkpoint.keep, identity(config, ranks), ranks
-        )
-        resume_from = checkpoints.find(config.resume)
         conditions, shown = build_conditions(config, model, ranks)
         rewards = inputs.build_rewards(config, model.num_classes, ranks.device)
         roles = build_roles(config, model, conditions, ranks, lora_seed=int(streams.rng("lora").integers(2**31)))
@@ -138,6 +164,7 @@ class Run:
         )
         if ranks.is_main:
             (config.run_dir / "config.yaml").write_text(dump(config))
+            (config.run_dir / SUMMARY).unlink(missing_ok=True)  # that of a run that was finished
         ranks.say(describe(config, run.recipe, roles, ranks))
         return run
 
@@ -167,7 +194,8 @@ class Run:
                 self.rewards.end_update(ranks.sum)
             self.step += 1
             self._account(update)
-            due = self.step % config.checkpoint.every == 0 or self.step == config.train.generator_steps
+            ends = (config.train.cold_start_steps, config.train.generator_steps)
+            due = self.step % config.checkpoint.every == 0 or self.step in ends
             asked = ranks.any(stop.asked)
             if due or asked or self.step % config.log.every == 0:
                 self._flush(shards[0].total)
@@ -227,7 +255,7 @@ class Run:
     def finish(self) -> None:
         """Write the final weights, the evaluation and the report."""
         config = self.config
-        final = config.run_dir / "final" / "generator.safetensors"
+        final = config.run_dir / FINAL
         self._save_generator(final, DTYPES[config.export.dtype])
         self.log.close()
         if self._evaluates:
@@ -271,7 +299,7 @@ class Run:
             "deepspeed": deepspeed.__version__,
             "parameters_trained": self.roles.trained_parameters,
         }
-        (self.config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        (self.config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))
 
     @property
     def _cold_start_weights(self) -> Path:
@@ -363,19 +391,15 @@ def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
 
 
-def identity(config: Config, ranks: runtime.Runtime) -> dict:
-    """What a checkpoint and the run that reads it must have in common."""
-    return {
-        "world_size": ranks.world_size,
-        "seed": config.seed,
-        "sharing": config.sharing,
-        "model": config.model.model_dump(),
-        "lora": config.lora.model_dump(mode="json") if config.sharing != "separate" else None,
-        "student.ema": config.student.ema,
-        "student.lora": config.student.lora.model_dump(mode="json"),
-        "deepspeed.stage": config.deepspeed.stage,
-        "deepspeed.dtype": config.deepspeed.dtype,
-    }
+def is_finished(config: Config, checkpoint: Path) -> bool:
+    """Whether the run has made all of its updates, up to that checkpoint, and written all that it leaves."""
+    folder, step = config.run_dir, int(checkpoint.name.rpartition("_")[2])
+    try:
+        written = json.loads((folder / SUMMARY).read_text())["updates"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    left = [FINAL, Path("report.html")] if config.log.report else [FINAL]
+    return step >= config.train.generator_steps and written == step and all((folder / p).is_file() for p in left)
 
 
 def diagnosis(update: Update, ranks: runtime.Runtime) -> str:

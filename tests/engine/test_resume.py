@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(run, uninter
     shutil.copytree(uninterrupted, folder)
     (folder / FINAL).unlink()
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    victim = next((newest / "generator").glob("*.pt"))
+    victim = newest / "generator" / "exp_avg.00000.safetensors"
     if harm == "remove":
         victim.unlink()
     else:
@@ -80,9 +80,16 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(run, uninter
     assert (folder / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
 
 
-def test_only_the_newest_checkpoints_stay(uninterrupted):
-    kept = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
-    assert kept == ["step_00000010", "step_00000012"]
+def kept(folder):
+    return [int(p.name[-8:]) for p in sorted((folder / "checkpoints").iterdir())]
+
+
+def test_only_the_newest_checkpoints_and_the_cold_starts_stay(run, uninterrupted, tmp_path):
+    assert kept(uninterrupted) == [4, 10, 12]
+    options = ["--train.cold_start_steps", "3", "--checkpoint.keep", "1", "--checkpoint.keep_every", "4"]
+    code, _, err = run([*TWELVE, *options, "--run_dir", tmp_path])
+    assert code == 0, err
+    assert kept(tmp_path) == [3, 4, 8, 12]  # the cold start's is written though checkpoint.every passes it by
 
 
 def test_named_checkpoint_and_what_must_not_change(run, uninterrupted, tmp_path):
