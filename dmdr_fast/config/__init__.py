@@ -16,7 +16,17 @@ from dmdr_fast.config.compute import Compute
 from dmdr_fast.config.data import Data
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
 from dmdr_fast.config.memory import Memory, Rollout
-from dmdr_fast.config.networks import PIPELINE_CFG, Decoder, LoRA, Model, Student, StudentLoRA, Teacher, TeacherTraining
+from dmdr_fast.config.networks import (
+    PIPELINE_CFG,
+    Decoder,
+    Fake,
+    LoRA,
+    Model,
+    Student,
+    StudentLoRA,
+    Teacher,
+    TeacherTraining,
+)
 from dmdr_fast.config.problems import problems
 from dmdr_fast.config.rl import DPO, GRPO, RL, Monitors, ReFL, Reward, RewardTerm
 from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Export, Log, Optimizer, Train
@@ -37,6 +47,7 @@ __all__ = [
     "DynaRS",
     "Evaluation",
     "Export",
+    "Fake",
     "LoRA",
     "Log",
     "Memory",
@@ -74,6 +85,7 @@ class Config(Section):
     decoder: Decoder = key(Decoder(), "The decoder.")
     data: Data = key(Data(), "Prompts.")
     student: Student = key(Student(), "The student.")
+    fake: Fake = key(Fake(), "The fake score.")
     train: Train = key(Train(), "The run.")
     dyna_dg: DynaDG = key(DynaDG(), "DynaDG.")
     dyna_rs: DynaRS = key(DynaRS(), "DynaRS.")

@@ -89,6 +89,11 @@ class StudentLoRA(Section):
 class Student(Section):
     """The few-step generator."""
 
+    weights: str | None = key(
+        None,
+        "Where the generator starts: a run, a checkpoint, a file of weights or of an adapter, or "
+        "hf://ORG/REPO/FILE; null: at the teacher.",
+    )
     steps: Positive = key(1, "Student steps N.")
     shift: PositiveFloat = key(1.0, "Timestep shift of the grid, t' = s t / (1 + (s - 1) t).")
     grid_points: Positive = key(1000, "Distinct times that the teacher was trained on; N cannot exceed them.")
@@ -98,6 +103,14 @@ class Student(Section):
     )
     ema: Fraction | None = key(0.99, "EMA decay of the generator that is evaluated and saved; null: none.")
     lora: StudentLoRA = key(StudentLoRA(), "The generator as a LoRA.")
+
+
+class Fake(Section):
+    """The fake score."""
+
+    weights: str | None = key(
+        None, "Where the fake score starts, as student.weights; shared_score and shared_all take an adapter."
+    )
 
 
 class LoRA(Section):

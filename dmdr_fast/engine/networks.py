@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dmdr_fast.engine.collectives import collectives
 from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.engines import DTYPES, frozen_network, trace_graded_passes, trained_engine
 from dmdr_fast.engine.memory import build_probe, check_levers, quantise_frozen
-from dmdr_fast.engine.model import Model
+from dmdr_fast.engine.model import Model, Start
 from dmdr_fast.engine.roles import AdapterRole, FrozenRole, Role, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.errors import UserError
@@ -83,19 +84,31 @@ class Roles:
         return reference if isinstance(reference, FrozenReference) else None
 
 
-def build_roles(config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int) -> Roles:
-    """The roles over the teacher's weights, with the sharing of ``config``. All ranks must call."""
+def build_roles(
+    config: Config,
+    model: Model,
+    conditions: Conditions,
+    ranks: Runtime,
+    lora_seed: int,
+    starts: Mapping[str, Start] | None = None,
+) -> Roles:
+    """The roles over the teacher's weights, with the sharing of ``config``. All ranks must call.
+
+    ``starts``: of the roles ("generator", "fake") that begin with other weights than the teacher's.
+    """
     check_levers(config, ranks.device)
     build = _shared_all if config.sharing == "shared_all" else _engines
-    return build(config, model, conditions, ranks, lora_seed)
+    return build(config, model, conditions, ranks, lora_seed, starts or {})
 
 
-def _engines(config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int) -> Roles:
+def _engines(
+    config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int, starts: Mapping[str, Start]
+) -> Roles:
     """``separate`` and ``shared_score``: an engine for the generator, one for the fake score, a teacher."""
     dtype, device, student = DTYPES[config.deepspeed.dtype], ranks.device, config.student.lora
     shared_base, quantised = config.sharing == "shared_score", config.memory.frozen != "native"
-    generator_net = model.load(device)
-    fake_net = model.load(device, whole=shared_base and quantised)
+    generator_net = model.load(device, None if student.rank else starts.get("generator"))
+    fake_net = model.load(device, None if shared_base else starts.get("fake"), whole=shared_base and quantised)
     notes = []
     generator_adapter = adapter = None
     # DeepSpeed casts adapters to the compute type anyway, unless the network is partitioned.
@@ -106,6 +119,7 @@ def _engines(config: Config, model: Model, conditions: Conditions, ranks: Runtim
         if quantised:
             probe = build_probe(model, conditions, config, device)
             notes.append(quantise_frozen(fake_net.to(dtype), probe, config))
+    _fill(starts, config, generator_adapter, adapter)
     counts = {"generator": _counts(generator_net), "fake": _counts(fake_net)}
     nets = {"generator": generator_net, "fake": fake_net}
     paths = {name: compute.apply(net, config, device) for name, net in nets.items()}
@@ -139,7 +153,9 @@ def _engines(config: Config, model: Model, conditions: Conditions, ranks: Runtim
     )
 
 
-def _shared_all(config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int) -> Roles:
+def _shared_all(
+    config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int, starts: Mapping[str, Start]
+) -> Roles:
     """``shared_all``: one frozen base; generator, fake score and teacher differ in the adapters that they wear.
 
     The adapters are kept out of the base's own parameters: ZeRO-3 partitions the base alone. The base has no
@@ -154,6 +170,7 @@ def _shared_all(config: Config, model: Model, conditions: Conditions, ranks: Run
         "generator": _lora(base, "generator", student, model, lora_seed + 1, **own),
         "fake": _lora(base, "fake", config.lora, model, lora_seed, **own),
     }
+    _fill(starts, config, *adapters.values())
     if quantised:
         notes.append(quantise_frozen(base, build_probe(model, conditions, config, device), config))
     total = _counts(base)[1]
@@ -178,6 +195,13 @@ def _shared_all(config: Config, model: Model, conditions: Conditions, ranks: Run
         total_parameters={"base": total},
         notes=(*compute.lines({"base": path}), *notes),
     )
+
+
+def _fill(starts: Mapping[str, Start], config: Config, generator: LoraAdapter | None, fake: LoraAdapter | None) -> None:
+    """Give the adapters the values that they start from."""
+    for role, adapter, scale in (("generator", generator, config.student.lora.scale), ("fake", fake, 1.0)):
+        if adapter is not None and role in starts:
+            starts[role].fill(adapter, scale)
 
 
 def _reference(config: Config, model: Model, device: torch.device, lora_off: Network | None) -> Network | None:

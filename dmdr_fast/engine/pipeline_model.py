@@ -15,7 +15,7 @@ from dmdr_fast.algorithm.paths import Path as NoisePath
 from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import DTYPES, engine_config
-from dmdr_fast.engine.model import partitions_on_load
+from dmdr_fast.engine.model import Start, partitions_on_load
 from dmdr_fast.engine.sit_model import LATENT_SATURATION
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import Denoiser, Family, open_family
@@ -88,9 +88,10 @@ class PipelineModel:
     def lora_targets(self) -> tuple[str, ...]:
         return self.family.lora_targets
 
-    def load(self, device: torch.device, generator: Path | None = None, *, whole: bool = False) -> Denoiser:
+    def load(self, device: torch.device, generator: Path | Start | None = None, *, whole: bool = False) -> Denoiser:
         settings, dtype = engine_config(self.config, trained=True), DTYPES[self.config.deepspeed.dtype]
         partitioned = partitions_on_load(settings, whole=whole)
+        key = generator.key if isinstance(generator, Start) else "teacher.pipeline"
         try:
             if generator is None and not partitioned:
                 return Denoiser(self.family, self.family.load_transformer(dtype)).to(device)
@@ -102,7 +103,7 @@ class PipelineModel:
             else:
                 load_whole(network, stored, dtype=dtype, device=device)
         except (ValueError, FileNotFoundError) as error:
-            raise UserError(f"teacher.pipeline: {error}") from None
+            raise UserError(f"{key}: {error}") from None
         return Denoiser(self.family, network.eval()).to(device)
 
     def teacher_files(self) -> list[Path]:
@@ -111,11 +112,17 @@ class PipelineModel:
             return [place]
         return sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
 
-    def _stored(self, generator: Path | None) -> dict[str, Stored]:
+    def _stored(self, generator: Path | Start | None) -> dict[str, Stored]:
         """The network's tensors: the teacher's, with the generator's in their place or its LoRA merged in."""
         teacher = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))
         if generator is None:
             return teacher
+        if isinstance(generator, Start):
+            weights = generator.over(lambda: teacher)
+            odd = sorted(weights.keys() ^ teacher.keys())
+            if odd:
+                raise ValueError(f"{generator.source}: {odd[0]} and {len(odd) - 1} more are not of both networks")
+            return dict(weights)
         trained = {name.removeprefix(Denoiser.prefix): tensor for name, tensor in stored_tensors(generator).items()}
         if is_lora(trained):
             return with_lora(teacher, trained, lora_scale(generator))

@@ -298,7 +298,12 @@ class StoredRole:
     def whole(self) -> dict[str, Tensor]:
         """The parameters by name, whole and fp32: the EMA's where there is one."""
         kind = "ema" if self.has_ema else "weight"
-        return {n: self.read(kind, n, 0, math.prod(s)).view(s) for n, s in self.shapes.items()}
+        return {name: self.read_whole(kind, name) for name in self.shapes}
+
+    def read_whole(self, kind: str, name: str) -> Tensor:
+        """A parameter's ``kind`` in its shape."""
+        shape = self.shapes[name]
+        return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
     def blocks(self, index: int, slot: Slot, rank: int) -> dict[str, Any] | None:
         """The 8-bit moments of this very slot; None where the moments are not in blocks."""

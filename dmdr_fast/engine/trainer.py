@@ -38,6 +38,7 @@ from dmdr_fast.engine.reward_weight import RewardWeight
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.run_lock import lock_run
 from dmdr_fast.engine.shards import EMA, save_generator
+from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
@@ -121,10 +122,11 @@ class Run:
         resume_from: Path | None,
     ) -> Run:
         """Build every part, resume from a checkpoint where there is one, and print the effective recipe once."""
-        streams = Streams(config.seed)
+        streams, starts = Streams(config.seed), read_starts(config) if resume_from is None else {}
         conditions, shown = build_conditions(config, model, ranks)
         rewards = inputs.build_rewards(config, model.num_classes, ranks.device)
-        roles = build_roles(config, model, conditions, ranks, lora_seed=int(streams.rng("lora").integers(2**31)))
+        seed = int(streams.rng("lora").integers(2**31))
+        roles = build_roles(config, model, conditions, ranks, lora_seed=seed, starts=starts)
         ema = None if config.student.ema is None else EMA(roles.generator.trained, config.student.ema)
         state = {"step": 0, "counters": {}}
         if resume_from is not None:
