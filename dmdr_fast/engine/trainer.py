@@ -28,6 +28,7 @@ from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import Evaluator
+from dmdr_fast.engine.go_on import resume_command
 from dmdr_fast.engine.identity import evaluates_anew, run_settings
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.model import Model, open_model
@@ -207,7 +208,7 @@ class Run:
                 self._checkpoint()
             if asked:
                 self.log.close()
-                ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config)}")
+                ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config.run_dir)}")
                 return False
         self._snapshot_cold_start()
         return True
@@ -410,8 +411,3 @@ def diagnosis(update: Update, ranks: runtime.Runtime) -> str:
     bad = [n for n, v in metrics.items() if not torch.isfinite(v).item()]
     everywhere = sorted({n for part in ranks.gather(bad) for n in part})
     return f"{' and '.join(sorted(set(update.skipped)))} (not finite: {', '.join(everywhere) or 'gradient only'})"
-
-
-def resume_command(config: Config) -> str:
-    """The command that goes on with this run."""
-    return f"deepspeed dmdr_fast/train.py --config {config.run_dir / 'config.yaml'} --resume auto"

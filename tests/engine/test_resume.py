@@ -2,11 +2,15 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
+
+from .conftest import TRAIN
 
 TWELVE = ["--train.cold_start_steps", "4", "--train.generator_steps", "12", "--checkpoint.every", "2"]
 FINAL = "final/generator.safetensors"
@@ -114,7 +118,10 @@ def test_sigterm_finishes_the_step_checkpoints_and_says_how_to_go_on(launch, run
     step = int(re.search(r"stopped at step (\d+); to go on: (.*)", out)[1])
     assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
     assert "--resume auto" in out and not (tmp_path / FINAL).exists()
-    code, _, err = run(["--config", tmp_path / "config.yaml", "--resume", "auto"], small=False)
+    _, where, _, *words = shlex.split(re.search("to go on: (.*)", out)[1])
+    arguments = words[words.index(str(TRAIN)) + 1 :]
+    assert Path(where) == Path.cwd() and arguments == ["--config", str(tmp_path / "config.yaml"), "--resume", "auto"]
+    code, _, err = run(arguments, small=False)
     assert code == 0, err
     assert (tmp_path / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
 
