@@ -61,7 +61,7 @@ def repeat(run, finished, tmp_path):
     [
         (["--teacher.weights", "two"], ["teacher '", "one.safetensors (sha256 ", "this run has '", "two.safetensors"]),
         (["--student.steps", "2"], ["student.steps 1, this run has 2"]),
-        (["--teacher.cfg_scale", "2", "--student.shift", "3"], ["cfg_scale 1.0, this run has 2", "student.shift 1.0"]),
+        (["--teacher.cfg_scale", "2", "--student.shift", "3"], ["cfg_scale None, this run has 2", "student.shift 1.0"]),
         (["--lora.rank", "2"], ["lora.rank 4, this run has 2"]),
         (["--sharing", "separate"], ["sharing 'shared_score', this run has 'separate'"]),
         (["--student.rollout", "same_step"], ["student.rollout 'backward_simulation', this run has 'same_step'"]),

@@ -167,7 +167,7 @@ def test_exporting_and_sampling_a_checkpoint(finished, tmp_path, capsys):
     torch.testing.assert_close(image, images[:1], rtol=0, atol=1e-5)
     steps = [sample.sample_run(run_dir, prompts, step=step) for step in (1, 2)]
     assert (steps[0] - steps[1]).abs().max() > 1e-4
-    (run_dir / "checkpoints/step_00000002/rank_00001.pt").write_bytes(b"torn")
+    (run_dir / "checkpoints/step_00000002/generator/ema.00000.safetensors").write_bytes(b"torn")
     assert run_user_command(sample.main, [str(run_dir), "--prompts", "sea", "--step", "2"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: --step 2: ") and "cannot be read" in error and "it has steps 1, 2, 3" in error
