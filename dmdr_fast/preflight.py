@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 
 from dmdr_fast.config import Config
+from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.errors import UserError
 
 HUB_PREFIX = "hf://"
@@ -26,8 +26,7 @@ def check(config: Config) -> None:
     _check_weights(config.teacher.weights)
     _check_pipeline(config.teacher.pipeline)
     _check_prompts(config)
-    if config.deepspeed.config is not None:
-        read_deepspeed_json(config.deepspeed.config)
+    read_deepspeed_json(config)
     _check_rewards(config)
     _check_groups(config)
 
@@ -59,20 +58,6 @@ def _check_rewards(config: Config) -> None:
                     f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method refl "
                     "needs; set rl.method to grpo or dpo, or take a differentiable reward"
                 )
-
-
-def read_deepspeed_json(path: Path) -> dict:
-    """The keys of a DeepSpeed JSON."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from None
-    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        if name in values:
-            raise UserError(
-                f"deepspeed.config: remove {name}; train.micro_batch_size and train.gradient_accumulation set it"
-            )
-    return values
 
 
 # Packages that a choice needs: any one of them will do.

@@ -27,7 +27,7 @@ from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
-from dmdr_fast.engine.recipe import describe, learning_rate, recipe_of, table_text
+from dmdr_fast.engine.recipe import describe, learning_rates, recipe_of, table_text
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.telemetry import Telemetry
@@ -177,8 +177,9 @@ class Run:
         if self.roles.frozen_reference is not None and self.step >= self.config.train.cold_start_steps:
             self.roles.frozen_reference.load(self._cold_start_weights)
         optimizer, train = self.config.optimizer, self.config.train
-        for role, settings in ((self.roles.generator, optimizer.generator), (self.roles.fake, optimizer.fake)):
-            role.set_lr(learning_rate(settings, self.step, train.cold_start_steps, train.generator_steps))
+        lengths = self.step, train.cold_start_steps, train.generator_steps
+        self.roles.generator.set_lr(learning_rates(optimizer.generator, *lengths))
+        self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates))
 
     def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
@@ -293,7 +294,8 @@ class Run:
             "renoise_beta": beta,
             "real_lora_scale": self.recipe.real_scale(self.step - 1),
         }
-        values |= {f"{n}_grad_norm": r.gradient_norm for n, r in _trained(self.roles).items()}
+        for name, role in _trained(self.roles).items():
+            values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
