@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,15 +94,3 @@ def start() -> Runtime:
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     control = dist.new_group(backend="gloo") if world_size > 1 else None
     return Runtime(rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), control)
-
-
-class StopRequest:
-    """SIGTERM and SIGINT ask the run to finish its step, write a checkpoint and leave."""
-
-    def __init__(self, signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        self.asked = False
-        for number in signals:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.asked = True

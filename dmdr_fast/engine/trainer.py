@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rates, recipe_of, table_text
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.shards import EMA, save_generator
+from dmdr_fast.engine.stopping import StopRequest
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
@@ -43,15 +45,17 @@ def train(config: Config) -> None:
         RunEnded: ``train.max_skipped`` updates in a row had non-finite gradients, a reward failed, or a monitor saw
             collapse and ``train.stop_on_collapse`` is set. A checkpoint was written.
     """
-    model = open_model(config)
-    ranks = runtime.start()
-    run = Run.build(config, model, ranks)
-    try:
-        if run.updates():
-            run.finish()
-    finally:
-        if run.rewards is not None:
-            run.rewards.close()
+    with StopRequest(config.run_dir / "stop" if os.environ.get("RANK", "0") == "0" else None) as stop:
+        ranks = runtime.start()
+        run = Run.build(config, open_model(config), ranks)
+        try:
+            stop.finishes()
+            if run.updates(stop):
+                stop.leaves(f"in the final evaluation; the weights are whole, for the rest: {resume_command(config)}")
+                run.finish()
+        finally:
+            if run.rewards is not None:
+                run.rewards.close()
 
 
 @dataclass
@@ -131,14 +135,16 @@ class Run:
         ranks.say(describe(config, run.recipe, roles, ranks))
         return run
 
-    def updates(self) -> bool:
-        """Generator updates until the last one (True) or until asked to stop (False)."""
-        config, ranks, stop = self.config, self.ranks, runtime.StopRequest()
+    def updates(self, stop: StopRequest) -> bool:
+        """Generator updates until the last one, then the final weights (True), or until asked to stop (False)."""
+        config, ranks = self.config, self.ranks
         data = drawn(self.conditions, self.streams)
         reward = None if self.rewards is None else RewardModel(self.decoder, self._score)
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
         self.flushed_at = time.monotonic()
+        if config.resume == "auto" and self._evaluation_due and not self._evaluator().has_row(self.step):
+            self._evaluate(stop)  # the run was stopped in it
         while self.step < config.train.generator_steps:
             self._begin_update()
             update = dmdr_update(
@@ -160,8 +166,8 @@ class Run:
             asked = ranks.any(stop.asked)
             if due or asked or self.step % config.log.every == 0:
                 self._flush(shards[0].total)
-            if config.eval.every and self.step % config.eval.every == 0 and self._evaluates:
-                self._evaluator().append(self._role_in_training(), self.step)
+            if self._evaluation_due and not asked:
+                asked = self._evaluate(stop)
             if due or asked:
                 self._checkpoint()
             if asked:
@@ -169,7 +175,22 @@ class Run:
                 ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config)}")
                 return False
         self._snapshot_cold_start()
+        self._save_generator(self._final_weights)
         return True
+
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        return bool(every and self.step and self.step % every == 0 and self._evaluates)
+
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Add the row of the generator as it is; True, and maybe no row, where the run is asked to stop meanwhile."""
+
+        def asked() -> bool:
+            return self.ranks.any(stop.asked)
+
+        self._evaluator().append(self._role_in_training(), self.step, asked)
+        return asked()
 
     def _begin_update(self) -> None:
         """What changes with the step: the cold start's end, the reference, the learning rates."""
@@ -191,10 +212,8 @@ class Run:
         return total, named
 
     def finish(self) -> None:
-        """Write the final weights, the evaluation and the report."""
-        config = self.config
-        final = config.run_dir / "final" / "generator.safetensors"
-        self._save_generator(final)
+        """Write the evaluation and the report."""
+        config, final = self.config, self._final_weights
         self.log.close()
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
@@ -237,6 +256,10 @@ class Run:
             "parameters_trained": self.roles.trained_parameters,
         }
         (self.config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+
+    @property
+    def _final_weights(self) -> Path:
+        return self.config.run_dir / "final" / "generator.safetensors"
 
     @property
     def _cold_start_weights(self) -> Path:
