@@ -65,7 +65,7 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
                 yield f"{symbol} {getattr(item, name)}"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, raised for the caller to print."""
 
     def error(self, message: str):
@@ -74,14 +74,21 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``train.py``: ``--config``, ``--print-config`` and one flag per key."""
-    parser = _Parser(
-        prog="train.py",
-        usage="deepspeed dmdr_fast/train.py [--config FILE] [--print-config] [--KEY VALUE ...]",
+    parser = Parser(
+        prog="dmdr-train",
+        usage="dmdr-train [--num_gpus N] [--master_port PORT] [--config NAME|FILE] [--print-config] [--KEY VALUE ...]",
         description=Config.__doc__,
-        epilog="Values are read as YAML: 3, 1e-4, true, null, [0.9, 0.999]. Flags override the file.",
+        epilog="Values are read as YAML: 3, 1e-4, true, null, [0.9, 0.999]. Flags override the file. One process per "
+        "GPU of this machine, or --num_gpus of them; deepspeed, torchrun and srun start them too: see the docs.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file (default: configs/digits.yaml).")
+    recipes = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    parser.add_argument(
+        "--config",
+        type=_config_file,
+        default=DEFAULT_CONFIG,
+        help=f"YAML file, or the name of a recipe that comes along: {recipes} (default digits).",
+    )
     parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and exit.")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     groups: dict[str, Any] = {"": parser}
@@ -92,6 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{field.description} ({accepted(field)}; default {_plain(field.default)})"
         groups[section].add_argument(f"--{path}", dest=path, metavar="V", help=text.replace("%", "%%"))
     return parser
+
+
+def _config_file(text: str) -> Path:
+    """The file, or a shipped recipe where there is no such file and the text is its name."""
+    path, recipe = Path(text), CONFIGS / f"{text}.yaml"
+    return recipe if not path.exists() and path.name == text and recipe.is_file() else path
 
 
 def _plain(value: Any) -> str:
@@ -138,7 +151,10 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.load(path.read_text(), Loader=_Loader) or {}
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; name a readable YAML file") from None
+        names = [recipe.stem for recipe in CONFIGS.glob("*.yaml")]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean the recipe {near[0]}?" if near else "; name a readable YAML file, or a recipe: "
+        raise UserError(f"--config {path}: {error.strerror}{hint}{'' if near else ', '.join(sorted(names))}") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -205,6 +221,11 @@ def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | 
     """Call ``main(argv)``; a :class:`UserError` becomes one line on stderr (of rank 0) and exit code 2."""
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # who read the output, as head does, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A finished run as a diffusers pipeline: ``python -m dmdr_fast.export RUN_DIR OUT``."""
+"""A finished run as a diffusers pipeline: ``dmdr-export RUN_DIR OUT``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FINAL = Path("final") / "generator.safetensors"
 
 def main(argv: list[str]) -> None:
     """Write the pipeline and say how it is called. Mistakes exit with 2."""
-    parser = argparse.ArgumentParser(prog="python -m dmdr_fast.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dmdr-export", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="A run of a text-to-image family.")
     parser.add_argument("out", type=Path, help="Folder to write; it must not be there yet.")
     parser.add_argument(
@@ -78,5 +78,10 @@ def export_run(run_dir: Path, out: Path, weights: Path | None = None, dtype: str
     return config.student.steps
 
 
+def command() -> int:
+    """The console script."""
+    return run_user_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_user_command(main))
+    sys.exit(command())

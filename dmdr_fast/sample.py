@@ -1,4 +1,4 @@
-"""A grid of images: ``python -m dmdr_fast.sample RUN_DIR|PIPELINE --prompts FILE|TEXT... --out grid.png``."""
+"""A grid of images: ``dmdr-sample RUN_DIR|PIPELINE --prompts FILE|TEXT... --out grid.png``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 4
 
 def main(argv: list[str]) -> None:
     """Draw one image per prompt and write them as one PNG. Mistakes exit with 2."""
-    parser = argparse.ArgumentParser(prog="python -m dmdr_fast.sample", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dmdr-sample", description=__doc__)
     parser.add_argument("source", type=Path, help="A run of a text-to-image family, or a pipeline that was exported.")
     parser.add_argument("--prompts", nargs="+", required=True, help="Prompts, or one .txt, .jsonl or .parquet file.")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write.")
@@ -119,5 +119,10 @@ def grid_png(images: Tensor) -> bytes:
     return image_png(((page.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
 
 
+def command() -> int:
+    """The console script."""
+    return run_user_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_user_command(main))
+    sys.exit(command())
