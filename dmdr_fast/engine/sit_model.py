@@ -85,6 +85,10 @@ class SiTModel:
     def num_classes(self) -> int:
         return self.config.model.num_classes
 
+    def skeleton(self) -> SiT:
+        with parameters_on_meta():
+            return build_network(self.config)
+
     def load(self, device: torch.device, generator: Path | None = None, *, whole: bool = False) -> SiT:
         weights, settings = generator or self.teacher, engine_config(self.config, trained=True)
         try:
@@ -92,8 +96,7 @@ class SiTModel:
                 network = build_network(self.config)
                 load_sit_weights(network, weights)
                 return network.to(device)
-            with parameters_on_meta():
-                network = build_network(self.config)
+            network = self.skeleton()
             stored = stored_sit_tensors(network, weights)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"teacher.weights: {error}") from None
