@@ -1,9 +1,9 @@
 """What makes a run stop before its end, and how fast.
 
-A request is SIGTERM or SIGINT, the end of the launcher that this rank belongs to, or a file ``stop`` in run_dir. While
-updates are made (:meth:`StopRequest.finishes`) it only sets ``asked``: the run finishes its update and writes a
-checkpoint. Elsewhere there is nothing to write, and the run leaves at once. A second signal ends the process at once,
-anywhere.
+A request is SIGTERM, SIGINT or SIGHUP, the end of the launcher that this rank belongs to, or a file ``stop`` in
+run_dir. While updates are made (:meth:`StopRequest.finishes`) it only sets ``asked``: the run finishes its update and
+writes a checkpoint. Elsewhere there is nothing to write, and the run leaves at once. A second signal ends the process
+at once, anywhere.
 
 A thread reads the signals from a pipe: Python's own handlers run between two bytecodes of the main thread, which may be
 minutes away inside of a collective.
@@ -17,12 +17,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Under DeepSpeed's launcher one Ctrl-C arrives twice: from the terminal and, milliseconds later, as its SIGTERM.
 SAME_REQUEST = 0.5  # seconds
 POLL = 0.5  # seconds between two looks at the launcher
@@ -51,7 +52,10 @@ class StopRequest:
             self._file.unlink(missing_ok=True)
         self._read, write = os.pipe()
         os.set_blocking(write, False)
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's stays so
+        self._previous = {number: signal.signal(number, self._note) for number in heard}
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Output(stream, self) for stream in self._streams)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True, name="stop").start()
         return self
@@ -64,11 +68,18 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if kind is not Stopped:
+            self._restore_streams()
             return False
         self._say(f"stopped {self.unfinished}")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             self._end()
+        self._restore_streams()
         return True
+
+    def _restore_streams(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = self._streams
 
     def finishes(self) -> None:
         """From here on a request sets ``asked`` and no more."""
@@ -117,6 +128,34 @@ class StopRequest:
     def _end(self) -> NoReturn:
         sys.stdout.flush()
         os._exit(128 + self._number)
+
+
+class _Output:
+    """A stream that goes nowhere once the run is asked to stop and its reader has left.
+
+    Ctrl-C ends the ``tee`` behind a pipe too, a closed window takes its terminal along: the checkpoint still comes.
+    """
+
+    def __init__(self, stream: TextIO, request: StopRequest) -> None:
+        self._stream, self._request = stream, request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable, *words: str) -> Any:
+        try:
+            return call(*words)
+        except OSError:
+            if not self._request.asked:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return call(*words)
 
 
 def launchers() -> list[psutil.Process]:

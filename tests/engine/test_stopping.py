@@ -173,3 +173,16 @@ def test_before_the_first_update_a_stop_acts_at_once():
         process.terminate()
         out, _ = process.communicate(timeout=10)
         assert process.returncode == code and "stopped before the first update" in out
+
+
+def test_output_that_nobody_reads_any_more_does_not_keep_a_stop_from_its_checkpoint(tmp_path):
+    """As with ``dmdr-train ... | tee log`` and Ctrl-C, which ends both."""
+    program = "import sys, time; from dmdr_fast.engine.stopping import StopRequest\n"
+    program += "with StopRequest() as stop:\n    stop.finishes(); print('in', flush=True)\n"
+    program += "    while not stop.asked: time.sleep(0.01)\n"
+    program += f"    time.sleep(0.2); print('x' * 100_000); open({str(tmp_path / 'checkpoint')!r}, 'w')\n"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=10) == 0 and (tmp_path / "checkpoint").exists()
