@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -104,7 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _config_file(text: str) -> Path:
     """The file, or a shipped recipe where there is no such file and the text is its name."""
     path, recipe = Path(text), CONFIGS / f"{text}.yaml"
-    return recipe if not path.exists() and path.name == text and recipe.is_file() else path
+    try:
+        return recipe if not path.exists() and path.name == text and recipe.is_file() else path
+    except OSError:  # a name that is too long
+        return path
 
 
 def _plain(value: Any) -> str:
@@ -149,13 +153,14 @@ def dump(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.load(path.read_text(), Loader=_Loader) or {}
+        values = yaml.load(path.read_text(), Loader=_Loader)
+        values = {} if values is None else values
     except OSError as error:
         names = [recipe.stem for recipe in CONFIGS.glob("*.yaml")]
         near = difflib.get_close_matches(path.name, names, n=1)
         hint = f"; did you mean the recipe {near[0]}?" if near else "; name a readable YAML file, or a recipe: "
         raise UserError(f"--config {path}: {error.strerror}{hint}{'' if near else ', '.join(sorted(names))}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected keys and values, got {type(values).__name__}")
@@ -163,7 +168,13 @@ def _read_yaml(path: Path) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: 1e-4 is a number (YAML 1.1, PyYAML's default, wants 1.0e-4)."""
+    """YAML 1.2: 1e-4 is a number (YAML 1.1, PyYAML's default, wants 1.0e-4), a key that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -180,7 +191,7 @@ def _assign(values: dict, path: str, text: str) -> None:
             raise UserError(f"{section}: expected a group of keys, got {values!r}")
     try:
         values[last] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         values[last] = text
 
 
@@ -205,7 +216,11 @@ def _problem(problem: dict, source: Path) -> str:
     if not words:  # raised by Config itself: the message names its key
         return problem["msg"].removeprefix("Value error, ")
     wanted = f"expected {accepted(fields[path])}" if path in fields else "expected a group of keys"
-    return f"{path}: {wanted}; got {problem['input']!r}"
+    return f"{path}: {wanted}; got {_SHOWN.repr(problem['input'])}"
+
+
+_SHOWN = reprlib.Repr()  # a YAML of aliases is exponentially long written out
+_SHOWN.maxstring = _SHOWN.maxother = 200
 
 
 def _unknown_key(path: str, source: str) -> str:

@@ -92,6 +92,8 @@ def _problem(problem: dict[str, Any]) -> str:
         return f"{path}: missing; expected {accepted(fields[path])}"
     if path not in fields and path not in _groups(fields):  # a fault inside a list is the key's
         path = path.rpartition(".")[0]
+    if path not in fields and path not in _groups(fields):
+        return f"{'.'.join(words)!r}: {problem['msg']}"
     wanted = "a group of keys" if path in _groups(fields) else accepted(fields[path])
     return f"{path}: expected {wanted}; got {json.dumps(problem['input'])[:80]}"
 

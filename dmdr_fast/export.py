@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from dmdr_fast.cli import load, run_user_command
+from dmdr_fast.cli import Parser, load, run_user_command
 from dmdr_fast.errors import UserError
 
 FINAL = Path("final") / "generator.safetensors"
@@ -14,7 +13,7 @@ FINAL = Path("final") / "generator.safetensors"
 
 def main(argv: list[str]) -> None:
     """Write the pipeline and say how it is called. Mistakes exit with 2."""
-    parser = argparse.ArgumentParser(prog="dmdr-export", description=__doc__)
+    parser = Parser(prog="dmdr-export", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="A run of a text-to-image family.")
     parser.add_argument("out", type=Path, help="Folder to write; it must not be there yet.")
     parser.add_argument(

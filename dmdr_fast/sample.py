@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmdr_fast.cli import load, run_user_command
+from dmdr_fast.cli import Parser, load, run_user_command
 from dmdr_fast.data.prompts import load_prompts
 from dmdr_fast.errors import UserError
 from dmdr_fast.export import FINAL, run_weights
@@ -22,7 +21,7 @@ BATCH = 4
 
 def main(argv: list[str]) -> None:
     """Draw one image per prompt and write them as one PNG. Mistakes exit with 2."""
-    parser = argparse.ArgumentParser(prog="dmdr-sample", description=__doc__)
+    parser = Parser(prog="dmdr-sample", description=__doc__)
     parser.add_argument("source", type=Path, help="A run of a text-to-image family, or a pipeline that was exported.")
     parser.add_argument("--prompts", nargs="+", required=True, help="Prompts, or one .txt, .jsonl or .parquet file.")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write.")
