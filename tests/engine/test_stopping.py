@@ -64,11 +64,12 @@ def test_dmdr_train_waits_for_its_ranks_however_long_they_take(environment, tmp_
     ("ranks", "signals", "code"),
     [
         (["sleep(1.5)", "sleep(0.1)"], 1, 0),  # each goes on for as long as it needs
+        (["sys.exit(143)", "sys.exit(143)"], 1, 0),  # as while loading
         (["sleep(60)", "sleep(60)"], 2, 128 + signal.SIGTERM),
         (["sys.exit(2)", "sleep(60)"], 0, 2),
         (["os.kill(os.getpid(), 9)", "sleep(0.1)"], 0, 128 + signal.SIGKILL),
     ],
-    ids=["waits", "second signal", "a mistake", "a rank is killed"],
+    ids=["waits", "at once", "second signal", "a mistake", "a rank is killed"],
 )
 def test_what_dmdr_train_makes_of_signals_and_exit_codes(ranks, signals, code):
     rank = "import os, signal, sys; from time import sleep; seen = []\n"
