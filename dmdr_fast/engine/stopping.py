@@ -93,7 +93,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         """The signal's handler, in the main thread."""
-        first, self.asked = not self.asked, True
+        first, self.asked, self._number = not self.asked, True, number
         if first and not self._finishes:
             raise Stopped
 
