@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _CHECKSUMS = "checksums.json"
 _CACHE_VARIABLE = "DMDR_FAST_CACHE"
+_LARGE = 1 << 26  # bytes: a tenth of a second of hashing
 
 
 def cache_root() -> Path:
@@ -76,6 +77,19 @@ def cached(kind: str, key: dict, build: Callable[[Path], None], root: Path | Non
             shutil.rmtree(entry)
         _build_entry(entry, key, build)
     return entry
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's content, in hex; a large file's is kept in the cache while size and time of change stay."""
+    file = file.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", file.name):  # a blob of the hub's cache is called by its hash
+        return file.name
+    status = file.stat()
+    if status.st_size < _LARGE:
+        return _sha256(file)
+    key = {"file": str(file), "size": status.st_size, "changed": status.st_mtime_ns}
+    entry = cached("sha256", key, lambda folder: (folder / "sha256").write_text(_sha256(file)))
+    return (entry / "sha256").read_text()
 
 
 @contextlib.contextmanager

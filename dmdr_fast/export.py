@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmdr_fast.cli import Parser, load, run_user_command
 from dmdr_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dmdr_fast.engine.pipeline_model import PipelineModel
 
 FINAL = Path("final") / "generator.safetensors"
 
@@ -14,34 +20,54 @@ FINAL = Path("final") / "generator.safetensors"
 def main(argv: list[str]) -> None:
     """Write the pipeline and say how it is called. Mistakes exit with 2."""
     parser = Parser(prog="dmdr-export", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="A run of a text-to-image family.")
+    parser.add_argument("run_dir", type=Path, help="A run of a text-to-image family, finished or not.")
     parser.add_argument("out", type=Path, help="Folder to write; it must not be there yet.")
+    add_source(parser)
     parser.add_argument(
-        "--weights", type=Path, help=f"Generator to export: a .safetensors of the run (default: RUN_DIR/{FINAL})."
+        "--dtype", choices=["bf16", "fp32"], help="Type of the network's files (default: the run's export.dtype)."
     )
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="Type of the network's files.")
     options = parser.parse_args(argv)
-    steps = export_run(options.run_dir, options.out, options.weights, options.dtype)
-    print(
-        f"{options.out}: DiffusionPipeline.from_pretrained({str(options.out)!r})"
-        f"(prompt, num_inference_steps={steps}, guidance_scale=0)"
+    call = export_run(options.run_dir, options.out, options.weights, options.dtype, step=options.step)
+    print(f"{options.out}: {call}")
+
+
+def add_source(parser: Parser) -> None:
+    """The options that name a generator of a run."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--step", type=int, help="The generator of this checkpoint of the run.")
+    source.add_argument(
+        "--weights", type=Path, help=f"Generator: a .safetensors of the run (default: RUN_DIR/{FINAL})."
     )
 
 
-def run_weights(command: str, run_dir: Path, weights: Path | None) -> Path:
-    """The generator's file that ``command`` reads: ``weights``, or the final one of the run.
+@contextmanager
+def run_weights(
+    model: PipelineModel, run_dir: Path, weights: Path | None, step: int | None, beside: Path
+) -> Iterator[Path]:
+    """The generator's file of a run: of the checkpoint of ``step``, ``weights``, or the final one.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or damaged.
     """
+    from dmdr_fast.engine.checkpoint_weights import checkpoint_weights, steps_in_words
+
+    if step is not None:
+        with checkpoint_weights(run_dir, step, model, beside) as file:
+            yield file
+        return
     file = weights or run_dir / FINAL
     if not file.is_file():
-        raise UserError(f"{command}: no weights at {file}; let the run finish, or give those of a phase with --weights")
-    return file
+        raise UserError(
+            f"no weights at {file}; let the run finish, take a checkpoint with --step ({steps_in_words(run_dir)}), or "
+            "give those of a phase with --weights"
+        )
+    yield file
 
 
-def export_run(run_dir: Path, out: Path, weights: Path | None = None, dtype: str = "bf16") -> int:
-    """Write the generator of a run as a pipeline into ``out`` (``dmdr_fast.models.export``); returns its steps.
+def export_run(
+    run_dir: Path, out: Path, weights: Path | None = None, dtype: str | None = None, *, step: int | None = None
+) -> str:
+    """Write the generator of a run as a pipeline into ``out`` (``dmdr_fast.models.export``); returns how it is called.
 
     Raises:
         UserError: no such run, one of class labels, no weights yet, or a folder that is there already.
@@ -52,29 +78,31 @@ def export_run(run_dir: Path, out: Path, weights: Path | None = None, dtype: str
     from dmdr_fast.algorithm.schedules import timestep_grid
     from dmdr_fast.engine.engines import DTYPES
     from dmdr_fast.engine.pipeline_model import PipelineModel, is_lora, lora_scale
-    from dmdr_fast.models.export import export_pipeline
+    from dmdr_fast.models.export import call_arguments, export_pipeline, load_arguments
 
     config = load(run_dir / "config.yaml")
     if config.model.family == "sit":
         raise UserError(f"export: {run_dir} is a run of SiT, which no diffusers pipeline holds; use {run_dir / FINAL}")
-    file = run_weights("export", run_dir, weights)
-    model = PipelineModel.open(config)
+    model, out = PipelineModel.open(config), out.expanduser()
     try:
-        tensors = load_file(file)
-        given = {"lora": tensors, "lora_scale": lora_scale(file)} if is_lora(tensors) else {"weights": tensors}
-        export_pipeline(
-            model.family,
-            out,
-            grid=timestep_grid(config.student.steps, shift=config.student.shift),
-            dtype=DTYPES[dtype],
-            resolution=config.model.resolution,
-            **given,
-        )
+        with run_weights(model, run_dir, weights, step, out.parent) as file:
+            tensors = load_file(file)
+            given = {"lora": tensors, "lora_scale": lora_scale(file)} if is_lora(tensors) else {"weights": tensors}
+            export_pipeline(
+                model.family,
+                out,
+                grid=timestep_grid(config.student.steps, shift=config.student.shift),
+                dtype=DTYPES[dtype or config.export.dtype],
+                resolution=config.model.resolution,
+                **given,
+            )
     except SafetensorError as error:
-        raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint") from None
+        raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    return config.student.steps
+    loaded = "".join(f", {name}={value!r}" for name, value in load_arguments(out).items())
+    called = "".join(f", {name}={value!r}" for name, value in call_arguments(out).items())
+    return f"DiffusionPipeline.from_pretrained({str(out)!r}{loaded})(prompt{called})"
 
 
 def command() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from dmdr_fast.cli import Parser, load, run_user_command
 from dmdr_fast.data.prompts import load_prompts
 from dmdr_fast.errors import UserError
-from dmdr_fast.export import FINAL, run_weights
+from dmdr_fast.export import add_source, run_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,16 +21,21 @@ BATCH = 4
 def main(argv: list[str]) -> None:
     """Draw one image per prompt and write them as one PNG. Mistakes exit with 2."""
     parser = Parser(prog="dmdr-sample", description=__doc__)
-    parser.add_argument("source", type=Path, help="A run of a text-to-image family, or a pipeline that was exported.")
+    parser.add_argument(
+        "source", type=Path, help="A run of a text-to-image family, finished or not, or a pipeline that was exported."
+    )
     parser.add_argument("--prompts", nargs="+", required=True, help="Prompts, or one .txt, .jsonl or .parquet file.")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
-    parser.add_argument("--weights", type=Path, help=f"Generator of the run (default: RUN_DIR/{FINAL}).")
+    add_source(parser)
     options = parser.parse_args(argv)
     given = options.prompts
     prompts = load_prompts(given[0]) if len(given) == 1 and Path(given[0]).is_file() else given
     if (options.source / "config.yaml").is_file():
-        images = sample_run(options.source, prompts, seed=options.seed, weights=options.weights)
+        source = {"weights": options.weights, "step": options.step}
+        images = sample_run(options.source, prompts, seed=options.seed, **source)
+    elif options.step is not None or options.weights is not None:
+        raise UserError(f"sample: {options.source} is no run (config.yaml), so --step and --weights name nothing")
     elif (options.source / "model_index.json").is_file():
         images = sample_pipeline(options.source, prompts, seed=options.seed)
     else:
@@ -41,7 +45,9 @@ def main(argv: list[str]) -> None:
     print(f"{options.out}: {len(images)} images")
 
 
-def sample_run(run_dir: Path, prompts: list[str], *, seed: int = 0, weights: Path | None = None) -> Tensor:
+def sample_run(
+    run_dir: Path, prompts: list[str], *, seed: int = 0, weights: Path | None = None, step: int | None = None
+) -> Tensor:
     """Images fp32 [N, 3, H, W] in [-1, 1] of a run's generator, by the rollout it was trained with.
 
     Noise is a function of (seed, number of the prompt), as in training: one prompt more changes no other image.
@@ -62,11 +68,12 @@ def sample_run(run_dir: Path, prompts: list[str], *, seed: int = 0, weights: Pat
     config = load(run_dir / "config.yaml")
     if config.model.family == "sit":
         raise UserError(f"sample: {run_dir} is a run on class labels; its samples are in report.html")
-    file = run_weights("sample", run_dir, weights)
     ranks, model = runtime.start(), PipelineModel.open(config)
     (conditions,) = cached_prompts(config, model, ranks, [tuple(prompts)])
     recipe, streams, images = recipe_of(config, model), Streams(seed), []
-    generator, decode = frozen_role(model, config, ranks.device, file), model.decoder(ranks.device)
+    with run_weights(model, run_dir, weights, step, run_dir) as file:
+        generator = frozen_role(model, config, ranks.device, file)
+    decode = model.decoder(ranks.device)
     for start in range(0, len(prompts), BATCH):
         shard = Shard(start, min(start + BATCH, len(prompts)), len(prompts))
 
@@ -83,22 +90,31 @@ def sample_run(run_dir: Path, prompts: list[str], *, seed: int = 0, weights: Pat
 def sample_pipeline(folder: Path, prompts: list[str], *, seed: int = 0) -> Tensor:
     """Images fp32 [N, 3, H, W] in [-1, 1] of a pipeline that ``dmdr_fast.export`` wrote.
 
+    Noise is a function of (seed, number of the prompt): one prompt more changes no other image.
+
     Raises:
         UserError: the folder was not written by the export.
     """
     import torch
     from diffusers import DiffusionPipeline
 
-    from dmdr_fast.models.export import STUDENT
+    from dmdr_fast.algorithm.streams import Streams
+    from dmdr_fast.models.export import call_arguments, load_arguments
 
-    if not (folder / STUDENT).is_file():
-        raise UserError(f"sample: no {STUDENT} in {folder}; give a folder that dmdr_fast.export wrote")
-    arguments = json.loads((folder / STUDENT).read_text())
+    try:
+        arguments = call_arguments(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"sample: no {error.filename}; give a folder that dmdr_fast.export wrote") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype="auto").to(device)
-    torch.manual_seed(seed)
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype="auto", **load_arguments(folder)).to(device)
+    seeds = [int(Streams(seed).rng("sample", i).integers(2**63)) for i in range(len(prompts))]
     parts = [
-        pipeline(prompt=prompts[start : start + BATCH], output_type="pt", **arguments).images
+        pipeline(
+            prompt=prompts[start : start + BATCH],
+            generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + BATCH]],
+            output_type="pt",
+            **arguments,
+        ).images
         for start in range(0, len(prompts), BATCH)
     ]
     return 2.0 * torch.cat(parts).float().cpu() - 1.0

@@ -20,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """What is fitted once (a digits teacher, classifiers) is kept for the session, for all its processes."""
     if not hasattr(config, "workerinput"):
         config.stash[CACHE] = os.environ["DMDR_FAST_CACHE"] = tempfile.mkdtemp(prefix="dmdr_fast-tests-")
+    # Where diffusers copies the code of exported pipelines to, in each process its own.
+    os.environ["HF_MODULES_CACHE"] = f"{os.environ['DMDR_FAST_CACHE']}/modules-{os.getpid()}"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

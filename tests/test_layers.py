@@ -22,7 +22,7 @@ ALLOWED = {
     "eval": {"algorithm", "data", "ops", "errors"},
     "patch": {"ops", "models", "errors"},
     "deepspeed_json.py": {"cli", "config", "errors"},
-    "plan": {"algorithm", "cli", "config", "deepspeed_json", "models", "ops", "errors"},
+    "plan": {"algorithm", "cli", "config", "deepspeed_json", "models", "ops", "patch", "errors"},
 }
 
 

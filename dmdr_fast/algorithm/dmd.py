@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from dmdr_fast import ops
+from dmdr_fast.algorithm.guidance import guide
 from dmdr_fast.algorithm.paths import FLOW, Path
-from dmdr_fast.algorithm.score_pass import ScorePass
+from dmdr_fast.algorithm.score_pass import ScorePass, Scores
 
 
 @dataclass(frozen=True)
 class DMDOptions:
     """How the DMD gradient is normalised and guided; the names are those of :func:`dmdr_fast.ops.dmd_gradient`.
+
+    cfg_mode, token: of :func:`dmdr_fast.algorithm.guidance.guide`.
 
     reduction: ``mean`` is loss = 1/2 mean g^2 (gradient g / numel, every public DMD trainer but one); ``sum`` is
     rCM's loss = sum g^2 per sample, averaged over the batch (gradient 2 g / B).
@@ -23,6 +26,7 @@ class DMDOptions:
 
     cfg_scale: float = 1.0
     cfg_mode: str = "standard"
+    token: int = 1
     prediction: str = "flow"
     normalizer: str = "per_sample"
     eps: float = 1e-8
@@ -32,8 +36,8 @@ class DMDOptions:
 
     @property
     def uses_cfg(self) -> bool:
-        """Whether the unconditional prediction matters: not at standard scale 1 or offset scale 0."""
-        return self.cfg_scale != (1.0 if self.cfg_mode == "standard" else 0.0)
+        """Whether the unconditional prediction matters: not at scale 1, in offset form 0."""
+        return self.cfg_scale != (0.0 if self.cfg_mode == "offset" else 1.0)
 
     def guided_scale(self, guidance: Tensor | None) -> Tensor | float:
         """The CFG scale, fp32 [B] where a factor per sample weighs the guidance part."""
@@ -67,24 +71,44 @@ def dmd_leaf_gradient(
     alpha, sigma = path.alpha_sigma(t)
     x_t = ops.renoise(x0, alpha, sigma, seed=noise_seed, offset=noise_offset)
     scores = score(x_t, t, cond, uncond, real_scale=real_scale)
-    out = ops.dmd_gradient(
+    out = dmd_gradient(x0, x_t, scores, alpha, sigma, options, guidance)
+    factor = 1.0 / x0.numel() if options.reduction == "mean" else 2.0 / x0.shape[0]
+    return out.grad * factor, out.loss
+
+
+def dmd_gradient(
+    x0: Tensor,
+    x_t: Tensor,
+    scores: Scores,
+    alpha: Tensor,
+    sigma: Tensor,
+    options: DMDOptions,
+    guidance: Tensor | None = None,
+) -> ops.DMDGradient:
+    """The normalised g of the scores at x_t, guided as ``options`` say, with its loss.
+
+    The op guides in its own pass over the predictions; a mode that it does not know is applied before it.
+    """
+    real, uncond, mode = scores.real, scores.real_uncond, options.cfg_mode
+    scale = None if uncond is None else options.guided_scale(guidance)
+    if uncond is not None and mode == "per_token":
+        real, uncond, scale = guide(real, uncond, scale, mode, options.token), None, None
+    return ops.dmd_gradient(
         x0,
         x_t,
         scores.fake,
-        scores.real,
-        scores.real_uncond,
+        real,
+        uncond,
         sigma=sigma,
         alpha=alpha,
-        cfg_scale=None if scores.real_uncond is None else options.guided_scale(guidance),
-        cfg_mode=options.cfg_mode,
+        cfg_scale=scale,
+        cfg_mode="offset" if mode == "offset" else "standard",
         prediction=options.prediction,
         normalizer=options.normalizer,
         eps=options.eps,
         eps_mode=options.eps_mode,
         nan_policy=options.nan_policy,
     )
-    factor = 1.0 / x0.numel() if options.reduction == "mean" else 2.0 / x0.shape[0]
-    return out.grad * factor, out.loss
 
 
 def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: str = "flow") -> Tensor:

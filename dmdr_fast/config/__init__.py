@@ -12,13 +12,24 @@ from typing import Literal
 from pydantic import model_validator
 
 from dmdr_fast.config.base import Count, Section, key
+from dmdr_fast.config.compute import Compute
 from dmdr_fast.config.data import Data
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
 from dmdr_fast.config.memory import Memory, Rollout
-from dmdr_fast.config.networks import Decoder, LoRA, Model, Student, StudentLoRA, Teacher, TeacherTraining
+from dmdr_fast.config.networks import (
+    PIPELINE_CFG,
+    Decoder,
+    Fake,
+    LoRA,
+    Model,
+    Student,
+    StudentLoRA,
+    Teacher,
+    TeacherTraining,
+)
 from dmdr_fast.config.problems import problems
 from dmdr_fast.config.rl import DPO, GRPO, RL, Monitors, ReFL, Reward, RewardTerm
-from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Log, Optimizer, Train
+from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Export, Log, Optimizer, Train
 
 __all__ = [
     "DMD",
@@ -27,6 +38,7 @@ __all__ = [
     "RL",
     "AdamW",
     "Checkpoint",
+    "Compute",
     "Config",
     "Data",
     "Decoder",
@@ -34,6 +46,8 @@ __all__ = [
     "DynaDG",
     "DynaRS",
     "Evaluation",
+    "Export",
+    "Fake",
     "LoRA",
     "Log",
     "Memory",
@@ -71,6 +85,7 @@ class Config(Section):
     decoder: Decoder = key(Decoder(), "The decoder.")
     data: Data = key(Data(), "Prompts.")
     student: Student = key(Student(), "The student.")
+    fake: Fake = key(Fake(), "The fake score.")
     train: Train = key(Train(), "The run.")
     dyna_dg: DynaDG = key(DynaDG(), "DynaDG.")
     dyna_rs: DynaRS = key(DynaRS(), "DynaRS.")
@@ -82,9 +97,11 @@ class Config(Section):
     monitors: Monitors = key(Monitors(), "Collapse monitors.")
     rollout: Rollout = key(Rollout(), "Rollouts.")
     memory: Memory = key(Memory(), "Memory levers.")
+    compute: Compute = key(Compute(), "Compute path.")
     optimizer: Optimizer = key(Optimizer(), "Optimizers.")
     deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")
     checkpoint: Checkpoint = key(Checkpoint(), "Checkpoints.")
+    export: Export = key(Export(), "Final weights.")
     log: Log = key(Log(), "Logs.")
     eval: Evaluation = key(Evaluation(), "Evaluation.")
 
@@ -94,9 +111,26 @@ class Config(Section):
         return self.model.resolution // self.decoder_factor
 
     @property
+    def cfg_mode(self) -> str:
+        """The form of guidance, with ``pipeline`` resolved: standard, offset or per_token."""
+        mode = self.teacher.cfg_mode
+        return PIPELINE_CFG.get(self.model.family, "standard") if mode == "pipeline" else mode
+
+    def guides(self, scale: float | None) -> bool:
+        """Whether CFG at ``scale`` reads the unconditional prediction: not at 1, in the offset form 0.
+
+        Nor below, where a pipeline's form is asked for: pipelines guide above it only.
+        """
+        if scale is None:
+            return False
+        neutral = 0.0 if self.cfg_mode == "offset" else 1.0
+        as_a_pipeline = self.teacher.cfg_mode == "pipeline" and self.model.family != "sit"
+        return scale > neutral if as_a_pipeline else scale != neutral
+
+    @property
     def uses_cfg(self) -> bool:
-        """Whether the teacher's unconditional prediction matters: not at standard scale 1 or offset scale 0."""
-        return self.teacher.cfg_scale != (1.0 if self.teacher.cfg_mode == "standard" else 0.0)
+        """Whether the real score is guided."""
+        return self.guides(self.teacher.cfg_scale)
 
     @property
     def reference_kind(self) -> Literal[None, "lora_off", "frozen"]:

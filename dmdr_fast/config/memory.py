@@ -15,8 +15,10 @@ class Memory(Section):
         "Activations of graded forwards. none: all are kept; selective: attention and matrix products are kept, norms "
         "and activations recomputed; full: each block is recomputed; offload: full, block inputs in host memory.",
     )
-    attention: Literal["auto", "sdpa", "flash_attn", "flash_attn_3"] = key(
-        "auto", "Attention kernel: torch's sdpa, or FlashAttention; auto takes the fastest that runs and says which."
+    attention: Literal["auto", "sdpa", "cudnn", "flash_attn", "flash_attn_3"] = key(
+        "auto",
+        "Attention kernel: torch's sdpa in its own order, or with cuDNN's kernel first, or FlashAttention; auto takes "
+        "cudnn on Hopper and later, then FlashAttention where it is installed, and says which and why.",
     )
     frozen: Literal["native", "int8", "float8"] = key(
         "native",

@@ -6,6 +6,9 @@ from typing import Literal
 
 from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, TorchSeed, key
 
+# How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
+PIPELINE_CFG = {"z_image": "offset", "qwen_image": "per_token"}
+
 
 class Model(Section):
     """The network that teacher, fake score and generator share.
@@ -48,9 +51,16 @@ class Teacher(Section):
         None,
         "Guidance scale that a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is told; null: its default.",
     )
-    cfg_scale: NonNegative = key(1.0, "CFG scale w of the real score; standard: u + w (c - u), so 1 is no CFG.")
-    cfg_mode: Literal["standard", "offset"] = key("standard", "standard u + w (c - u), offset c + w (c - u).")
-    sample_cfg_scale: NonNegative = key(1.0, "Standard CFG scale of the teacher's own samples in the evaluation.")
+    cfg_scale: NonNegative | None = key(
+        None, "CFG scale w of the real score, in the form of cfg_mode; null: no CFG (as is 1 in the standard form)."
+    )
+    cfg_mode: Literal["pipeline", "standard", "offset"] = key(
+        "pipeline",
+        "pipeline: as the family's own pipeline guides (SiT: standard); standard u + w (c - u); offset c + w (c - u).",
+    )
+    sample_cfg_scale: NonNegative | None = key(
+        None, "CFG scale of the teacher's own samples in the evaluation, in the same form; null: no CFG."
+    )
     train: TeacherTraining = key(TeacherTraining(), "How a missing teacher is trained.")
 
 
@@ -59,7 +69,9 @@ class Decoder(Section):
 
     kind: Literal["identity", "vae"] = key("identity", "identity: latents are images; vae: diffusers' AutoencoderKL.")
     path: str | None = key(None, "Folder or hub id of the VAE.")
-    dtype: Literal["fp32", "bf16"] = key("fp32", "Type of the VAE's weights and of the decoding.")
+    dtype: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "Type of the VAE's weights and of the decoding; auto: bf16 on CUDA, fp32 on a CPU."
+    )
     tiling: bool = key(False, "Decode large latents tile by tile, blended at the seams: less memory, nearly the same.")
     recompute: bool = key(False, "Recompute the decoder's blocks in the reward's backward pass: less memory, the same.")
 
@@ -77,6 +89,11 @@ class StudentLoRA(Section):
 class Student(Section):
     """The few-step generator."""
 
+    weights: str | None = key(
+        None,
+        "Where the generator starts: a run, a checkpoint, a file of weights or of an adapter, or "
+        "hf://ORG/REPO/FILE; null: at the teacher.",
+    )
     steps: Positive = key(1, "Student steps N.")
     shift: PositiveFloat = key(1.0, "Timestep shift of the grid, t' = s t / (1 + (s - 1) t).")
     grid_points: Positive = key(1000, "Distinct times that the teacher was trained on; N cannot exceed them.")
@@ -88,6 +105,14 @@ class Student(Section):
     lora: StudentLoRA = key(StudentLoRA(), "The generator as a LoRA.")
 
 
+class Fake(Section):
+    """The fake score."""
+
+    weights: str | None = key(
+        None, "Where the fake score starts, as student.weights; shared_score and shared_all take an adapter."
+    )
+
+
 class LoRA(Section):
     """The fake score's LoRA (sharing: shared_score, shared_all)."""
 
@@ -96,6 +121,6 @@ class LoRA(Section):
         None, "Module-name suffixes of the Linear layers that get an adapter; null: the family's own."
     )
     form: Literal["standard", "post_projection"] = key(
-        "standard", "standard: W x + s (x A) B, PEFT-exportable; post_projection: the reference's, on qkv's output."
+        "standard", "standard: W x + s (x A) B; post_projection: the reference's, on qkv's output."
     )
     init_std: PositiveFloat | None = key(None, "Standard deviation of A at the start; null: the form's own.")

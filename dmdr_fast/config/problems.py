@@ -122,7 +122,25 @@ def _rl_problems(config: Config) -> Iterator[str]:
         yield "rl.kl_weight: 0 with rl.regularizer kl; set it above 0, or rl.regularizer to none"
     if rl.reference == "lora_off" and not config.student.lora.rank:
         yield "rl.reference: lora_off needs a LoRA generator; set student.lora.rank, or rl.reference to frozen"
+    yield from _auto_weight_problems(config)
     yield from _group_problems(config)
+
+
+def _auto_weight_problems(config: Config) -> Iterator[str]:
+    if config.reward.weight != "auto":
+        return
+    if config.rl.method != "refl":
+        yield (
+            f"reward.weight: auto matches the DMD loss with ReFL's; that of {config.rl.method} is no size of the "
+            "reward, set a number"
+        )
+    if not config.train.cold_start_steps:
+        yield "reward.weight: auto needs DMD losses from a cold start; set train.cold_start_steps above 0, or a number"
+    if any(term.normalize == "running" for term in config.reward.terms):
+        yield (
+            "reward.weight: auto beside reward.terms with normalize running, whose scale moves; set a number, or "
+            "normalize to none"
+        )
 
 
 def _group_problems(config: Config) -> Iterator[str]:
@@ -140,7 +158,7 @@ def _group_problems(config: Config) -> Iterator[str]:
     if rl.grpo.mode != "policy":
         if not config.uses_cfg:
             yield (
-                f"teacher.cfg_scale: {config.teacher.cfg_scale:g} is no guidance, so rl.grpo.mode "
+                f"teacher.cfg_scale: {_shown(config.teacher.cfg_scale)} is no guidance, so rl.grpo.mode "
                 "advantage_weighted_dmd has nothing to weigh; raise it, or set the mode to policy"
             )
         return
@@ -155,3 +173,7 @@ def _group_problems(config: Config) -> Iterator[str]:
         )
     if rl.grpo.trained_steps is not None and rl.grpo.trained_steps > stochastic:
         yield f"rl.grpo.trained_steps: {rl.grpo.trained_steps} of {stochastic} stochastic step(s); lower it"
+
+
+def _shown(number: float | None) -> str:
+    return "null" if number is None else f"{number:g}"

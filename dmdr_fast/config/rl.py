@@ -25,7 +25,11 @@ class Reward(Section):
 
     terms: tuple[RewardTerm, ...] = key((), "Rewards that are optimised, summed with their weights.")
     held_out: tuple[RewardTerm, ...] = key((), "Rewards that are reported beside them and never optimised.")
-    weight: NonNegative = key(0.05, "Weight of the RL gradient beside the DMD gradient; 0: no RL.")
+    weight: NonNegative | Literal["auto"] = key(
+        0.05,
+        "Weight of the RL gradient beside the DMD gradient; 0: no RL; auto: the mean DMD loss at the end of the cold "
+        "start over the size of the RL loss as RL starts (ReFL).",
+    )
     warmup_steps: Count = key(0, "Updates over which the weight rises linearly from 0 once RL has started.")
     final_weight: NonNegative | None = key(None, "The weight at the last update, reached linearly; null: constant.")
     timeout: PositiveFloat = key(300.0, "Seconds that a score-only reward may take for one batch.")

@@ -60,7 +60,16 @@ class Checkpoint(Section):
     """Checkpoints."""
 
     every: Positive = key(100, "Generator updates between checkpoints.")
-    keep: Positive = key(2, "How many stay.")
+    keep: Positive = key(2, "How many of the newest stay, beside the cold start's.")
+    keep_every: Positive | None = key(None, "Checkpoints of steps that this divides stay, too; null: no more.")
+
+
+class Export(Section):
+    """The weights that a finished run leaves."""
+
+    dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "Type of final/generator.safetensors, and of an exported pipeline's network unless told otherwise."
+    )
 
 
 class Log(Section):

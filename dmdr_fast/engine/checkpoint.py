@@ -2,10 +2,12 @@
 
 Layout of ``run_dir/checkpoints/step_00000120``::
 
-    generator/, fake/     DeepSpeed's own files (weights, optimizer, per rank under ZeRO), or an adapter with its own
-    rank_00000.pt         EMA shard, random states of that rank
+    generator/, fake/     weights, optimizer and EMA part by part, for any number of ranks (``dmdr_fast.engine.state``)
+    random.00000.json     random states of that rank
     trainer.json          step, counters, what the run is made of
     manifest.json         size and SHA-256 of every other file; its presence says that the checkpoint is whole
+
+Only files of the manifest are read, and none of them is unpickled, but 8-bit moments by torch's restricted loader.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from dmdr_fast.config import Config
+from dmdr_fast.engine.identity import differences, other_run
+from dmdr_fast.engine.random_state import random_state, set_random_state
 from dmdr_fast.engine.roles import AdapterRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.engine.shards import EMA
+from dmdr_fast.engine.state import StoredRole, load_role, save_role
 from dmdr_fast.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -38,14 +40,15 @@ class Trained:
     """Everything that a checkpoint holds."""
 
     roles: Mapping[str, TrainedRole | AdapterRole]
-    ema: EMA | None
+    ema: EMA | None  # the generator's
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. ``identity`` is what must not differ between the writer and the reader."""
+    """The checkpoints of one run; ``settings`` (``dmdr_fast.engine.identity``) says what the run is made of."""
 
-    def __init__(self, folder: Path, keep: int, identity: dict[str, Any], runtime: Runtime) -> None:
-        self.folder, self.keep, self.identity, self.runtime = folder, keep, identity, runtime
+    def __init__(self, config: Config, settings: dict[str, Any], runtime: Runtime) -> None:
+        self.folder, self.settings, self.runtime = config.run_dir / "checkpoints", settings, runtime
+        self.kept, self.cold_start = config.checkpoint, config.train.cold_start_steps
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -54,17 +57,17 @@ class CheckpointFolder:
         return sorted(int(m[1]) for p in self.folder.iterdir() if (m := NAME.fullmatch(p.name)))
 
     def save(self, step: int, trained: Trained, counters: dict[str, Any], rewards: dict[str, Any]) -> Path:
-        """Write the checkpoint of ``step`` and drop the oldest beyond ``keep``. All ranks must call."""
+        """Write the checkpoint of ``step`` and drop the oldest beyond ``checkpoint.keep``. All ranks must call."""
         final, aside = self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.partial"
         if self.runtime.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         self.runtime.barrier()
         for name, role in trained.roles.items():
-            role.save(aside, name)
-        torch.save(_rank_state(trained.ema), aside / f"rank_{self.runtime.rank:05d}.pt")
+            save_role(aside / name, role, trained.ema if name == "generator" else None, self.runtime)
+        (aside / f"random.{self.runtime.rank:05d}.json").write_text(json.dumps(random_state()))
         if self.runtime.is_main:
-            state = {"step": step, "identity": self.identity, "counters": counters, "rewards": rewards}
+            state = {"step": step, "settings": self.settings, "counters": counters, "rewards": rewards}
             (aside / "trainer.json").write_text(json.dumps(state, indent=1))
         self.runtime.barrier()
         entries = {k: v for part in self.runtime.gather(self._digests(aside)) for k, v in part.items()}
@@ -74,10 +77,15 @@ class CheckpointFolder:
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             _sync(self.folder)
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"step_{old:08d}")
+            for old in self.steps()[: -self.kept.keep]:
+                if not self._stays(old):
+                    shutil.rmtree(self.folder / f"step_{old:08d}")
         self.runtime.barrier()
         return final
+
+    def _stays(self, step: int) -> bool:
+        every = self.kept.keep_every
+        return step == self.cold_start or (every is not None and step % every == 0)
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint to start from: ``auto`` the newest good one, ``never`` none, else the one at that path.
@@ -116,12 +124,24 @@ class CheckpointFolder:
                 shutil.rmtree(self.folder / f"step_{old:08d}")
         self.runtime.barrier()
 
+    def changes(self, path: Path) -> list[str]:
+        """The settings that differ since a checkpoint that :meth:`find` returned: "log.every 10 -> 20" each."""
+        return differences(self._read(path)["settings"], self.settings)
+
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
-        """Restore everything from a checkpoint that :meth:`find` returned; {"step", "counters", "rewards"}."""
+        """Restore everything from a checkpoint that :meth:`find` returned; {"step", "counters", "rewards"}.
+
+        The number of ranks may be another one than the writer's; the random states, which nothing of ours reads, are
+        then those of the writer's ranks in turn.
+        """
         for name, role in trained.roles.items():
-            role.load(path, name)
-        state = torch.load(path / f"rank_{self.runtime.rank:05d}.pt", map_location="cpu", weights_only=False)
-        _restore_rank_state(state, trained.ema)
+            load_role(stored_role(path, name), role, trained.ema if name == "generator" else None, self.runtime)
+        state = self._read(path)
+        rank = self.runtime.rank % state["settings"]["ranks"]
+        set_random_state(json.loads((path / f"random.{rank:05d}.json").read_text()))
+        return state
+
+    def _read(self, path: Path) -> dict[str, Any]:
         return json.loads((path / "trainer.json").read_text())
 
     def _digests(self, folder: Path) -> dict[str, Any]:
@@ -141,6 +161,8 @@ class CheckpointFolder:
             names = sorted(manifest)
         except (OSError, ValueError, TypeError):
             return f"no readable {MANIFEST} in it" if path.is_dir() else "no such folder"
+        if "trainer.json" not in manifest or "rank_00000.pt" in manifest:
+            return "written by another version of dmdr_fast"
         for name in names[self.runtime.rank :: self.runtime.world_size]:
             file, expected = path / name, manifest[name]
             if not file.is_file():
@@ -150,34 +172,18 @@ class CheckpointFolder:
         return None
 
     def _check_identity(self, path: Path) -> None:
-        written = json.loads((path / "trainer.json").read_text())["identity"]
-        for name, value in self.identity.items():
-            if written.get(name) != value:
-                raise UserError(
-                    f"resume: {path} was written with {name} {written.get(name)!r}, this run has {value!r}; "
-                    f"set {name} back, or resume to never to start anew"
-                )
+        other = other_run(self._read(path)["settings"], self.settings)
+        if other:
+            raise UserError(
+                f"resume: {path} was written with {'; '.join(other)}: set that back, or start another run in another "
+                "run_dir, or here anew with --resume never"
+            )
 
 
-def _rank_state(ema: EMA | None) -> dict[str, Any]:
-    return {
-        "ema": None if ema is None else ema.shards,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-
-
-def _restore_rank_state(state: dict[str, Any], ema: EMA | None) -> None:
-    if ema is not None:
-        for name, shard in ema.shards.items():
-            shard.copy_(state["ema"][name])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+def stored_role(path: Path, name: str) -> StoredRole:
+    """The role ``name`` of a checkpoint, of the files that its manifest has."""
+    files = json.loads((path / MANIFEST).read_text())
+    return StoredRole(path / name, [file.partition("/")[2] for file in files if file.startswith(f"{name}/")])
 
 
 def _sha256(path: Path, *, flush: bool = False) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.engine.optimizers import build_optimizer, numbers
+from dmdr_fast.models.blocks import largest_block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,19 +48,43 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
             base[name] = value
 
 
+def prefetching(settings: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """``settings`` under which ZeRO-3 gathers the next block while one runs: a bucket of one block, not half or two."""
+    settings["zero_optimization"].setdefault("stage3_prefetch_bucket_size", largest_block(module))
+    return settings
+
+
+def trace_graded_passes(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let ZeRO-3 learn the order of the modules from a graded pass: it prefetches by that order.
+
+    Left alone it records the rollout that comes first, and throws its record away at the first backward pass, update
+    for update. A rollout is the beginning of a graded pass, so that pass's record serves both.
+    """
+    coordinator = getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator()
+
+    def forget(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() and coordinator.is_record_trace():
+            coordinator._invalidate_trace()
+
+    engine.module.register_forward_hook(forget)
+
+
 def trained_engine(module: nn.Module, config: Config, optimizer: AdamW) -> deepspeed.DeepSpeedEngine:
     """An engine that trains the parameters of ``module`` that require grad; the rest is frozen and sharded alike.
 
     The optimizer is the one of ``optimizer.kind``, or of ``deepspeed.config`` where that names one.
     """
-    settings = engine_config(config, trained=True)
+    settings = prefetching(engine_config(config, trained=True), module)
     parameters = [p for p in module.parameters() if p.requires_grad]
     client, own = None, settings.get("optimizer")
     if own is None:
         client = build_optimizer(parameters, optimizer, config.optimizer.kind)
     else:
         own["params"] = own.get("params", {}) | numbers(optimizer)
-    return deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=settings)[0]
+    engine = deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=settings)[0]
+    if config.deepspeed.stage == 3:
+        trace_graded_passes(engine)
+    return engine
 
 
 def frozen_network(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -67,4 +92,4 @@ def frozen_network(module: nn.Module, config: Config, device: torch.device) -> n
     module = module.requires_grad_(False).to(device, DTYPES[config.deepspeed.dtype])
     if config.deepspeed.stage < 3:
         return module
-    return deepspeed.initialize(model=module, config=engine_config(config, trained=False))[0]
+    return deepspeed.initialize(model=module, config=prefetching(engine_config(config, trained=False), module))[0]

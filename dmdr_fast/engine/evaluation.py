@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmdr_fast.algorithm.guidance import guide
 from dmdr_fast.algorithm.monitors import diversity
 from dmdr_fast.algorithm.recipe import Batch, Recipe
 from dmdr_fast.algorithm.rl.refl import Decode
@@ -20,6 +21,7 @@ from dmdr_fast.algorithm.rollout import Network, ode_sample, sample
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
+from dmdr_fast.engine.compute import uncompiled
 from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.inputs import EvaluationData
 from dmdr_fast.engine.model import Model
@@ -97,16 +99,20 @@ class Evaluator:
         self.runtime.barrier()
 
     def _teacher_nfe(self, steps: int) -> int:
-        return steps if self.config.teacher.sample_cfg_scale == 1.0 else 2 * steps
+        return 2 * steps if self.config.guides(self.config.teacher.sample_cfg_scale) else steps
 
     def _teacher(self, network: Network, steps: int) -> Draw:
-        shift, scale = self.model.teacher_shift, self.config.teacher.sample_cfg_scale
+        config, model, scale = self.config, self.model, self.config.teacher.sample_cfg_scale
+
+        def guided(uncond: Any) -> Network:
+            return guided_network(network, uncond, scale, config.cfg_mode, model.token)
+
         return lambda noise, batch, start: ode_sample(
-            guided_network(network, scale, batch.uncond),
+            guided(batch.uncond) if config.guides(scale) else network,
             noise,
             batch.condition,
             steps,
-            shift=shift,
+            shift=model.teacher_shift,
             kind=self.recipe.prediction,
             path=self.recipe.path,
         )
@@ -150,7 +156,9 @@ class Evaluator:
         for base in range(0, self._total(), unit):
             start = base + self.runtime.rank * self.config.eval.batch_size
             batch = self.conditions.batch(rows[start : start + self.config.eval.batch_size])
-            image = self.decoder(draw(self._noise(0, start), batch, start)).float().clamp(-1, 1)
+            with uncompiled():  # a graph for this batch size takes longer than these few samples
+                drawn = draw(self._noise(0, start), batch, start)
+            image = self.decoder(drawn).float().clamp(-1, 1)
             parts.append(self.runtime.concatenate(image))
         return torch.cat(parts)[: self.config.eval.samples]
 
@@ -170,14 +178,12 @@ class Evaluator:
         }
 
 
-def guided_network(network: Network, scale: float, uncond: Any) -> Network:
-    """The teacher under standard CFG, u + w (c - u), in one batch; the plain network at w = 1."""
-    if scale == 1.0:
-        return network
+def guided_network(network: Network, uncond: Any, scale: float, mode: str, token: int) -> Network:
+    """The teacher under CFG, conditional and unconditional prediction in one batch; see ``guide``."""
 
     def guided(x: Tensor, t: Tensor, condition: Any) -> Tensor:
         cond, plain = network(torch.cat([x, x]), torch.cat([t, t]), join(condition, uncond)).chunk(2)
-        return plain + scale * (cond - plain)
+        return guide(cond, plain, scale, mode, token)
 
     return guided
 

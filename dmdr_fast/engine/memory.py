@@ -1,4 +1,4 @@
-"""The memory levers of ``memory`` put on the networks of a run, with a line for each that says what was taken."""
+"""Memory options that cannot work here are refused, and a frozen base gets 8-bit weights, with the effect measured."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast import ops
-from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.dmd import DMDOptions, dmd_gradient
 from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.rollout import Network
-from dmdr_fast.algorithm.score_pass import join
+from dmdr_fast.algorithm.score_pass import Scores, join
 from dmdr_fast.config import Config
 from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.optimizers import check_device
+from dmdr_fast.engine.recipe import dmd_options
 from dmdr_fast.engine.roles import Role
 from dmdr_fast.errors import UserError
-from dmdr_fast.models.attention import Choice, choose_attention, set_attention
 from dmdr_fast.models.eight_bit import float8_refusal, quantise_blocks
-from dmdr_fast.models.recompute import set_recompute
 
 
 def check_levers(config: Config, device: torch.device) -> None:
@@ -33,17 +32,6 @@ def check_levers(config: Config, device: torch.device) -> None:
         refusal = float8_refusal(device)
         if refusal is not None:
             raise UserError(f"memory.frozen: float8 {refusal}; use int8")
-
-
-def set_levers(network: nn.Module, config: Config, dtype: torch.dtype, device: torch.device) -> Choice:
-    """Activation checkpointing and the attention kernel of a network that will compute in ``dtype`` on ``device``."""
-    set_recompute(network, config.memory.activation)
-    try:
-        choice = choose_attention(config.memory.attention, network, dtype=dtype, device=device)
-    except ValueError as error:
-        raise UserError(f"memory.attention: {error}") from None
-    set_attention(network, choice)
-    return choice
 
 
 @dataclass(frozen=True)
@@ -57,6 +45,7 @@ class Probe:
     null: Any
     prediction: str = "flow"
     path: Path = FLOW
+    token: int = 1
 
     @property
     def x_t(self) -> Tensor:
@@ -69,7 +58,7 @@ def build_probe(model: Model, conditions: Conditions, config: Config, device: to
     x0, noise = (torch.randn(batch, *model.latent_shape, generator=rng).to(device) for _ in range(2))
     t = ((torch.arange(batch) + 0.5) / batch).to(device)
     given = conditions.batch(np.arange(batch) % conditions.count)
-    return Probe(x0, noise, t, given.condition, given.uncond, model.prediction, model.path)
+    return Probe(x0, noise, t, given.condition, given.uncond, model.prediction, model.path, model.token)
 
 
 @torch.no_grad()
@@ -89,26 +78,11 @@ def dmd_gradient_change(
     stands in for the fake score. With ``shared`` the fake score rests on the 8-bit base too, and what both scores get
     wrong alike cancels. NaN where the two predictions are the same.
     """
-
     alpha, sigma = probe.path.alpha_sigma(probe.t)
 
     def gradient(fake: Tensor, real: Tensor, uncond: Tensor) -> Tensor:
-        return ops.dmd_gradient(
-            probe.x0,
-            probe.x_t,
-            fake,
-            real,
-            uncond if options.uses_cfg else None,
-            sigma=sigma,
-            alpha=alpha,
-            cfg_scale=options.cfg_scale if options.uses_cfg else None,
-            cfg_mode=options.cfg_mode,
-            prediction=probe.prediction,
-            normalizer=options.normalizer,
-            eps=options.eps,
-            eps_mode=options.eps_mode,
-            nan_policy=options.nan_policy,
-        ).grad.double()
+        scores = Scores(fake, real, uncond if options.uses_cfg else None)
+        return dmd_gradient(probe.x0, probe.x_t, scores, alpha, sigma, options).grad.double()
 
     g = gradient(native[1], *native)
     g8 = gradient(eight_bit[1] if shared else native[1], *eight_bit)
@@ -126,9 +100,7 @@ def quantise_frozen(module: nn.Module, probe: Probe, config: Config) -> str:
         layers = quantise_blocks(module, kind)
     except ValueError as error:
         raise UserError(f"memory.frozen: {error}") from None
-    options = DMDOptions(
-        cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **config.dmd.model_dump()
-    )
+    options = dmd_options(config, probe.prediction, probe.token)
     shared = config.sharing != "separate"
     change = dmd_gradient_change(before, predictions(role, probe), probe, options, shared=shared)
     return f"frozen base in {kind} ({layers} layers): DMD gradient differs by {100 * change:.2g} %"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
@@ -12,7 +15,56 @@ from dmdr_fast.algorithm.paths import Path
 from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.config import Config
 from dmdr_fast.errors import UserError
-from dmdr_fast.models.lora import target_layers
+from dmdr_fast.models.lora import LoraAdapter, target_layers
+from dmdr_fast.models.stored import Stored, with_lora
+
+# What stands before a network's own names in files of wrappers, PEFT and pipelines, and in our own modules.
+PREFIXES = re.compile(r"^(module\.|base_model\.model\.|transformer\.|unet\.|diffusion_model\.)+")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights by the network's own names, and an adapter's as "LAYER.lora_A" [in, r], "LAYER.lora_B" [r, out]."""
+
+    key: str  # of the configuration
+    source: str
+    weights: Mapping[str, Stored]
+    lora: Mapping[str, Stored]
+    lora_scale: float = 1.0
+    is_partial: bool = False  # a checkpoint, which holds what is trained: the rest is the teacher's
+
+    def fill(self, adapter: LoraAdapter, scale: float) -> None:
+        """Put the adapter's values into one that will act at ``scale``, before an engine takes it over.
+
+        Raises:
+            UserError: there is none, or it is one of other layers, another rank or another form.
+        """
+        if not self.lora:
+            raise UserError(f"{self.key}: {self.source} holds no adapter (LoRA), as this role is; name one")
+        names = {PREFIXES.sub("", name): name for name, _ in adapter.named_parameters()}
+        factor = self.lora_scale / scale
+        values = {
+            names.get(name, name): tensor.read().float() * (factor if ".lora_B" in name else 1.0)
+            for name, tensor in self.lora.items()
+        }
+        try:
+            adapter.load_state_dict(values)
+        except ValueError as error:
+            raise UserError(f"{self.key}: {self.source}: {error}") from None
+
+    def over(self, teacher: Callable[[], Mapping[str, Stored]]) -> Mapping[str, Stored]:
+        """Whole weights: its own, or its adapter merged into the teacher's.
+
+        Raises:
+            ValueError: there are both, or the adapter cannot be merged.
+        """
+        if self.lora and self.weights:
+            raise ValueError(f"{self.source} holds weights and an adapter beside them; merge them, or train an adapter")
+        if not self.lora:
+            return {**teacher(), **self.weights} if self.is_partial else self.weights
+        if not all(name.endswith((".lora_A", ".lora_B")) for name in self.lora):
+            raise ValueError(f"{self.source}: an adapter on qkv's output is no part of weights; train an adapter")
+        return with_lora(teacher(), self.lora, self.lora_scale)
 
 
 class Model(Protocol):
@@ -22,6 +74,7 @@ class Model(Protocol):
     return ``prediction`` ("flow" or "eps") on ``path`` in x_t's shape.
 
     Attributes:
+        token: latent pixels along one edge of a token, over which per-token guidance takes its norms.
         teacher_shift: the timestep shift of the teacher's own multi-step samples.
         saturation: |x0| beyond which a value counts as saturated.
         lora_targets: layers of an adapter where the configuration names none.
@@ -32,6 +85,7 @@ class Model(Protocol):
     prediction: str
     path: Path
     latent_shape: tuple[int, ...]
+    token: int
     teacher_shift: float
     saturation: float
     lora_targets: tuple[str, ...]
@@ -42,8 +96,10 @@ class Model(Protocol):
         """The network with its parameters on the meta device: its layers, without weights."""
         ...
 
-    def load(self, device: torch.device, generator: FilePath | None = None, *, whole: bool = False) -> nn.Module:
-        """The teacher's network on ``device``, or with the weights of a file that ``save_generator`` wrote.
+    def load(
+        self, device: torch.device, generator: FilePath | Start | None = None, *, whole: bool = False
+    ) -> nn.Module:
+        """The teacher's network on ``device``, or with the weights of a file that ``save_generator`` wrote or a start.
 
         Under stage 3 it is partitioned while it is read, in the compute dtype, and no rank ever holds all of it; unless
         ``whole``, or where partitions go to NVMe: DeepSpeed sends them there when it takes over the network.
@@ -51,6 +107,10 @@ class Model(Protocol):
         Raises:
             UserError: weights that are missing, damaged or another network's.
         """
+        ...
+
+    def teacher_files(self) -> list[FilePath]:
+        """The files of the teacher's weights, in an order of their own."""
         ...
 
     def decoder(self, device: torch.device) -> Decode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from dmdr_fast.algorithm.recipe import Networks
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.config import Config, LoRA, StudentLoRA
+from dmdr_fast.engine import compute
+from dmdr_fast.engine.collectives import collectives
 from dmdr_fast.engine.conditions import Conditions
-from dmdr_fast.engine.engines import DTYPES, frozen_network, trained_engine
-from dmdr_fast.engine.memory import build_probe, check_levers, quantise_frozen, set_levers
-from dmdr_fast.engine.model import Model
+from dmdr_fast.engine.engines import DTYPES, frozen_network, trace_graded_passes, trained_engine
+from dmdr_fast.engine.memory import build_probe, check_levers, quantise_frozen
+from dmdr_fast.engine.model import Model, Start
 from dmdr_fast.engine.roles import AdapterRole, FrozenRole, Role, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.errors import UserError
@@ -27,7 +30,7 @@ from dmdr_fast.models.partitioned import whole_shape
 def frozen_role(model: Model, config: Config, device: torch.device, generator: Path | None = None) -> FrozenRole:
     """The teacher, or the generator of a file, only evaluated: sharded under stage 3. All ranks must call."""
     network = model.load(device, generator)
-    set_levers(network, config, DTYPES[config.deepspeed.dtype], device)
+    compute.apply(network, config, device)
     return FrozenRole(frozen_network(network, config, device), DTYPES[config.deepspeed.dtype])
 
 
@@ -81,21 +84,32 @@ class Roles:
         return reference if isinstance(reference, FrozenReference) else None
 
 
-def build_roles(config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int) -> Roles:
-    """The roles over the teacher's weights, with the sharing of ``config``. All ranks must call."""
+def build_roles(
+    config: Config,
+    model: Model,
+    conditions: Conditions,
+    ranks: Runtime,
+    lora_seed: int,
+    starts: Mapping[str, Start] | None = None,
+) -> Roles:
+    """The roles over the teacher's weights, with the sharing of ``config``. All ranks must call.
+
+    ``starts``: of the roles ("generator", "fake") that begin with other weights than the teacher's.
+    """
     check_levers(config, ranks.device)
     build = _shared_all if config.sharing == "shared_all" else _engines
-    return build(config, model, conditions, ranks, lora_seed)
+    return build(config, model, conditions, ranks, lora_seed, starts or {})
 
 
-def _engines(config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int) -> Roles:
+def _engines(
+    config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int, starts: Mapping[str, Start]
+) -> Roles:
     """``separate`` and ``shared_score``: an engine for the generator, one for the fake score, a teacher."""
     dtype, device, student = DTYPES[config.deepspeed.dtype], ranks.device, config.student.lora
     shared_base, quantised = config.sharing == "shared_score", config.memory.frozen != "native"
-    generator_net = model.load(device)
-    fake_net = model.load(device, whole=shared_base and quantised)
-    attention, _ = (set_levers(net, config, dtype, device) for net in (generator_net, fake_net))
-    notes = [f"attention  {attention}"]
+    generator_net = model.load(device, None if student.rank else starts.get("generator"))
+    fake_net = model.load(device, None if shared_base else starts.get("fake"), whole=shared_base and quantised)
+    notes = []
     generator_adapter = adapter = None
     # DeepSpeed casts adapters to the compute type anyway, unless the network is partitioned.
     if student.rank:
@@ -105,7 +119,10 @@ def _engines(config: Config, model: Model, conditions: Conditions, ranks: Runtim
         if quantised:
             probe = build_probe(model, conditions, config, device)
             notes.append(quantise_frozen(fake_net.to(dtype), probe, config))
+    _fill(starts, config, generator_adapter, adapter)
     counts = {"generator": _counts(generator_net), "fake": _counts(fake_net)}
+    nets = {"generator": generator_net, "fake": fake_net}
+    paths = {name: compute.apply(net, config, device) for name, net in nets.items()}
     generator = TrainedRole(
         trained_engine(generator_net, config, config.optimizer.generator), config, generator_adapter, student.scale
     )
@@ -116,24 +133,29 @@ def _engines(config: Config, model: Model, conditions: Conditions, ranks: Runtim
         teacher = FrozenRole(fake.engine, dtype, {adapter: None})
     else:
         teacher_net = model.load(device, whole=quantised).to(dtype)
-        set_levers(teacher_net, config, dtype, device)
         if quantised:
             notes.append(quantise_frozen(teacher_net, build_probe(model, conditions, config, device), config))
+        nets["teacher"], paths["teacher"] = teacher_net, compute.apply(teacher_net, config, device)
         counts["teacher"] = (0, _counts(teacher_net)[1])
         teacher = FrozenRole(frozen_network(teacher_net, config, device), dtype)
         score = separate_scores(fake, teacher)
     lora_off = None if generator_adapter is None else FrozenRole(generator.engine, dtype, {generator_adapter: None})
     reference = _reference(config, model, device, lora_off)
+    trained = {n: trained for n, (trained, _) in counts.items() if trained}
+    if config.deepspeed.stage == 3:
+        notes.append(collectives(config, nets, trained))
     return Roles(
         networks=Networks(generator, fake, score, reference),
         teacher=teacher,
-        trained_parameters={n: trained for n, (trained, _) in counts.items() if trained},
+        trained_parameters=trained,
         total_parameters={n: total for n, (_, total) in counts.items()},
-        notes=tuple(notes),
+        notes=(*compute.lines(paths), *notes),
     )
 
 
-def _shared_all(config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int) -> Roles:
+def _shared_all(
+    config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int, starts: Mapping[str, Start]
+) -> Roles:
     """``shared_all``: one frozen base; generator, fake score and teacher differ in the adapters that they wear.
 
     The adapters are kept out of the base's own parameters: ZeRO-3 partitions the base alone. The base has no
@@ -142,30 +164,44 @@ def _shared_all(config: Config, model: Model, conditions: Conditions, ranks: Run
     dtype, device, student = DTYPES[config.deepspeed.dtype], ranks.device, config.student.lora
     quantised, fake_scale = config.memory.frozen != "native", config.dyna_dg.fake_scale
     base = model.load(device, whole=quantised).to(dtype)
-    notes = [f"attention  {set_levers(base, config, dtype, device)}"]
+    notes = []
     own = {"dtype": torch.float32, "registered": False}
     adapters = {
         "generator": _lora(base, "generator", student, model, lora_seed + 1, **own),
         "fake": _lora(base, "fake", config.lora, model, lora_seed, **own),
     }
+    _fill(starts, config, *adapters.values())
     if quantised:
         notes.append(quantise_frozen(base, build_probe(model, conditions, config, device), config))
     total = _counts(base)[1]
+    path = compute.apply(base, config, device)
     base = frozen_network(base, config, device)
-    base = getattr(base, "module", base)
+    if config.deepspeed.stage == 3:
+        trace_graded_passes(base)
+        base = base.module
     g, f = adapters.values()
     generator = AdapterRole(base, config, g, {g: student.scale, f: None}, config.optimizer.generator, ranks)
     fake = AdapterRole(base, config, f, {g: None, f: fake_scale}, config.optimizer.fake, ranks)
     teacher = FrozenRole(base, dtype, {g: None, f: None})
     score = shared_scores(Role(base, dtype, {g: None}), f.set_scale, fake_scale=fake_scale)
     reference = _reference(config, model, device, teacher)
+    trained = {n: sum(p.numel() for p in a.parameters()) for n, a in adapters.items()}
+    if config.deepspeed.stage == 3:
+        notes.append(collectives(config, {"base": base}, trained))
     return Roles(
         networks=Networks(generator, fake, score, reference),
         teacher=teacher,
-        trained_parameters={n: sum(p.numel() for p in a.parameters()) for n, a in adapters.items()},
+        trained_parameters=trained,
         total_parameters={"base": total},
-        notes=tuple(notes),
+        notes=(*compute.lines({"base": path}), *notes),
     )
+
+
+def _fill(starts: Mapping[str, Start], config: Config, generator: LoraAdapter | None, fake: LoraAdapter | None) -> None:
+    """Give the adapters the values that they start from."""
+    for role, adapter, scale in (("generator", generator, config.student.lora.scale), ("fake", fake, 1.0)):
+        if adapter is not None and role in starts:
+            starts[role].fill(adapter, scale)
 
 
 def _reference(config: Config, model: Model, device: torch.device, lora_off: Network | None) -> Network | None:

@@ -15,7 +15,7 @@ from dmdr_fast.algorithm.paths import Path as NoisePath
 from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import DTYPES, engine_config
-from dmdr_fast.engine.model import partitions_on_load
+from dmdr_fast.engine.model import Start, partitions_on_load
 from dmdr_fast.engine.sit_model import LATENT_SATURATION
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import Denoiser, Family, open_family
@@ -28,9 +28,7 @@ from dmdr_fast.models.stored import (
     stored_tensors,
     with_lora,
 )
-from dmdr_fast.models.vae import save_decoder_memory
-
-PREFIX = "transformer."  # of the network's parameters in a Denoiser
+from dmdr_fast.models.vae import decoder_dtype, save_decoder_memory, speed_up_convolutions
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class PipelineModel:
             check_weights(family.path, "vae")
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"teacher.pipeline: {error} (model.family is {name})") from None
+        _check_guidance(config, family)
         try:
             shape = family.latent_shape(config.model.resolution, config.model.resolution)
         except ValueError as error:
@@ -78,6 +77,10 @@ class PipelineModel:
         return FLOW if self.prediction == "flow" else self.family
 
     @property
+    def token(self) -> int:
+        return self.family.patch
+
+    @property
     def teacher_shift(self) -> float:
         return self.family.default_shift(self.config.model.resolution, self.config.model.resolution)
 
@@ -89,9 +92,10 @@ class PipelineModel:
         with parameters_on_meta():
             return self.family.build_from_config(self.family.network_config)
 
-    def load(self, device: torch.device, generator: Path | None = None, *, whole: bool = False) -> Denoiser:
+    def load(self, device: torch.device, generator: Path | Start | None = None, *, whole: bool = False) -> Denoiser:
         settings, dtype = engine_config(self.config, trained=True), DTYPES[self.config.deepspeed.dtype]
         partitioned = partitions_on_load(settings, whole=whole)
+        key = generator.key if isinstance(generator, Start) else "teacher.pipeline"
         try:
             if generator is None and not partitioned:
                 return Denoiser(self.family, self.family.load_transformer(dtype)).to(device)
@@ -102,15 +106,27 @@ class PipelineModel:
             else:
                 load_whole(network, stored, dtype=dtype, device=device)
         except (ValueError, FileNotFoundError) as error:
-            raise UserError(f"teacher.pipeline: {error}") from None
+            raise UserError(f"{key}: {error}") from None
         return Denoiser(self.family, network.eval()).to(device)
 
-    def _stored(self, generator: Path | None) -> dict[str, Stored]:
+    def teacher_files(self) -> list[Path]:
+        place = weights_of(self.family.path, self.family.folder, self.family.revision)
+        if place.is_file():
+            return [place]
+        return sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+
+    def _stored(self, generator: Path | Start | None) -> dict[str, Stored]:
         """The network's tensors: the teacher's, with the generator's in their place or its LoRA merged in."""
         teacher = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))
         if generator is None:
             return teacher
-        trained = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(generator).items()}
+        if isinstance(generator, Start):
+            weights = generator.over(lambda: teacher)
+            odd = sorted(weights.keys() ^ teacher.keys())
+            if odd:
+                raise ValueError(f"{generator.source}: {odd[0]} and {len(odd) - 1} more are not of both networks")
+            return dict(weights)
+        trained = {name.removeprefix(Denoiser.prefix): tensor for name, tensor in stored_tensors(generator).items()}
         if is_lora(trained):
             return with_lora(teacher, trained, lora_scale(generator))
         return teacher | trained
@@ -118,11 +134,30 @@ class PipelineModel:
     def decoder(self, device: torch.device) -> Decode:
         settings = self.config.decoder
         try:
-            vae = self.family.load_vae(DTYPES[settings.dtype]).to(device)
+            vae = self.family.load_vae(decoder_dtype(settings.dtype, device)).to(device)
+            speed_up_convolutions(vae, device)
             save_decoder_memory(vae, tiling=settings.tiling, recompute=settings.recompute)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"teacher.pipeline: {error}") from None
         return PipelineDecoder(self.family, vae).decode
+
+
+def _check_guidance(config: Config, family: Family) -> None:
+    """CFG beside a guidance input is asked for by name.
+
+    Raises:
+        UserError: it is not.
+    """
+    if family.guidance is None or config.teacher.cfg_mode != "pipeline":
+        return
+    for key in ("cfg_scale", "sample_cfg_scale"):
+        scale = getattr(config.teacher, key)
+        if config.guides(scale):
+            raise UserError(
+                f"teacher.{key}: {scale:g} on top of guidance {family.guidance:g}, which is an input of this network "
+                f"and what its pipeline guides by; leave teacher.{key} out and set teacher.guidance, or ask for both "
+                "with teacher.cfg_mode standard"
+            )
 
 
 @dataclass(frozen=True)

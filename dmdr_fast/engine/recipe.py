@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.recipe import Recipe
 from dmdr_fast.algorithm.rl.options import DPOOptions, GRPOOptions, ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.model import Model
-from dmdr_fast.engine.networks import Roles
 from dmdr_fast.engine.runtime import Runtime
+
+if TYPE_CHECKING:
+    from dmdr_fast.engine.networks import Roles  # which asks this file for the DMD options
 
 
 def recipe_of(config: Config, model: Model) -> Recipe:
     """The numbers that the step reads."""
     shared = config.sharing != "separate"
-    dmd = config.dmd.model_dump() | {"prediction": model.prediction}
     return Recipe(
         grid=timestep_grid(config.student.steps, shift=config.student.shift),
         latent_shape=model.latent_shape,
@@ -33,13 +36,19 @@ def recipe_of(config: Config, model: Model) -> Recipe:
             dynamic_step=config.dyna_rs.dynamic_step,
             **config.renoise.model_dump(),
         ),
-        dmd=DMDOptions(cfg_scale=config.teacher.cfg_scale, cfg_mode=config.teacher.cfg_mode, **dmd),
+        dmd=dmd_options(config, model.prediction, model.token),
         rl=rl_options(config),
-        reward_weight=config.reward.weight,
+        reward_weight=1.0 if config.reward.weight == "auto" else config.reward.weight,  # auto: set as RL starts
         reward_final_weight=config.reward.final_weight,
         reward_warmup_steps=config.reward.warmup_steps,
         saturation=model.saturation,
     )
+
+
+def dmd_options(config: Config, prediction: str, token: int) -> DMDOptions:
+    """The ``dmd`` section and the teacher's guidance as the algorithm takes them."""
+    guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode} if config.uses_cfg else {}
+    return DMDOptions(prediction=prediction, token=token, **guided, **config.dmd.model_dump())
 
 
 def rl_options(config: Config) -> RLOptions:
@@ -81,14 +90,13 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         for a, b in [recipe.renoise.beta(s)]
     ]
     renoise = "; ".join(laws) if recipe.renoise.kind == "dyna_rs" else recipe.renoise.kind
-    standard = config.teacher.cfg_scale + (1.0 if config.teacher.cfg_mode == "offset" else 0.0)
     # fp32 gradients, and two moments per parameter: fp32 or 8 bits
     master = sum(roles.trained_parameters.values()) * (12 if config.optimizer.kind == "adamw" else 6)
     stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     lines = [
         f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
-        f"teacher    CFG scale {standard:g} (standard form)",
+        f"teacher    {_guidance_words(recipe.dmd)}",
         f"roles      {config.sharing}; parameters trained / all: "
         + ", ".join(f"{n} {t:,} / {c:,}" for n, t, c in _sizes(roles)),
         f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
@@ -100,6 +108,11 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         *roles.notes,
     ]
     return "\n".join(lines)
+
+
+def _guidance_words(dmd: DMDOptions) -> str:
+    standard = dmd.cfg_scale + (1.0 if dmd.cfg_mode == "offset" else 0.0)
+    return f"CFG scale {standard:g} (standard form{', rescaled per token' if dmd.cfg_mode == 'per_token' else ''})"
 
 
 def _sizes(roles: Roles) -> list[tuple[str, int, int]]:
@@ -114,9 +127,10 @@ def _rl_words(config: Config) -> str:
     if rl.method == "none":
         return "DMD alone"
     names = " + ".join(f"{term.weight:g} {term.name or term.kind}" for term in reward.terms)
+    weight = reward.weight if reward.weight == "auto" else f"{reward.weight:g}"
     final = "" if reward.final_weight is None else f" to {reward.final_weight:g}"
     holds = {"dmd": "beside DMD", "kl": f"with KL x {rl.kl_weight:g} to {rl.reference} reference", "none": "alone"}
-    return f"{rl.method} on {names} x {reward.weight:g}{final}, {holds[rl.regularizer]}"
+    return f"{rl.method} on {names} x {weight}{final}, {holds[rl.regularizer]}"
 
 
 def table_text(table: dict[str, dict[str, float]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -130,16 +129,6 @@ class TrainedRole(_Trained):
             self.gradient_norm = float(norm)
         return applied
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write weights and optimizer to ``folder/name``. All ranks must call."""
-        self.engine.save_checkpoint(
-            str(folder), tag=name, save_latest=False, exclude_frozen_parameters=self.adapter is not None
-        )
-
-    def load(self, folder: Path, name: str) -> None:
-        """Take up what :meth:`save` wrote. All ranks must call."""
-        self.engine.load_checkpoint(str(folder), tag=name, load_module_strict=self.adapter is None)
-
 
 class AdapterRole(_Trained):
     """A role that is one adapter on a frozen base which other roles share (``sharing: shared_all``).
@@ -160,6 +149,9 @@ class AdapterRole(_Trained):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of one loss; on the last one they are averaged over the ranks."""
         (loss / self.accumulation).backward()
+        for parameter in self.module.parameters():
+            # ZeRO-3 lets a module's weights go once its input's gradient is there: before the first adapter, never.
+            getattr(parameter, "ds_active_sub_modules", set()).clear()
         if last and self.ranks.world_size > 1:
             gradients = [p.grad for p in self.parameters if p.grad is not None]  # the same ones on every rank
             flat = self.ranks.mean(torch.cat([g.flatten() for g in gradients]))
@@ -176,20 +168,6 @@ class AdapterRole(_Trained):
             self.gradient_norm = float(norm)
         self.optimizer.zero_grad()
         return applied
-
-    def save(self, folder: Path, name: str) -> None:
-        """Write adapter and optimizer, the same on every rank, to ``folder/name``. All ranks must call."""
-        if self.ranks.is_main:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            state = {"adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / name / "adapter.pt")
-        self.ranks.barrier()
-
-    def load(self, folder: Path, name: str) -> None:
-        """Take up what :meth:`save` wrote. All ranks must call."""
-        state = torch.load(folder / name / "adapter.pt", map_location="cpu", weights_only=True)
-        self.adapter.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def clip(parameters: Iterable[nn.Parameter], bound: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dmdr_fast.engine.roles import AdapterRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.models.families import Denoiser
 from dmdr_fast.models.lora import LoraAdapter
 
 
@@ -71,9 +72,15 @@ class EMA:
 
 
 def save_generator(
-    role: TrainedRole | AdapterRole, ema: EMA | None, path: Path, runtime: Runtime, *, merges_lora: bool
+    role: TrainedRole | AdapterRole,
+    ema: EMA | None,
+    path: Path,
+    runtime: Runtime,
+    *,
+    merges_lora: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the generator in fp32 as safetensors, the EMA in the place of trained weights where there is one.
+    """Write the generator as safetensors under the network's own names, the EMA in place of trained weights if any.
 
     A generator that is a LoRA becomes a plain network's state dict with ``merges_lora``, W + lora_scale (A B)^T in
     fp32; without, the file holds the adapter alone ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
@@ -94,7 +101,8 @@ def save_generator(
             metadata = {"lora_scale": repr(role.lora_scale)}
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
-        save_file({n: t.contiguous() for n, t in sorted(weights.items())}, aside, metadata=metadata)
+        named = {name.removeprefix(Denoiser.prefix): weights[name].to(dtype).contiguous() for name in sorted(weights)}
+        save_file(named, aside, metadata=metadata)
         aside.rename(path)
     runtime.barrier()
 

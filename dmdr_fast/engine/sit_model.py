@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,18 @@ from dmdr_fast.algorithm.paths import FLOW
 from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import DTYPES, engine_config
-from dmdr_fast.engine.model import partitions_on_load
+from dmdr_fast.engine.model import Start, partitions_on_load
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.sit import SiT, load_sit_weights
-from dmdr_fast.models.sit_weights import stored_sit_tensors
-from dmdr_fast.models.stored import load_partitioned, parameters_on_meta
-from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder, save_decoder_memory
+from dmdr_fast.models.sit_weights import latent_statistics, stored_sit_tensors
+from dmdr_fast.models.stored import Stored, load_partitioned, parameters_on_meta
+from dmdr_fast.models.vae import (
+    IdentityDecoder,
+    LatentDecoder,
+    decoder_dtype,
+    save_decoder_memory,
+    speed_up_convolutions,
+)
 from dmdr_fast.preflight import HUB_PREFIX
 
 LATENT_SATURATION = 4.0  # latents have unit variance
@@ -38,7 +45,7 @@ def build_network(config: Config) -> SiT:
     )
 
 
-def resolve_weights(weights: str) -> Path:
+def resolve_weights(weights: str, key: str = "teacher.weights") -> Path:
     """A local path from a path or ``hf://ORG/REPO/FILE``, downloaded into the hub's own cache.
 
     Raises:
@@ -53,7 +60,7 @@ def resolve_weights(weights: str) -> Path:
         return Path(hf_hub_download(f"{organisation}/{repository}", file))
     except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"teacher.weights: {weights} could not be fetched: {reason}; give a local path") from None
+        raise UserError(f"{key}: {weights} could not be fetched: {reason}; give a local path") from None
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class SiTModel:
         return self.config.model.channels, size, size
 
     @property
+    def token(self) -> int:
+        return self.config.model.patch_size
+
+    @property
     def teacher_shift(self) -> float:
         return self.config.student.shift
 
@@ -89,26 +100,39 @@ class SiTModel:
         with parameters_on_meta():
             return build_network(self.config)
 
-    def load(self, device: torch.device, generator: Path | None = None, *, whole: bool = False) -> SiT:
-        weights, settings = generator or self.teacher, engine_config(self.config, trained=True)
+    def load(self, device: torch.device, generator: Path | Start | None = None, *, whole: bool = False) -> SiT:
+        settings = engine_config(self.config, trained=True)
+        key = generator.key if isinstance(generator, Start) else "teacher.weights"
         try:
             if not partitions_on_load(settings, whole=whole):
                 network = build_network(self.config)
-                load_sit_weights(network, weights)
+                load_sit_weights(network, self._weights(network, generator))
                 return network.to(device)
             network = self.skeleton()
-            stored = stored_sit_tensors(network, weights)
+            stored = stored_sit_tensors(network, self._weights(network, generator))
         except (ValueError, FileNotFoundError) as error:
-            raise UserError(f"teacher.weights: {error}") from None
+            raise UserError(f"{key}: {error}") from None
         load_partitioned(network, stored, dtype=DTYPES[self.config.deepspeed.dtype], settings=settings)
         return network
+
+    def _weights(self, network: SiT, generator: Path | Start | None) -> Path | Mapping[str, Stored]:
+        if not isinstance(generator, Start):
+            return generator or self.teacher
+        return generator.over(lambda: stored_sit_tensors(network, self.teacher))
+
+    def teacher_files(self) -> list[Path]:
+        return [self.teacher]
 
     def decoder(self, device: torch.device) -> Decode:
         config = self.config
         if config.decoder.kind == "identity":
             return IdentityDecoder().decode
         try:
-            decoder = LatentDecoder.from_pretrained(config.decoder.path, dtype=DTYPES[config.decoder.dtype]).to(device)
+            dtype = decoder_dtype(config.decoder.dtype, device)
+            decoder = LatentDecoder.from_pretrained(config.decoder.path, dtype=dtype)
+            decoder.denormalise(latent_statistics(self.teacher))
+            decoder = decoder.to(device)
+            speed_up_convolutions(decoder.vae, device)
             save_decoder_memory(decoder.vae, tiling=config.decoder.tiling, recompute=config.decoder.recompute)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"decoder.path: {error}") from None

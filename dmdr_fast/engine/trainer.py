@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,27 +15,38 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.recipe import Recipe, RewardModel
-from dmdr_fast.algorithm.rl.refl import Decode
-from dmdr_fast.algorithm.step import Update, dmdr_update
+from dmdr_fast.algorithm.recipe import Data, Recipe, RewardModel
+from dmdr_fast.algorithm.rl.experience import rows_of
+from dmdr_fast.algorithm.rl.policy import batch_name
+from dmdr_fast.algorithm.rl.refl import Decode, refl_loss
+from dmdr_fast.algorithm.step import Update, dmdr_update, simulate
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
 from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
+from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
+from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import Evaluator
+from dmdr_fast.engine.go_on import resume_command
+from dmdr_fast.engine.identity import evaluates_anew, run_settings
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rates, recipe_of, table_text
+from dmdr_fast.engine.reward_weight import RewardWeight
 from dmdr_fast.engine.rewards import RewardSet
+from dmdr_fast.engine.run_lock import lock_run
 from dmdr_fast.engine.shards import EMA, save_generator
+from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.engine.stopping import StopRequest
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
+
+FINAL, SUMMARY = Path("final") / "generator.safetensors", Path("summary.json")
 
 
 def train(config: Config) -> None:
@@ -47,15 +59,36 @@ def train(config: Config) -> None:
     """
     with StopRequest(config.run_dir / "stop" if os.environ.get("RANK", "0") == "0" else None) as stop:
         ranks = runtime.start()
-        run = Run.build(config, open_model(config), ranks)
+        lock = lock_run(config.run_dir, ranks)
         try:
-            stop.finishes()
-            if run.updates(stop):
-                stop.leaves(f"in the final evaluation; the weights are whole, for the rest: {resume_command(config)}")
-                run.finish()
+            model = open_model(config)
+            checkpoints = CheckpointFolder(config, run_settings(config, model, ranks), ranks)
+            start = checkpoints.find(config.resume)
+            changes = [] if start is None else checkpoints.changes(start)
+            for change in changes:
+                ranks.say(f"since the checkpoint: {change}")
+            if start is not None and not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]:
+                ranks.say(
+                    f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
+                    "run_dir for another run, or start anew with --resume never"
+                )
+                return
+            _run(Run.build(config, model, ranks, checkpoints, start), stop)
         finally:
-            if run.rewards is not None:
-                run.rewards.close()
+            if lock is not None:
+                lock.release()
+
+
+def _run(run: Run, stop: StopRequest) -> None:
+    try:
+        stop.finishes()
+        if run.updates(stop):
+            rest = resume_command(run.config.run_dir)
+            stop.leaves(f"in the final evaluation; the weights are whole, for the rest: {rest}")
+            run.finish()
+    finally:
+        if run.rewards is not None:
+            run.rewards.close()
 
 
 @dataclass
@@ -68,6 +101,7 @@ class Run:
     conditions: Conditions  # trained on
     shown: Conditions  # of the evaluation
     recipe: Recipe
+    weight: RewardWeight
     streams: Streams
     roles: Roles
     ema: EMA | None
@@ -86,16 +120,20 @@ class Run:
     samples_seen: int = 0  # by this process, over all ranks
 
     @classmethod
-    def build(cls, config: Config, model: Model, ranks: runtime.Runtime) -> Run:
-        """Build every part, resume where ``resume`` says so, and print the effective recipe once."""
-        streams = Streams(config.seed)
-        checkpoints = CheckpointFolder(
-            config.run_dir / "checkpoints", config.checkpoint.keep, identity(config, ranks), ranks
-        )
-        resume_from = checkpoints.find(config.resume)
+    def build(
+        cls,
+        config: Config,
+        model: Model,
+        ranks: runtime.Runtime,
+        checkpoints: CheckpointFolder,
+        resume_from: Path | None,
+    ) -> Run:
+        """Build every part, resume from a checkpoint where there is one, and print the effective recipe once."""
+        streams, starts = Streams(config.seed), read_starts(config) if resume_from is None else {}
         conditions, shown = build_conditions(config, model, ranks)
         rewards = inputs.build_rewards(config, model.num_classes, ranks.device)
-        roles = build_roles(config, model, conditions, ranks, lora_seed=int(streams.rng("lora").integers(2**31)))
+        seed = int(streams.rng("lora").integers(2**31))
+        roles = build_roles(config, model, conditions, ranks, lora_seed=seed, starts=starts)
         ema = None if config.student.ema is None else EMA(roles.generator.trained, config.student.ema)
         state = {"step": 0, "counters": {}}
         if resume_from is not None:
@@ -103,6 +141,8 @@ class Run:
             if rewards is not None:
                 rewards.load_state_dict(state["rewards"])
             ranks.say(f"resumed from {resume_from}, step {state['step']}")
+        weight = RewardWeight(ranks)
+        weight.load_state_dict(state["counters"].pop("reward_weight", weight.state_dict()))
         checkpoints.drop_after(state["step"])
         run = cls(
             config=config,
@@ -111,6 +151,7 @@ class Run:
             conditions=conditions,
             shown=shown,
             recipe=recipe_of(config, model),
+            weight=weight,
             streams=streams,
             roles=roles,
             ema=ema,
@@ -132,6 +173,7 @@ class Run:
         )
         if ranks.is_main:
             (config.run_dir / "config.yaml").write_text(dump(config))
+            (config.run_dir / SUMMARY).unlink(missing_ok=True)  # that of a run that was finished
         ranks.say(describe(config, run.recipe, roles, ranks))
         return run
 
@@ -147,6 +189,7 @@ class Run:
             self._evaluate(stop)  # the run was stopped in it
         while self.step < config.train.generator_steps:
             self._begin_update()
+            self._match_reward_weight(data, shards)
             update = dmdr_update(
                 self.roles.networks,
                 data,
@@ -162,7 +205,8 @@ class Run:
                 self.rewards.end_update(ranks.sum)
             self.step += 1
             self._account(update)
-            due = self.step % config.checkpoint.every == 0 or self.step == config.train.generator_steps
+            ends = (config.train.cold_start_steps, config.train.generator_steps)
+            due = self.step % config.checkpoint.every == 0 or self.step in ends
             asked = ranks.any(stop.asked)
             if due or asked or self.step % config.log.every == 0:
                 self._flush(shards[0].total)
@@ -172,10 +216,10 @@ class Run:
                 self._checkpoint()
             if asked:
                 self.log.close()
-                ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config)}")
+                ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config.run_dir)}")
                 return False
         self._snapshot_cold_start()
-        self._save_generator(self._final_weights)
+        self._save_generator(config.run_dir / FINAL, DTYPES[config.export.dtype])
         return True
 
     @property
@@ -202,6 +246,30 @@ class Run:
         self.roles.generator.set_lr(learning_rates(optimizer.generator, *lengths))
         self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates))
 
+    def _match_reward_weight(self, data: Data, shards: Sequence[Shard]) -> None:
+        """``reward.weight: auto`` as RL starts, on the samples that its first update will see."""
+        if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
+            return
+        if self.weight.value is None:
+            index = (self.step, self.recipe.fake_updates - 1)
+            given = (self.roles.generator, data, self.recipe, self.streams, index)
+            losses = []
+            for shard in shards:
+                sample = simulate(*given, shard, self.ranks.device)
+                inputs, name = sample.batch.reward_inputs, batch_name(self.step, shard)
+
+                def score(images: Tensor, rows: slice, inputs: dict = inputs, name: str = name) -> Tensor:
+                    return self.rewards.score(images, rows_of(inputs, rows), batch=name)[0]
+
+                losses.append(refl_loss(sample.rollout.x0, self.decoder, score, self.recipe.rl.refl))
+            self._look_at_rewards()
+            try:
+                value = self.weight.match(torch.stack(losses).mean())
+            except ValueError as error:
+                self._end(str(error), "go on with --resume auto")
+            self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
+        self.recipe = replace(self.recipe, reward_weight=self.weight.value)
+
     def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
         total, each = self.rewards.score(images, given, batch=batch)
@@ -213,7 +281,7 @@ class Run:
 
     def finish(self) -> None:
         """Write the evaluation and the report."""
-        config, final = self.config, self._final_weights
+        config, final = self.config, self.config.run_dir / FINAL
         self.log.close()
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
@@ -235,8 +303,9 @@ class Run:
         data = None if self.evaluation is None else self.evaluation.to(self.ranks.device)
         return Evaluator(self.config, self.ranks, self.model, self.shown, self.decoder, self.rewards, data, self.recipe)
 
-    def _save_generator(self, path: Path) -> None:
-        save_generator(self.roles.generator, self.ema, path, self.ranks, merges_lora=self.model.merges_lora)
+    def _save_generator(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        merges = self.model.merges_lora
+        save_generator(self.roles.generator, self.ema, path, self.ranks, merges_lora=merges, dtype=dtype)
 
     def _role_in_training(self) -> Path:
         """The weights that would be saved now, in a file that the next evaluation overwrites."""
@@ -255,11 +324,7 @@ class Run:
             "deepspeed": deepspeed.__version__,
             "parameters_trained": self.roles.trained_parameters,
         }
-        (self.config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-
-    @property
-    def _final_weights(self) -> Path:
-        return self.config.run_dir / "final" / "generator.safetensors"
+        (self.config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))
 
     @property
     def _cold_start_weights(self) -> Path:
@@ -272,6 +337,8 @@ class Run:
     def _account(self, update: Update) -> None:
         """EMA and skip counters after one update; ends a run that no longer moves."""
         self.pending.append(update.metrics)
+        if self.config.reward.weight == "auto" and not self.recipe.rl_active(self.step - 1):
+            self.weight.note(update.metrics["dmd_loss"])
         if self.ema is not None and "generator" not in update.skipped:
             self.ema.update()
         if not update.skipped:
@@ -319,6 +386,8 @@ class Run:
         }
         for name, role in _trained(self.roles).items():
             values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
+        if graphs := compiled_graphs():
+            values["compilations"] = float(graphs)
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
@@ -338,6 +407,8 @@ class Run:
 
     def _checkpoint(self) -> None:
         counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if self.config.reward.weight == "auto":
+            counters["reward_weight"] = self.weight.state_dict()
         rewards = {} if self.rewards is None else self.rewards.state_dict()
         self.checkpoints.save(self.step, Trained(_trained(self.roles), self.ema), counters, rewards)
 
@@ -346,19 +417,15 @@ def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
 
 
-def identity(config: Config, ranks: runtime.Runtime) -> dict:
-    """What a checkpoint and the run that reads it must have in common."""
-    return {
-        "world_size": ranks.world_size,
-        "seed": config.seed,
-        "sharing": config.sharing,
-        "model": config.model.model_dump(),
-        "lora": config.lora.model_dump(mode="json") if config.sharing != "separate" else None,
-        "student.ema": config.student.ema,
-        "student.lora": config.student.lora.model_dump(mode="json"),
-        "deepspeed.stage": config.deepspeed.stage,
-        "deepspeed.dtype": config.deepspeed.dtype,
-    }
+def is_finished(config: Config, checkpoint: Path) -> bool:
+    """Whether the run has made all of its updates, up to that checkpoint, and written all that it leaves."""
+    folder, step = config.run_dir, int(checkpoint.name.rpartition("_")[2])
+    try:
+        written = json.loads((folder / SUMMARY).read_text())["updates"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    left = [FINAL, Path("report.html")] if config.log.report else [FINAL]
+    return step >= config.train.generator_steps and written == step and all((folder / p).is_file() for p in left)
 
 
 def diagnosis(update: Update, ranks: runtime.Runtime) -> str:
@@ -367,8 +434,3 @@ def diagnosis(update: Update, ranks: runtime.Runtime) -> str:
     bad = [n for n, v in metrics.items() if not torch.isfinite(v).item()]
     everywhere = sorted({n for part in ranks.gather(bad) for n in part})
     return f"{' and '.join(sorted(set(update.skipped)))} (not finite: {', '.join(everywhere) or 'gradient only'})"
-
-
-def resume_command(config: Config) -> str:
-    """The command that goes on with this run."""
-    return f"deepspeed dmdr_fast/train.py --config {config.run_dir / 'config.yaml'} --resume auto"

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmdr_fast.models.families import Family
+from dmdr_fast.models.families import Denoiser, Family
 from dmdr_fast.models.families.loading import is_local
 from dmdr_fast.models.families.schedulers import student_scheduler
 from dmdr_fast.models.lora import add_lora
-from dmdr_fast.models.lora_export import export_peft, merge
+from dmdr_fast.models.lora_export import diffusers_lora, merge
 
-log = logging.getLogger(__name__)
-
-LORA_FOLDER = "generator_lora"
+RENOISE = Path(__file__).parent / "families" / "renoise_scheduler.py"
 STUDENT = "student.json"  # the arguments of the pipeline's call
 
 
@@ -29,30 +27,29 @@ def export_pipeline(
     out: str | Path,
     *,
     grid: tuple[float, ...],
+    resolution: int,
     weights: Mapping[str, Tensor] | None = None,
     lora: Mapping[str, Tensor] | None = None,
     lora_scale: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
-    resolution: int | None = None,
 ) -> Path:
-    """Write the teacher's pipeline with the student in its place: ``DiffusionPipeline.from_pretrained(out)`` and then
-    ``(prompt=..., num_inference_steps=N, guidance_scale=0)`` sample as the student was trained to.
+    """Write the teacher's pipeline with the student in its place, for diffusers to read (``load_arguments``).
 
-    The scheduler's config holds the grid; a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is changed so that
-    guidance_scale=0 means ``family.guidance``. Text encoders, tokenizers and VAE are copied. The folder is written
-    aside and renamed.
+    Called with ``call_arguments`` it samples as the student was trained to, and its ``generator``
+    fixes the image. The scheduler's config holds the grid; a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is
+    changed so that guidance_scale=0 means ``family.guidance``. Text encoders, tokenizers and VAE are copied. The folder
+    is written aside and renamed.
 
     Args:
         family: the teacher's, with the guidance and length that the student was trained at.
         out: a folder that is not there yet.
         grid: 1 = t_0 > ... > t_N = 0.
+        resolution: edge of the square images the student was trained on.
         weights: every parameter of the network by name ("transformer." in front or not); the teacher's where None.
         lora: "LAYER.lora_A" [in, r] and "LAYER.lora_B" [r, out], merged into the network at ``lora_scale``, and written
-            as a PEFT adapter into ``out/generator_lora`` too; that one goes on the teacher's own network, with its
-            guidance.
+            as ``out/pytorch_lora_weights.safetensors`` too: the teacher's own pipeline takes it by
+            ``load_lora_weights(out)``, with the teacher's guidance.
         dtype: of the network's files.
-        resolution: edge of the square images the student was trained on: the default size of pipelines that keep it in
-            a config (SD3, SDXL). The others make 1024 x 1024 where height= and width= are not given.
 
     Raises:
         FileExistsError: ``out`` is there.
@@ -62,7 +59,6 @@ def export_pipeline(
     if out.exists():
         raise FileExistsError(f"export: {out} is there already; give a new folder, or delete it")
     scheduler = student_scheduler(family, grid)
-    _warn_of_arguments(family, resolution)
     network = family.load_transformer(dtype)
     if weights is not None:
         load_weights(network, weights)
@@ -71,13 +67,12 @@ def export_pipeline(
     try:
         _copy_components(family, aside)
         if lora is not None:
-            network = _with_lora(family, network, lora, lora_scale, aside / LORA_FOLDER)
+            network = _with_lora(family, network, lora, lora_scale, aside)
         network = family.fold_guidance(network)
-        if family.sized and resolution is not None:
+        if family.sized:
             network.register_to_config(sample_size=resolution // family.factor)
         network.save_pretrained(aside / family.folder)
-        scheduler.save_pretrained(aside / "scheduler")
-        _write_index(aside, type(scheduler).__name__)
+        _write_scheduler(aside, scheduler)
         _write_student(aside, len(grid) - 1, resolution, family)
         aside.rename(out)
     finally:
@@ -85,9 +80,19 @@ def export_pipeline(
     return out
 
 
+def call_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments that the exported pipeline in ``folder`` is called with; FileNotFoundError where it is none."""
+    return json.loads((folder / STUDENT).read_text())
+
+
+def load_arguments(folder: Path) -> dict[str, Any]:
+    """What ``DiffusionPipeline.from_pretrained`` needs beside the folder: a scheduler of ours is code in it."""
+    return {"trust_remote_code": True} if (folder / "scheduler" / RENOISE.name).is_file() else {}
+
+
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy ``weights`` into every parameter of ``network``, cast to its dtype; ValueError where one does not fit."""
-    named = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    named = {name.removeprefix(Denoiser.prefix): tensor for name, tensor in weights.items()}
     own = dict(network.named_parameters())
     if odd := sorted(own.keys() ^ named.keys()):
         raise ValueError(
@@ -103,13 +108,16 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _with_lora(family: Family, network: nn.Module, lora: Mapping[str, Tensor], scale: float, folder: Path) -> nn.Module:
-    """A plain network with the adapter merged in; the adapter itself goes to ``folder``."""
-    named = {name.removeprefix("transformer."): tensor for name, tensor in lora.items()}
+    """A plain network with the adapter merged in; the adapter itself is written into ``folder``, the pipeline's."""
+    import diffusers
+
+    named = {name.removeprefix(Denoiser.prefix): tensor for name, tensor in lora.items()}
     layers = sorted({name.rpartition(".")[0] for name in named})
     rank = next((t.shape[1] for n, t in named.items() if n.endswith(".lora_A")), 0)
     adapter = add_lora(network, "generator", rank=rank, targets=layers)
     adapter.load_state_dict(named)
-    export_peft(adapter, folder, base_model_name=family.path, scale=scale)
+    pipeline = getattr(diffusers, _read_index(folder)["_class_name"])
+    pipeline.save_lora_weights(folder, **{f"{family.folder}_lora_layers": diffusers_lora(adapter, scale)})
     with torch.device("meta"):
         plain = family.build_from_config(family.network_config)
     plain.load_state_dict(merge(adapter, scale), assign=True)
@@ -123,7 +131,7 @@ def _copy_components(family: Family, folder: Path) -> None:
         from diffusers import DiffusionPipeline
 
         source = Path(DiffusionPipeline.download(family.path, revision=family.revision))
-    index = json.loads((source / "model_index.json").read_text())
+    index = _read_index(source)
     folder.mkdir()
     shutil.copy(source / "model_index.json", folder)
     for name in index:
@@ -131,32 +139,23 @@ def _copy_components(family: Family, folder: Path) -> None:
             shutil.copytree(source / name, folder / name)
 
 
-def _write_index(folder: Path, scheduler: str) -> None:
-    file = folder / "model_index.json"
-    index = json.loads(file.read_text()) | {"scheduler": ["diffusers", scheduler]}
-    file.write_text(json.dumps(index, indent=2) + "\n")
+def _read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model_index.json").read_text())
 
 
-def _write_student(folder: Path, steps: int, resolution: int | None, family: Family) -> None:
-    """What the pipeline is called with: the student's steps, no guidance, and what was not its default in training."""
-    arguments: dict[str, float] = {"num_inference_steps": steps, "guidance_scale": 0}
-    if resolution is not None:
-        arguments |= {"height": resolution, "width": resolution}
+def _write_scheduler(folder: Path, scheduler: Any) -> None:
+    """The scheduler's config, its name in the index, and its code where it is ours."""
+    scheduler.save_pretrained(folder / "scheduler")
+    ours, kind = not type(scheduler).__module__.startswith("diffusers."), type(scheduler).__name__
+    if ours:
+        shutil.copy(RENOISE, folder / "scheduler")
+    index = _read_index(folder) | {"scheduler": [RENOISE.stem if ours else "diffusers", kind]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_student(folder: Path, steps: int, resolution: int, family: Family) -> None:
+    """What the pipeline is called with: the student's steps and size, no guidance, and the text length if its own."""
+    arguments = {"num_inference_steps": steps, **family.unguided, "height": resolution, "width": resolution}
     if family.length != family.default_length and "max_sequence_length" in family.encode_arguments():
         arguments["max_sequence_length"] = family.length
     (folder / STUDENT).write_text(json.dumps(arguments, indent=2) + "\n")
-
-
-def _warn_of_arguments(family: Family, resolution: int | None) -> None:
-    """Say which arguments the exported pipeline cannot do without."""
-    if resolution not in (None, 1024) and not family.sized:
-        log.warning(
-            "export: %s makes 1024 x 1024 images unless told; call it with height=%d, width=%d",
-            *(family.pipelines[0], resolution, resolution),
-        )
-    if family.length != family.default_length and "max_sequence_length" in family.encode_arguments():
-        log.warning(
-            "export: the student was trained with %d text tokens, %s takes %d unless told; call it with "
-            "max_sequence_length=%d",
-            *(family.length, family.pipelines[0], family.default_length, family.length),
-        )

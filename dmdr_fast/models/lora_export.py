@@ -1,12 +1,8 @@
-"""An adapter out of the trainer: merged into the base, or as a PEFT adapter."""
+"""An adapter out of the trainer: merged into the base, or by itself under diffusers' names."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmdr_fast.models.lora import LoraAdapter
@@ -43,39 +39,20 @@ def merge(adapter: LoraAdapter, scale: float = 1.0) -> dict[str, Tensor]:
     return state
 
 
-def export_peft(
-    adapter: LoraAdapter, directory: str | Path, *, base_model_name: str | None = None, scale: float = 1.0
-) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for ``peft.PeftModel.from_pretrained``.
+def diffusers_lora(adapter: LoraAdapter, scale: float = 1.0) -> dict[str, Tensor]:
+    """{"LAYER.lora_A.weight" [r, in], "LAYER.lora_B.weight" [out, r]}, as diffusers and PEFT name an adapter's tensors.
 
-    The loaded model computes what ours does at ``scale``: PEFT multiplies by lora_alpha / r, so
-    lora_alpha = rank * scale. ``base_model_name`` (a hub id or path) is noted in the config.
+    ``scale`` is multiplied into B: readers apply a file without alphas at 1.
 
     Raises:
         ValueError: a post_projection adapter.
     """
-    _require_standard(adapter, "written as a PEFT LoRA")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    alpha = adapter.rank * scale
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_model_name,
-        "r": adapter.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "target_modules": sorted(adapter.layers),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _require_standard(adapter, "written as a LoRA of diffusers")
     tensors = {}
     for path, (a, b) in _factors(adapter).items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a.T.contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b.T.contiguous()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors[f"{path}.lora_A.weight"] = a.T.contiguous()
+        tensors[f"{path}.lora_B.weight"] = (scale * b).T.contiguous()
+    return tensors
 
 
 def _factors(adapter: LoraAdapter) -> dict[str, tuple[Tensor, Tensor]]:

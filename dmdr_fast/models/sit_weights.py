@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +18,19 @@ from dmdr_fast.models.stored import Stored, stored_tensors
 if TYPE_CHECKING:
     from dmdr_fast.models.sit import SiT
 
-CONTAINERS = ("ema", "model", "state_dict")  # in this order: the averaged weights are the published ones
+# In this order: the averaged weights are the published ones; "module" is DeepSpeed's.
+CONTAINERS = ("ema", "model", "state_dict", "module")
+# What training alone needs: REPA's head, the norm of REPA-E's latents (``latent_statistics``).
+DROPPED = ("projectors.", "bn.")
+LATER_BLOCK = re.compile(r"decoder_blocks\.(\d+)\.")  # REPA's early files: the blocks behind its head
 
 
-def load_sit_weights(model: SiT, path: str | Path) -> None:
+def load_sit_weights(model: SiT, path: str | Path | Mapping[str, Stored]) -> None:
     """Copy the weights of a ``.safetensors`` or ``.pt`` checkpoint into ``model``, every one of them.
 
-    Reads a plain state dict or one under "ema", "model" or "state_dict", with or without DDP's "module."
-    prefix; REPA's training-only "projectors." head is dropped. Values are cast to the model's dtype. Load
+    Reads a plain state dict or one under "ema", "model", "state_dict" or "module", with or without DDP's "module."
+    prefix; what only training needs is dropped (REPA's head, REPA-E's norm of the latents), and REPA's
+    "decoder_blocks" follow on "blocks". Values are cast to the model's dtype. Load
     before adding LoRA adapters. Under ZeRO-3 rank 0's values are used and all ranks must call together.
 
     Raises:
@@ -39,15 +46,39 @@ def load_sit_weights(model: SiT, path: str | Path) -> None:
                 parameter.copy_(stored[f"{prefix}.{name}" if prefix else name].read())
 
 
-def stored_sit_tensors(model: SiT, path: str | Path) -> dict[str, Stored]:
+def stored_sit_tensors(model: SiT, path: str | Path | Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors of a checkpoint by ``model``'s names, checked against it; raises as ``load_sit_weights``.
 
     Those of a .safetensors file are read when asked for; a .pt file is read here.
     """
-    path = Path(path)
-    stored = _named(_read(path), path)
-    _check_fit(model, stored, path)
-    return stored
+    stored, where = (path, "these weights") if isinstance(path, Mapping) else (read_checkpoint(Path(path)), path)
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(DROPPED)}
+    kept = _blocks_in_a_row(kept)
+    _check_fit(model, kept, where)
+    return kept
+
+
+def latent_statistics(path: Path) -> tuple[Tensor, Tensor] | None:
+    """(mean [C], standard deviation [C]) by which a REPA-E model's latents are normalised; None in other files."""
+    stored = read_checkpoint(path)
+    if "bn.running_mean" not in stored:
+        return None
+    return stored["bn.running_mean"].read().float(), stored["bn.running_var"].read().float().sqrt()
+
+
+def _blocks_in_a_row(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """ "decoder_blocks.0" is "blocks.8" where "blocks" ends with 7."""
+    numbers = {int(name.split(".")[1]) for name in stored if name.startswith("blocks.")}
+    first = max(numbers, default=-1) + 1
+    return {LATER_BLOCK.sub(lambda m: f"blocks.{first + int(m[1])}.", name): t for name, t in stored.items()}
+
+
+def read_checkpoint(path: Path) -> dict[str, Stored]:
+    """The tensors of a .safetensors or .pt file by name, of its averaged weights where it has such.
+
+    Nothing in a .pt file is run. Raises as ``load_sit_weights``.
+    """
+    return _named(_read(path), path)
 
 
 def _read(path: Path) -> dict:
@@ -80,15 +111,14 @@ def _named(content: object, path: Path) -> dict[str, Stored]:
             f"SiT weights: {path} holds no state dict: expected names to tensors, plain or under one of "
             f"{', '.join(CONTAINERS)}"
         )
-    named = {key.removeprefix("module."): _as_stored(value) for key, value in content.items()}
-    return {key: value for key, value in named.items() if not key.startswith("projectors.")}
+    return {key.removeprefix("module."): _as_stored(value) for key, value in content.items()}
 
 
 def _as_stored(value: Tensor | Stored) -> Stored:
     return value if isinstance(value, Stored) else Stored(value.shape, lambda: value)
 
 
-def _check_fit(model: SiT, state: dict[str, Stored], path: Path) -> None:
+def _check_fit(model: SiT, state: Mapping[str, Stored], path: str | Path) -> None:
     expected = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
     for name, shape in expected.items():
         if name in state and state[name].shape != shape:
@@ -107,6 +137,12 @@ def _check_fit(model: SiT, state: dict[str, Stored], path: Path) -> None:
 
 
 def _remedy(name: str, expected: torch.Size, got: torch.Size) -> str:
+    if name == "y_embedder.embedding_table.weight" and expected[1:] == got[1:] and got[0] == expected[0] - 1:
+        return (
+            f"if all {got[0]} rows are classes, it was trained without the null class (no label dropout) and has no "
+            "unconditional prediction: append a row of zeros and keep teacher.cfg_scale at 1; if the last row is the "
+            f"null class, set model.num_classes to {got[0] - 1}"
+        )
     if name == "y_embedder.embedding_table.weight" and expected[1:] == got[1:]:
         return f"set model.num_classes to {got[0] - 1}"
     if name == "pos_embed" and expected[2:] == got[2:]:

@@ -20,14 +20,26 @@ if TYPE_CHECKING:
 class LatentDecoder(nn.Module):
     """A frozen AutoencoderKL: D(z / scaling_factor + shift_factor) of a diffusion model's latent z.
 
-    Both factors come from the VAE's config (0.18215 and none for sd-vae-ft-ema). Differentiable in z.
+    Both factors come from the VAE's config (0.18215 and none for sd-vae-ft-ema), or from the diffusion model
+    (:meth:`denormalise`). Differentiable in z.
     """
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
-        self.scaling_factor: float = vae.config.scaling_factor
-        self.shift_factor: float = getattr(vae.config, "shift_factor", None) or 0.0
+        self.scaling_factor: float | Tensor = vae.config.scaling_factor
+        self.shift_factor: float | Tensor = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def denormalise(self, statistics: tuple[Tensor, Tensor] | None) -> None:
+        """Take (mean [c], standard deviation [c]) of the VAE's latents, which a REPA-E model sees normalised by them.
+
+        The VAE's own factors are then not used. None changes nothing.
+        """
+        if statistics is not None:
+            mean, deviation = (values.view(1, -1, 1, 1) for values in statistics)
+            del self.scaling_factor, self.shift_factor
+            self.register_buffer("scaling_factor", 1.0 / deviation)
+            self.register_buffer("shift_factor", mean)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> LatentDecoder:
@@ -86,6 +98,23 @@ def save_decoder_memory(vae: nn.Module, *, tiling: bool, recompute: bool) -> Non
         set_recompute(vae, "full")
         if tiling:
             vae.decoder.forward = partial(_recomputed, vae.decoder.forward)
+
+
+def decoder_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of ``decoder.dtype`` on ``device``: auto is bf16 on CUDA and fp32 elsewhere."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def speed_up_convolutions(vae: nn.Module, device: torch.device) -> None:
+    """On CUDA: weights with the channels last, as tensor cores read them, and cuDNN tries its kernels on every shape.
+
+    A run decodes few shapes, thousands of times each. Otherwise cuDNN transposes around every convolution.
+    """
+    if device.type == "cuda":
+        vae.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True
 
 
 def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -157,9 +158,13 @@ def offset(op: str, value: int) -> None:
 
 
 def constant(op: str, name: str, value: Tensor | None) -> None:
-    """An input that gets no gradient: refuse one that asks for it, silence would train nothing."""
-    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+    """An input that gets no gradient and no tangent: refuse one that asks for it, silence would train nothing."""
+    if not isinstance(value, Tensor):
+        return
+    if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: {name}: expected a constant, got a tensor that requires grad; detach it")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise ValueError(f"{op}: {name}: expected a constant, got a tensor with a tangent; detach it")
 
 
 def _readable(value: Tensor) -> bool:
@@ -169,6 +174,8 @@ def _readable(value: Tensor) -> bool:
         and value.device.type == "cpu"
         and type(value) in (Tensor, torch.nn.Parameter)
         and value.numel() > 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and not torch._C._functorch.is_legacy_batchedtensor(value)
     )
 
 

@@ -144,7 +144,8 @@ class Raw:
         return self.run(args, signature, plan)
 
     def _signature(self, args: tuple) -> Signature | None:
-        """None where the dispatcher has to see the call: a dispatch mode is on, or a tensor is of a subclass."""
+        """None where the dispatcher has to see the call: a dispatch mode is on, or a tensor is of a subclass or has no
+        memory of its own (a batch of gradients, ``is_grads_batched=True``)."""
         if torch._C._len_torch_dispatch_stack():
             return None
         values, live = [], self.live
@@ -156,7 +157,10 @@ class Raw:
         for arg in args:
             kind = type(arg)
             if kind in _TENSORS:
-                pointer, wants = arg.data_ptr(), arg.requires_grad
+                try:
+                    pointer, wants = arg.data_ptr(), arg.requires_grad
+                except RuntimeError:
+                    return None
                 key += (arg.shape, arg.stride(), arg.dtype, arg.device, wants, pointer & 15)
                 values.append(pointer)
                 graded = graded or wants

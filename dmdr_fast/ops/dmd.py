@@ -131,12 +131,11 @@ def dmd_gradient(
     for each.
     """
     with torch.no_grad():
-        return DMDGradient(
-            *_run(
-                "dmd_gradient", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, mask, weight,
-                cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, "mean", 0.5, False,
-            )[:3]
+        grad, norm, loss, _ = _run(
+            "dmd_gradient", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, mask, weight,
+            cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, "mean", 0.5, False,
         )  # fmt: skip
+    return DMDGradient(grad, norm, loss.detach())  # in forward mode it has the tangent of dmd_loss
 
 
 def dmd_loss(
@@ -165,8 +164,9 @@ def dmd_loss(
 
     The drop-in for ``factor * mse_loss(x0, (x0 - g).detach())``: same value, same gradient, but g does not
     pass through a rounded pseudo-target (in bfloat16 that loses 6 % of g at rms(g) = 0.03). Only x0 gets a
-    gradient; everything else is a constant, x_t included. The forward writes that gradient; a backward multiplies
-    it by the incoming one, or hands it on as it is (on the CPU, incoming gradient 1, graph not retained).
+    gradient; everything else is a constant, x_t included, and so is that gradient: it has no derivative in x0. The
+    forward writes it; a backward multiplies it by the incoming one, or hands it on as it is (on the CPU, incoming
+    gradient 1, graph not retained).
 
     Args:
         x0, x_t, ..., weight: as in :func:`dmd_gradient`.
@@ -294,7 +294,7 @@ def _backward(ctx, needed: DMD, _grad, _norm, grad_loss, _scale) -> dict:
 
 def _is_one(number: Tensor) -> bool:
     """Whether a tensor that can be read without waiting (on the CPU, not traced) is 1."""
-    return type(number) is Tensor and number.device.type == "cpu" and number.item() == 1
+    return check._readable(number) and number.item() == 1
 
 
 def _reads_last() -> bool:
@@ -304,11 +304,11 @@ def _reads_last() -> bool:
 
 def _formula(a: DMD):
     """The loss's derivative is the gradient that it injects into x0, not that of its value."""
-    grad, norm, loss, loss_scale = reference.run("dmd_gradient_fwd", a)
-    slope = (grad.to(loss.dtype) * loss_scale).detach()
+    grad, norm, loss, loss_scale = (part.detach() for part in reference.run("dmd_gradient_fwd", a))
+    slope = grad.to(loss.dtype) * loss_scale
     x0 = a.x0.to(loss.dtype)
     moved = torch.where(slope != 0, x0 - x0.detach(), 0)
-    return grad, norm, loss.detach() + (slope * moved).sum(), loss_scale
+    return grad, norm, loss + (slope * moved).sum(), loss_scale
 
 
 def _fake(a: DMD):

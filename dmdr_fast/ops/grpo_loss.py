@@ -83,11 +83,11 @@ def grpo_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     count = max(ratio.numel(), 1)
     loss = torch.maximum(-advantage * ratio, -advantage * clipped).sum() / count
-    with torch.no_grad():
-        stats = RatioStats(
-            ratio.sum() / count,
-            (ratio - 1).abs().max() if ratio.numel() else ratio.new_zeros(()),
-            (ratio != clipped).sum().to(compute) / count,
-            change.square().sum() / (2 * count),
-        )
+    change, ratio, clipped = change.detach(), ratio.detach(), clipped.detach()
+    stats = RatioStats(
+        ratio.sum() / count,
+        (ratio - 1).abs().max() if ratio.numel() else ratio.new_zeros(()),
+        (ratio != clipped).sum().to(compute) / count,
+        change.square().sum() / (2 * count),
+    )
     return GRPOLoss(loss, stats)

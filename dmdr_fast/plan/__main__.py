@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=int, default=8, help="GPUs that NVLink joins (8).")
     add("--flops", type=float, default=989.0, metavar="TFLOP/s", help="Dense bf16 peak of one GPU (989, an H100).")
     add("--utilisation", type=float, default=0.4, help="Share of --flops that is reached (0.4).")
+    add("--convolutions", type=float, default=0.2, help="Share of --flops that convolutions reach (0.2, assumed).")
     add("--reserve", type=float, default=2.5, metavar="GB", help="CUDA context, cuBLAS and NCCL workspaces (2.5).")
     own = parser.add_argument_group("in place of the configuration's keys")
     own.add_argument("--sharing", choices=["separate", "shared_score", "shared_all"])
@@ -97,6 +98,7 @@ def _hardware(options: argparse.Namespace) -> Any:
         memory=options.gpu_memory * GB,
         flops=options.flops * 1e12,
         utilisation=options.utilisation,
+        convolutions=options.convolutions,
         network=options.network * GB,
         latency=options.latency * 1e-6,
         node=options.gpus_per_node,

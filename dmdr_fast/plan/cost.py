@@ -7,49 +7,63 @@ where only a LoRA does; recomputation is one more.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dmdr_fast.algorithm.passes import Schedule, gathers
 from dmdr_fast.plan.live import flash_attention
 from dmdr_fast.plan.networks import DTYPES, META, as_network, condition, latent_shape
-from dmdr_fast.plan.reward import reward_cost
+from dmdr_fast.plan.reward import reward_cost, split_flops
 from dmdr_fast.plan.trace import few_blocks, update_peaks
 from dmdr_fast.plan.workload import Hardware, Workload
-from dmdr_fast.plan.zero import Engine, engines, trained_by
+from dmdr_fast.plan.zero import Engine, engines, prefetch, trained_by
 
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase of an update on one GPU: F-units, FLOPs of them, bytes received, collectives, bytes of HBM and host."""
+    """One phase of an update on one GPU: F-units, FLOPs (of convolutions apart), bytes received, collectives, bytes."""
 
     units: float = 0.0
-    flops: float = 0.0
+    products: float = 0.0
+    convolutions: float = 0.0
     received: float = 0.0
     collectives: float = 0.0
     hbm: float = 0.0
     host: float = 0.0
 
+    @property
+    def flops(self) -> float:
+        return self.products + self.convolutions
+
     def seconds(self, hardware: Hardware) -> float:
         """Compute, collectives and host copies overlap: the longest of them."""
         hops = math.ceil(math.log2(max(hardware.gpus, 2)))
         network = self.received / hardware.bandwidth + self.collectives * hops * hardware.latency
-        compute = self.flops / (hardware.flops * hardware.utilisation) + self.hbm / hardware.hbm
+        reached = self.products / hardware.utilisation + self.convolutions / hardware.convolutions
+        compute = reached / hardware.flops + self.hbm / hardware.hbm
         return max(compute, network if hardware.gpus > 1 else 0.0, self.host / hardware.host)
 
 
 def forward_flops(work: Workload) -> float:
     """FLOPs of one forward of one sample, linear in the numbers of blocks."""
-    return _flops(Workload(work.shape, resolution=work.resolution, dtype=work.dtype))
+    return float(_flops(work).sum())
+
+
+def _flops(work: Workload) -> np.ndarray:
+    return _forward(Workload(work.shape, resolution=work.resolution, dtype=work.dtype))
 
 
 @cache
-def _flops(work: Workload) -> float:
+def _forward(work: Workload) -> np.ndarray:
+    """FLOPs of matrix products and of convolutions."""
     depths, few = work.shape.depths, few_blocks(work.shape)
     base = _counted(work, few)
-    extra = 0.0
+    extra = np.zeros(2)
     for index, (depth, start) in enumerate(zip(depths, few, strict=True)):
         if depth > start:
             more = tuple(d + (i == index) for i, d in enumerate(few))
@@ -57,19 +71,28 @@ def _flops(work: Workload) -> float:
     return base + extra
 
 
-def _counted(work: Workload, depths: tuple[int, ...]) -> float:
+def _counted(work: Workload, depths: tuple[int, ...]) -> np.ndarray:
     shape = work.shape.with_depths(depths)
     dtype = DTYPES[work.dtype]
     model = torch.nn.Module.to(shape.build(), dtype).requires_grad_(False)
     x, t = torch.empty(1, *latent_shape(shape, work.resolution), device=META), torch.empty(1, device=META)
     with flash_attention(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         as_network(shape, model, dtype)(x, t, condition(shape, 1, dtype))
-    return float(counter.get_total_flops())
+    return np.array(split_flops(counter))
 
 
-def rollout_steps(work: Workload) -> float:
-    """Forwards of one rollout in expectation: the stop step is uniform on the N steps."""
-    return (work.student_steps + 1) / 2 + work.same_step
+def schedule(work: Workload) -> Schedule:
+    """How often the update of ``work`` runs each network."""
+    return Schedule(
+        steps=work.student_steps,
+        fake_updates=work.fake_updates,
+        accumulation=work.accumulation,
+        same_step=work.same_step,
+        keep_gathered=work.keep_gathered,
+        policy_steps=work.policy_steps,
+        reference=work.reference is not None,
+        one_network=work.sharing == "shared_all",
+    )
 
 
 def units(work: Workload) -> dict[str, float]:
@@ -78,7 +101,7 @@ def units(work: Workload) -> dict[str, float]:
     fake_backward = 1.0 if work.fake_lora else 2.0
     generator_backward = 1.0 if work.student_lora else 2.0
     once = {
-        "rollout": work.fake_updates * rollout_steps(work),
+        "rollout": work.fake_updates * schedule(work).rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
         "score pass": 3.0 if work.cfg else 2.0,
         "generator update": work.same_step + 1 + again + generator_backward,
@@ -93,36 +116,27 @@ def units(work: Workload) -> dict[str, float]:
 
 def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     """Every phase of one update on one GPU."""
-    one = forward_flops(work) * work.batch
-    found = {phase: PhaseCost(units=n, flops=n * one) for phase, n in units(work).items()}
+    products, convolutions = _flops(work) * work.batch
+    found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work).items()}
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None:
-        flops = reward_cost(work).flops * work.batch * work.accumulation
-        found["reward"] = PhaseCost(flops=flops)
+        samples = work.batch * work.accumulation
+        products, convolutions = reward_cost(work).flops
+        found["reward"] = PhaseCost(products=products * samples, convolutions=convolutions * samples)
     found["optimizer step"] = _step(work, hardware)
     return found
 
 
 def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCost) -> PhaseCost:
     """Gathers of weights under stage 3, reductions of gradients under every stage, offloaded activations."""
-    nets, n, micro = engines(work), hardware.gpus, work.accumulation
-    generator, fake = nets["generator"], nets.get("fake", nets["generator"])
-    teacher = nets.get("teacher", fake)
-    gathers = {
-        "rollout": [(generator, work.fake_updates * (1 if work.keep_gathered else rollout_steps(work)))],
-        "fake update": [(fake, 2.0 * work.fake_updates)],
-        "score pass": [(teacher, 1.0)] if teacher is fake else [(fake, 1.0), (teacher, 1.0)],
-        "generator update": [(generator, 2.0 + work.same_step + (work.reference is not None))],
-        "policy rollout": [(generator, 1.0 if work.keep_gathered else float(work.student_steps))],
-        "policy update": [(generator, work.policy_steps * (2.0 + (work.reference is not None)))],
-    }[phase]
-    received = collectives = 0.0
-    if work.zero.stage == 3:
-        received = sum(net.size * times for net, times in gathers) * micro * (n - 1) / n
-        collectives = sum(_fetches(work, net) * times for net, times in gathers) * micro
-    host = 0.0
-    if work.zero.offload_parameters:
-        host += sum(net.size * times for net, times in gathers) * micro / n
+    n, micro = hardware.gpus, work.accumulation
+    received = collectives = host = 0.0
+    for net, passes, fresh in _reads(work, phase):
+        if work.zero.stage == 3:
+            received += net.size * fresh * (n - 1) / n
+            collectives += gathers(net.weights, prefetch(work, net), net.units) * fresh
+        if work.zero.offload_parameters:
+            host += net.size * passes / n
     role = phase.partition(" ")[0]
     if role in ("fake", "generator"):
         repeats = work.fake_updates if role == "fake" else 1
@@ -140,9 +154,14 @@ def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCos
     return replace(cost, received=received, collectives=collectives, host=host)
 
 
-def _fetches(work: Workload, engine: Engine) -> int:
-    """Collectives of one pass: what is prefetched together is gathered together."""
-    return math.ceil(engine.weights / max(work.zero.prefetch, engine.largest))
+def _reads(work: Workload, phase: str) -> Iterator[tuple[Engine, float, float]]:
+    """The networks that a phase runs, with their passes, and those of them that find no weights left."""
+    nets, plan = engines(work), schedule(work)
+    for role, passes in plan.passes()[phase].items():
+        net = nets.get(role, nets["generator"] if work.sharing == "shared_all" and role == "fake" else None)
+        if net is not None:
+            stays = net.weights <= work.zero.reuse_distance
+            yield net, passes, plan.fresh_passes()[phase][role] if stays else passes
 
 
 def _block_inputs(work: Workload) -> float:

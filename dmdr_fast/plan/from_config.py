@@ -30,6 +30,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         accumulation=train.gradient_accumulation,
         sharing=config.sharing,
         activation=config.memory.activation,
+        blocks="compiled" if config.compute.blocks == "auto" else config.compute.blocks,  # auto on CUDA
         dtype=config.deepspeed.dtype,
         frozen=config.memory.frozen,
         optimizer=config.optimizer.kind,
@@ -41,7 +42,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         cfg=config.uses_cfg,
         ema=student.ema is not None,
         reward=_reward(config),
-        policy_steps=_policy_steps(config),
+        policy_steps=policy_steps(config),
         reference=config.reference_kind,
         zero=_zero(config),
     )
@@ -79,11 +80,11 @@ def _reward(config: Config) -> RewardPass | None:
         tiling=config.decoder.tiling,
         recompute=config.decoder.recompute,
         checkpoint=rl.refl.checkpoint,
-        dtype=config.decoder.dtype,
+        dtype="bf16" if config.decoder.dtype == "auto" else config.decoder.dtype,
     )
 
 
-def _policy_steps(config: Config) -> int:
+def policy_steps(config: Config) -> int:
     """Graded forwards that GRPO (a stochastic step each) or DPO (one) add."""
     rl, last = config.rl, config.rl.grpo.noisy_last_step
     if rl.method == "dpo":
@@ -102,7 +103,7 @@ def _zero(config: Config) -> Zero:
     return Zero(
         stage=config.deepspeed.stage,
         reduce_bucket=settings.get("reduce_bucket_size", Zero.reduce_bucket),
-        prefetch=settings.get("stage3_prefetch_bucket_size", Zero.prefetch),
+        prefetch=settings.get("stage3_prefetch_bucket_size"),
         reuse_distance=settings.get("stage3_max_reuse_distance", Zero.reuse_distance),
         sub_group=settings.get("sub_group_size", Zero.sub_group),
         offload_optimizer=off_gpu("offload_optimizer"),

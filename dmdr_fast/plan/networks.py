@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmdr_fast.models.eight_bit import quantise_blocks
 from dmdr_fast.models.lora import LoraAdapter, add_lora
+from dmdr_fast.patch import patch
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Adapter, Workload
 
@@ -99,6 +100,8 @@ def build(work: Workload, prepare: Callable[[nn.Module], None] = lambda model: N
         model = nn.Module.to(work.shape.build(), dtype)  # diffusers' own warns about names that fp32 keeps
         if score_base and work.frozen != "native":
             quantise_blocks(model.requires_grad_(False), "int8")  # float8 takes as much, and torchao to make it
+        if work.blocks == "fused":
+            patch(model)
         prepare(model)
         # Under shared_all adapters are fp32 and no part of the engine, as dmdr_fast.engine.networks has it.
         whole = work.sharing == "shared_all"

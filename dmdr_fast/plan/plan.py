@@ -70,7 +70,8 @@ def phase_bytes(work: Workload, hardware: Hardware) -> dict[str, Bytes]:
         role = phase.removesuffix(" update")
         graded = phase.endswith("update")
         whole = phase == "rollout" and work.keep_gathered and work.zero.stage == 3
-        extra = {"gathered weights": net.size if whole else gathered(work, net, graded=graded), **moment}
+        trained = net is not nets.get("teacher")
+        extra = {"gathered weights": net.size if whole else gathered(work, net, graded=trained), **moment}
         found[phase] = _sum(always, extra, backward_buffers(work, role, hardware.gpus) if graded else {})
     if work.reward is not None:
         found["reward"] = _sum(always, {"activations": float(reward_cost(work).peak)})

@@ -50,12 +50,14 @@ def cost_table(plan: Plan) -> str:
     """F-units, FLOPs, bytes received and estimated time of every phase."""
     rows = []
     for phase, cost in plan.costs.items():
-        numbers = [f"{cost.units:g}", f"{cost.flops / 1e12:.0f}", f"{cost.received / GB:.1f}", f"{cost.host / GB:.1f}"]
+        numbers = [f"{cost.units:g}", f"{cost.flops / 1e12:.0f}", f"{cost.collectives:.0f}"]
+        numbers += [f"{cost.received / GB:.1f}", f"{cost.host / GB:.1f}"]
         rows.append([phase, *numbers, f"{cost.seconds(plan.hardware):.2f}"])
-    total = [sum(getattr(c, name) for c in plan.costs.values()) for name in ("units", "flops", "received", "host")]
-    sums = [f"{total[0]:g}", f"{total[1] / 1e12:.0f}", f"{total[2] / GB:.1f}", f"{total[3] / GB:.1f}"]
+    names = ("units", "flops", "collectives", "received", "host")
+    units, flops, count, received, host = (sum(getattr(c, name) for c in plan.costs.values()) for name in names)
+    sums = [f"{units:g}", f"{flops / 1e12:.0f}", f"{count:.0f}", f"{received / GB:.1f}", f"{host / GB:.1f}"]
     rows.append(["one update", *sums, f"{plan.seconds:.2f}"])
-    return table(["per GPU", "F-units", "TFLOP", "GB received", "GB to and from the host", "s"], rows)
+    return table(["per GPU", "F-units", "TFLOP", "collectives", "GB received", "GB to and from the host", "s"], rows)
 
 
 def lines(plan: Plan) -> Iterator[str]:
@@ -69,7 +71,8 @@ def lines(plan: Plan) -> Iterator[str]:
     yield ""
     node = f"{h.bandwidth / GB:.0f} GB/s per GPU"
     yield (
-        f"{h.gpus} GPUs of {h.memory / GB:g} GB, {h.flops * h.utilisation / 1e12:.0f} TFLOP/s reached, {node}, "
+        f"{h.gpus} GPUs of {h.memory / GB:g} GB, {h.flops * h.utilisation / 1e12:.0f} TFLOP/s reached (by "
+        f"convolutions {h.flops * h.convolutions / 1e12:.0f}, half of it in fp32: assumed, not measured), {node}, "
         f"{h.latency * 1e6:g} us: {plan.seconds:.2f} s per update of {plan.samples} samples"
     )
     verdict = "fits" if plan.fits else "DOES NOT FIT"

@@ -26,11 +26,15 @@ MODELS = json.loads((Path(__file__).parent / "rewards.json").read_text())
 
 @dataclass(frozen=True)
 class RewardCost:
-    """Of the decoder and the reward models: bytes of weights, peak bytes of a chunk's graph, FLOPs per sample."""
+    """Of the decoder and the reward models: bytes of weights, peak bytes of a chunk's graph, FLOPs per sample.
+
+    ``flops`` are those of matrix products and of convolutions, these counted twice where the decoder is fp32: TF32
+    runs at half the rate of bf16.
+    """
 
     weights: int
     peak: int
-    flops: float
+    flops: tuple[float, float]
 
 
 def reward_cost(work: Workload) -> RewardCost:
@@ -65,12 +69,20 @@ def _traced(shape: Shape, resolution: int, options: RewardPass) -> RewardCost:
         score = sum(tower(images) for tower in towers) if towers else images.flatten(1).sum(1)
         if options.graded:
             score.sum().backward()  # autograd.grad would trip over the FLOP counter's hooks on the leaf
+    products, convolutions = split_flops(flops)
     texts = [MODELS[name]["text_parameters"] * REWARD_DTYPES[dtype].itemsize for name, dtype in options.models]
     return RewardCost(
         weights=sum(_bytes(m) for m in (decoder, *towers)) + sum(texts),
         peak=max(sum(kinds.values()) for kinds in live.peaks.values()),
-        flops=flops.get_total_flops() / options.chunk,
+        flops=(products / options.chunk, convolutions * (2 if options.dtype == "fp32" else 1) / options.chunk),
     )
+
+
+def split_flops(counter: FlopCounterMode) -> tuple[float, float]:
+    """What ``counter`` counted: FLOPs of matrix products and attention, FLOPs of convolutions."""
+    counts = counter.get_flop_counts().get("Global", {})
+    convolutions = sum(n for op, n in counts.items() if "convolution" in str(op))
+    return float(counter.get_total_flops() - convolutions), float(convolutions)
 
 
 def _bytes(module: nn.Module) -> int:

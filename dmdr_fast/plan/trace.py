@@ -20,10 +20,13 @@ from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.plan.live import Key, LiveBytes, flash_attention
-from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, blocks, build, condition, latent_shape
+from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, condition, latent_shape
+from dmdr_fast.plan.networks import blocks as all_blocks
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload, Zero
 
+# Measured on small SD3s (tests/plan/compiled.json): 0.55 of what `none` keeps beyond `selective`.
+KEPT_BY_COMPILER = 0.55
 Peaks = dict[Key, dict[str, int]]
 Network = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -39,6 +42,8 @@ def update_peaks(work: Workload) -> Peaks:
         work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, reward=None,
         student_steps=min(work.student_steps, 2), fake_updates=1, zero=Zero(stage=min(work.zero.stage, 2)),
     )  # fmt: skip
+    if work.blocks == "compiled":
+        return _compiled_peaks(replace(work, blocks="eager"))
     depths, few = work.shape.depths, few_blocks(work.shape)
     if work.zero.stage == 0 or all(d <= f + 1 for d, f in zip(depths, few, strict=True)):
         return traced_peaks(work)
@@ -53,6 +58,25 @@ def update_peaks(work: Workload) -> Peaks:
             for kind in peak:
                 peak[kind] += (depth - start) * (longer[key][kind] - base[key][kind])
     return found
+
+
+def _compiled_peaks(work: Workload) -> Peaks:
+    """Of compiled blocks: between eager ones that keep everything and those that keep products and attentions.
+
+    Within a block the compiler keeps what is between, in every mode; recomputed blocks have that much less at once.
+    """
+    everything, products = (update_peaks(replace(work, activation=mode)) for mode in ("none", "selective"))
+    if work.activation in ("none", "selective"):
+        start, blocks = everything, 1
+    else:
+        start, blocks = update_peaks(work), sum(1 for _ in all_blocks(work.shape, work.shape.build()))
+    return {
+        key: {
+            kind: size - round((1 - KEPT_BY_COMPILER) * (everything[key][kind] - products[key][kind]) / blocks)
+            for kind, size in kinds.items()
+        }
+        for key, kinds in start.items()
+    }
 
 
 def few_blocks(shape: Shape) -> tuple[int, ...]:
@@ -148,7 +172,7 @@ def _score(work: Workload, roles: Roles, live: LiveBytes) -> ScorePass:
 def _watch(work: Workload, model: nn.Module, live: LiveBytes) -> None:
     """Recompute as the workload says; each block says that it runs, forward and backward."""
     set_recompute(model, work.activation)
-    for kind, block in blocks(work.shape, model):
+    for kind, block in all_blocks(work.shape, model):
         block.register_forward_pre_hook(lambda *_, kind=kind: setattr(live, "part", kind))
         block.register_forward_hook(lambda _, __, out, kind=kind: _leave(live, out, kind))
 

@@ -27,7 +27,7 @@ class Zero:
 
     stage: Literal[0, 2, 3] = 3
     reduce_bucket: int = 500_000_000
-    prefetch: int = 50_000_000
+    prefetch: int | None = None  # None: one block, as the trainer sets it
     reuse_distance: int = 1_000_000_000
     sub_group: int = 1_000_000_000
     offload_optimizer: bool = False
@@ -49,7 +49,7 @@ class RewardPass:
     tiling: bool = False
     recompute: bool = False
     checkpoint: bool = False
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = "bf16"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Workload:
     accumulation: int = 1
     sharing: Sharing = "shared_score"
     activation: Activation = "full"
+    blocks: Literal["eager", "fused", "compiled"] = "compiled"
     dtype: Literal["fp32", "bf16"] = "bf16"
     frozen: Literal["native", "int8", "float8"] = "native"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
@@ -83,15 +84,17 @@ class Workload:
 class Hardware:
     """The machine. Rates in bytes/s and FLOP/s per GPU; one node has ``node`` GPUs that see each other at ``nvlink``.
 
-    The defaults are an H100 SXM: 989 TFLOP/s of dense bf16, of which ``utilisation`` is reached; NVLink 450 GB/s in
-    each direction, 400 Gb/s InfiniBand per GPU. ``reserve`` is what no tensor holds: CUDA context, cuBLAS and NCCL
-    workspaces.
+    The defaults are an H100 SXM: 989 TFLOP/s of dense bf16, of which ``utilisation`` is reached by matrix products and
+    ``convolutions`` by convolutions (assumed, not measured: a decoder's have few channels for their size); NVLink 450
+    GB/s in each direction, 400 Gb/s InfiniBand per GPU. ``reserve`` is what no tensor holds: CUDA context, cuBLAS and
+    NCCL workspaces.
     """
 
     gpus: int = 8
     memory: float = 80 * GB
     flops: float = 989e12
     utilisation: float = 0.4
+    convolutions: float = 0.2
     network: float = 50 * GB
     latency: float = 10e-6
     node: int = 8

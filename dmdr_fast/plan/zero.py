@@ -25,10 +25,14 @@ from functools import cache
 
 from torch import nn
 
-from dmdr_fast.plan.networks import build
+from dmdr_fast.models.blocks import elements
+from dmdr_fast.models.blocks import gathers as gathers_of_modules
+from dmdr_fast.plan.networks import blocks, build
+from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload
 
 WIDTH = {"fp32": 4, "bf16": 2}
+PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay whole
 # Moments of Adam, bytes per element on the GPU; paged ones live where there is room, at worst on the host.
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0}
 
@@ -42,7 +46,9 @@ class Engine:
         size: their bytes in the compute dtype (a byte each where they are frozen in 8 bits).
         trained: elements that get gradients.
         tables: bytes of buffers, which ZeRO leaves whole on every GPU.
-        largest: elements of the module that has most of its own: what is gathered at once.
+        largest: elements of the largest block, or of a module outside the blocks: what is gathered at once.
+        block: elements of the largest block: what the trainer lets ZeRO-3 prefetch.
+        units: all-gathers of one pass where nothing is prefetched: one per block, and one per module outside them.
         roles: the roles that train a part of it.
     """
 
@@ -51,6 +57,8 @@ class Engine:
     trained: int
     tables: int
     largest: int
+    block: int
+    units: int
     roles: tuple[str, ...]
 
 
@@ -61,6 +69,7 @@ def networks_of(work: Workload) -> Workload:
         sharing=work.sharing,
         dtype=work.dtype,
         frozen=work.frozen,
+        blocks="eager",
         student_lora=work.student_lora,
         fake_lora=work.fake_lora,
     )
@@ -84,20 +93,26 @@ def _built(work: Workload) -> tuple[dict[str, Engine], dict[str, int]]:
         names.setdefault(id(module), role)
         found.setdefault(names[id(module)], module)
     nets = {
-        name: _engine(module, tuple(r for r in ("generator", "fake") if getattr(roles, r) is module))
+        name: _engine(work.shape, module, tuple(r for r in ("generator", "fake") if getattr(roles, r) is module))
         for name, module in found.items()
     }
     return nets, {role: sum(p.numel() for p in roles.trained(role)) for role in ("generator", "fake")}
 
 
-def _engine(module: nn.Module, roles: tuple[str, ...]) -> Engine:
+def _engine(shape: Shape, module: nn.Module, roles: tuple[str, ...]) -> Engine:
     parameters = list(module.parameters())
+    leaves = [block for _, block in blocks(shape, module)]
+    inside = {id(part) for leaf in leaves for part in leaf.modules()}
+    outside = [list(part.parameters(recurse=False)) for part in module.modules() if id(part) not in inside]
+    block = max(elements(leaf) for leaf in leaves)
     return Engine(
         weights=sum(p.numel() for p in parameters),
         size=sum(p.numel() * p.element_size() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         tables=sum(b.numel() * b.element_size() for b in module.buffers()),
-        largest=max(sum(p.numel() for p in part.parameters(recurse=False)) for part in module.modules()),
+        largest=max(block, *(sum(p.numel() for p in own) for own in outside)),
+        block=block,
+        units=gathers_of_modules(module, leaves, PERSISTENT),
         roles=roles,
     )
 
@@ -159,17 +174,22 @@ def step_buffers(work: Workload, role: str, gpus: int) -> dict[str, float]:
     return {"gradients": min(trained / gpus, zero.sub_group) * 4.0}
 
 
+def prefetch(work: Workload, engine: Engine) -> int:
+    """Elements that ZeRO-3 gathers ahead of their use: a block's, unless the DeepSpeed JSON says otherwise."""
+    return engine.block if work.zero.prefetch is None else work.zero.prefetch
+
+
 def gathered(work: Workload, engine: Engine, *, graded: bool) -> float:
     """Bytes of whole weights that stage 3 has on every GPU while the network runs.
 
     A module's weights go when no use is nearer than the reuse distance d. A network of fewer elements stays. Of a
-    larger one the forward leaves the last d / 2 for the backward pass; where none follows, only the module that runs
-    and the prefetched ones are there.
+    larger one a forward leaves the last d / 2 for the backward pass, a rollout's too: it is the beginning of a graded
+    pass to DeepSpeed. Where no backward pass ever follows, only the block that runs and the next one are there.
     """
     zero = work.zero
     if zero.stage != 3:
         return 0.0
-    near = engine.largest + zero.prefetch
+    near = engine.largest + prefetch(work, engine)
     if engine.weights <= zero.reuse_distance:
         kept = engine.weights
     else:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "sit_xl_256.yaml"
 CLASSES, RESOLUTION = 6, 32
@@ -71,6 +72,7 @@ def arguments(models, run_dir):
         "eval.data": models / "images",
         "eval.features": models / "features",
         "teacher.sample_cfg_scale": 1.5,
+        "export.dtype": "bf16",
         "log.every": 1,
     }
     return ["--config", CONFIG, *(w for k, v in flags.items() for w in (f"--{k}", str(v)))]
@@ -84,6 +86,7 @@ def test_latents_vae_classifier_reward_and_evaluation(run, models, tmp_path):
     assert [row["nfe"] for row in table.values()] == [6, 2, 1, 1]
     assert all(row.pop("held_out_reward") is None for row in table.values())
     assert all(np.isfinite(list(row.values())).all() for row in table.values())
+    assert {t.dtype for t in load_file(tmp_path / "final/generator.safetensors").values()} == {torch.bfloat16}
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert ["reward" in record for record in log] == [False, True, True]
     assert log[1]["reward"] < 0.0  # a log probability

@@ -28,6 +28,24 @@ def test_the_paper_s_imagenet_numbers():
     assert not recipe.dmd.uses_cfg and recipe.dmd.eps == 1e-8 and recipe.dmd.normalizer == "per_sample"
     assert not recipe.rl_active(19_999) and recipe.rl_active(20_000) and recipe.reward_weight == 0.05
     assert (config.lora.rank, config.lora.form) == (32, "post_projection")
+    assert (recipe.renoise.t_min, recipe.renoise.t_max) == (0.0, 1.0)
+    assert (config.optimizer.generator.weight_decay, config.optimizer.fake.weight_decay) == (0.01, 0.0)
+    assert (config.student.ema, config.optimizer.clip, config.seed) == (None, 1.0, 30)
+
+
+def test_the_imagenet_recipe_says_where_it_leaves_the_reference():
+    """What its header calls different is what its keys are."""
+    config, text = cli.load(CONFIGS / "sit_xl_256.yaml"), (CONFIGS / "sit_xl_256.yaml").read_text()
+    said = " ".join(line.removeprefix("# ") for line in text.split("run_dir")[0].splitlines())
+    said = said.partition("What it does otherwise: ")[2]
+    for words, here in (
+        ("fp16 with loss scaling, here bf16", config.deepspeed.dtype == "bf16"),
+        ("such an update is skipped (dmd.nan_policy)", config.dmd.nan_policy == "keep"),
+        ("student.rollout: same_step is the reference's", config.student.rollout == "backward_simulation"),
+        ("here the one on the last layer", config.reward.terms[0].path.endswith("imagenet1k-1-layer")),
+        ("24 samples per GPU, here 64", config.train.micro_batch_size == 64),
+    ):
+        assert words in said and here, words
 
 
 def test_separate_networks_have_no_dynamic_guidance():

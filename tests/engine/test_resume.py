@@ -2,14 +2,18 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from dmdr_fast import cli
 from dmdr_fast.engine.recipe import learning_rates
+
+from .conftest import TRAIN
 
 TWELVE = ["--train.cold_start_steps", "4", "--train.generator_steps", "12", "--checkpoint.every", "2"]
 TWELVE += ["--optimizer.generator.warmup_steps", "8", "--optimizer.fake.warmup_steps", "10"]
@@ -70,7 +74,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(run, uninter
     shutil.copytree(uninterrupted, folder)
     (folder / FINAL).unlink()
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    victim = next((newest / "generator").glob("*.pt"))
+    victim = newest / "generator" / "exp_avg.00000.safetensors"
     if harm == "remove":
         victim.unlink()
     else:
@@ -93,9 +97,16 @@ def test_the_log_has_the_learning_rates_of_the_warm_up(uninterrupted):
         assert line["fake_lr"] == learning_rates(optimizer.fake, k, 4, 12, 2)[-1]
 
 
-def test_only_the_newest_checkpoints_stay(uninterrupted):
-    kept = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
-    assert kept == ["step_00000010", "step_00000012"]
+def kept(folder):
+    return [int(p.name[-8:]) for p in sorted((folder / "checkpoints").iterdir())]
+
+
+def test_only_the_newest_checkpoints_and_the_cold_starts_stay(run, uninterrupted, tmp_path):
+    assert kept(uninterrupted) == [4, 10, 12]
+    options = ["--train.cold_start_steps", "3", "--checkpoint.keep", "1", "--checkpoint.keep_every", "4"]
+    code, _, err = run([*TWELVE, *options, "--run_dir", tmp_path])
+    assert code == 0, err
+    assert kept(tmp_path) == [3, 4, 8, 12]  # the cold start's is written though checkpoint.every passes it by
 
 
 def test_named_checkpoint_and_what_must_not_change(run, uninterrupted, tmp_path):
@@ -120,7 +131,10 @@ def test_sigterm_finishes_the_step_checkpoints_and_says_how_to_go_on(launch, run
     step = int(re.search(r"stopped at step (\d+); to go on: (.*)", out)[1])
     assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
     assert "--resume auto" in out and not (tmp_path / FINAL).exists()
-    code, _, err = run(["--config", tmp_path / "config.yaml", "--resume", "auto"], small=False)
+    _, where, _, *words = shlex.split(re.search("to go on: (.*)", out)[1])
+    arguments = words[words.index(str(TRAIN)) + 1 :]
+    assert Path(where) == Path.cwd() and arguments == ["--config", str(tmp_path / "config.yaml"), "--resume", "auto"]
+    code, _, err = run(arguments, small=False)
     assert code == 0, err
     assert (tmp_path / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
 

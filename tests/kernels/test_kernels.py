@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from dmdr_fast import ops
+from dmdr_fast.ops._library import RAW
 from tests.kernels.calls import SEED, small_calls
 from tests.kernels.truth import check, moved
 from tests.native.calls import Call, calls
@@ -57,6 +59,15 @@ def _run_and_check(kernels, device, call: Call) -> None:
     for before, after in zip(kept, args, strict=True):
         if isinstance(after, Tensor):
             assert torch.equal(before.nan_to_num(), after.nan_to_num()), f"{call} wrote over an argument"
+
+
+def test_opcheck(device, monkeypatch):
+    monkeypatch.setenv("DMDR_FAST_BACKEND", "triton")
+    monkeypatch.setenv("DMDR_FAST_STRICT", "1")
+    last = {call.name: call for call in small_calls(None, True)}  # of mixed dtypes, strided
+    for name, call in last.items():
+        opcheck(RAW[name].operator, moved(call, device), test_utils=("test_schema", "test_faketensor"))
+    assert last.keys() == RAW.keys()
 
 
 def test_two_runs_are_bit_equal(kernels, device):

@@ -33,6 +33,7 @@ def installed(monkeypatch):
             module.flash_attn_func = softmax_attention
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
 
     return install
@@ -44,7 +45,7 @@ def softmax_attention(q, k, v):
     return torch.einsum("bhts,bshd->bthd", logits.softmax(-1), v)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash_attn", "flash_attn_3"])
+@pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flash_attn", "flash_attn_3"])
 def test_every_kernel_computes_the_same(installed, sit, kernel):
     installed("flash_attn", "flash_attn_interface")
     q, k, v = torch.randn(3, 2, 7, 4, 16, dtype=torch.float64)
@@ -58,18 +59,22 @@ def test_every_kernel_computes_the_same(installed, sit, kernel):
         set_attention(sit, Choice("sdpa"))
 
 
-def test_auto_without_packages_is_sdpa_and_says_why(sit):
+def test_auto_without_packages_is_sdpa_and_says_why(installed, sit):
+    installed(capability=(8, 0))
     choice = choose_attention("auto", sit, device=CUDA, **BF16)
     assert choice.kernel == "sdpa"
-    assert "flash_attn_3: not installed" in str(choice) and "pip install flash-attn" in str(choice)
+    assert "cudnn: is fastest from Hopper on" in str(choice) and "flash_attn_3: not installed" in str(choice)
+    assert "pip install flash-attn" in str(choice)
 
 
 @pytest.mark.parametrize(
     ("packages", "capability", "dtype", "device", "kernel"),
     [
-        (("flash_attn", "flash_attn_interface"), (9, 0), torch.bfloat16, CUDA, "flash_attn_3"),
+        ((), (9, 0), torch.bfloat16, CUDA, "cudnn"),
+        (("flash_attn", "flash_attn_interface"), (9, 0), torch.bfloat16, CUDA, "cudnn"),
+        (("flash_attn", "flash_attn_interface"), (10, 0), torch.float16, CUDA, "cudnn"),
         (("flash_attn", "flash_attn_interface"), (8, 0), torch.bfloat16, CUDA, "flash_attn"),
-        (("flash_attn",), (9, 0), torch.bfloat16, CUDA, "flash_attn"),
+        ((), (8, 0), torch.bfloat16, CUDA, "sdpa"),
         (("flash_attn",), (9, 0), torch.float32, CUDA, "sdpa"),
         (("flash_attn",), (9, 0), torch.bfloat16, CPU, "sdpa"),
     ],
@@ -78,11 +83,39 @@ def test_auto_takes_the_fastest_that_runs(installed, sit, packages, capability, 
     installed(*packages, capability=capability)
     choice = choose_attention("auto", sit, dtype=dtype, device=device)
     assert choice.kernel == kernel
-    assert bool(choice.reason) == (kernel == "sdpa")
+    assert bool(choice.reason) == (kernel in ("sdpa", "cudnn"))
+
+
+def test_without_cudnn_flash_attention_is_next(installed, sit, monkeypatch):
+    installed("flash_attn", "flash_attn_interface")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert choose_attention("auto", sit, device=CUDA, **BF16).kernel == "flash_attn_3"
+    with pytest.raises(ValueError, match="cudnn cannot run: this torch was built without cuDNN"):
+        choose_attention("cudnn", sit, device=CUDA, **BF16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_take_cudnn(installed, monkeypatch, family):
+    """It is torch's function with another order of kernels, which is put back here: the order is the process's."""
+    installed()
+    model = FAMILIES[family].build(1)
+    choice = choose_attention("auto", model, device=CUDA, **BF16)
+    assert (choice.kernel, choice.reason) == ("cudnn", "first of torch's kernels on a GPU")
+    orders = []
+    monkeypatch.setattr(torch._C, "_set_sdp_priority_order", orders.append)
+    set_attention(model, choice)
+    assert orders == [[3, 1, 2, 0, 4]]  # cuDNN, FlashAttention, memory-efficient, plain, another device's
+    before = torch._C._get_sdp_priority_order()
+    monkeypatch.undo()
+    try:
+        set_attention(model, choice)
+        assert torch._C._get_sdp_priority_order() == orders[0]
+    finally:
+        torch._C._set_sdp_priority_order(before)
 
 
 def test_models_that_cannot_switch_and_models_with_masks(installed):
-    installed("flash_attn")
+    installed("flash_attn", capability=(8, 0))
     sd3, qwen = FAMILIES["sd3"].build(1), FAMILIES["qwen_image"].build(1)
     choice = choose_attention("auto", sd3, device=CUDA, **BF16)
     assert choice.kernel == "sdpa" and "SD3Transformer2DModel calls torch's attention by name" in choice.reason

@@ -5,9 +5,12 @@ import pickle
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from dmdr_fast.models.sit import SiT, load_sit_weights
+from dmdr_fast.models.sit_weights import latent_statistics
+from dmdr_fast.models.vae import LatentDecoder
 
 SMALL = {
     "input_size": 8,
@@ -39,7 +42,7 @@ def test_safetensors(tmp_path, published):
     assert_loaded(tmp_path / "sit.safetensors", published)
 
 
-@pytest.mark.parametrize("wrap", [None, "ema", "model", "state_dict"])
+@pytest.mark.parametrize("wrap", [None, "ema", "model", "state_dict", "module"])
 def test_pt_plain_or_in_a_container(tmp_path, published, wrap):
     torch.save({wrap: published} if wrap else published, tmp_path / "sit.pt")
     assert_loaded(tmp_path / "sit.pt", published)
@@ -55,6 +58,29 @@ def test_training_checkpoint_of_repa(tmp_path, published):
     assert_loaded(tmp_path / "last.pt", published)
 
 
+def test_early_checkpoints_of_repa(tmp_path, published):
+    """The blocks behind the projector are numbered from 0 again, as "decoder_blocks"."""
+    early = {name.replace("blocks.1.", "decoder_blocks.0."): value for name, value in published.items()}
+    torch.save({"ema": early}, tmp_path / "early.pt")
+    assert_loaded(tmp_path / "early.pt", published)
+
+
+def test_checkpoint_of_repa_e(tmp_path, published):
+    """The norm of the latents, BatchNorm2d without affine, goes to the decoder: z sqrt(var) + mean, as its sampler."""
+    mean, var = torch.randn(3), torch.rand(3) + 0.5
+    norm = {"bn.running_mean": mean, "bn.running_var": var, "bn.num_batches_tracked": torch.tensor(9)}
+    torch.save({"ema": published | norm, "vae": {}, "steps": 7}, tmp_path / "repae.pt")
+    assert_loaded(tmp_path / "repae.pt", published)
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=3, scaling_factor=0.5)
+    decoder = LatentDecoder(vae)
+    decoder.denormalise(latent_statistics(tmp_path / "repae.pt"))
+    z = torch.randn(2, 3, 8, 8)
+    want = vae.decode(z * var.sqrt().view(1, 3, 1, 1) + mean.view(1, 3, 1, 1)).sample
+    torch.testing.assert_close(decoder.decode(z), want)
+    torch.save(published, tmp_path / "plain.pt")
+    assert latent_statistics(tmp_path / "plain.pt") is None
+
+
 def test_values_are_cast_to_the_models_dtype(tmp_path, published):
     save_file({name: value.double() for name, value in published.items()}, tmp_path / "sit.safetensors")
     model = SiT(**SMALL).to(torch.bfloat16)
@@ -66,6 +92,7 @@ def test_values_are_cast_to_the_models_dtype(tmp_path, published):
     "name,shape,remedy",
     [
         ("y_embedder.embedding_table.weight", (1001, 24), "set model.num_classes to 1000"),
+        ("y_embedder.embedding_table.weight", (5, 24), "append a row of zeros and keep teacher.cfg_scale at 1; if the"),
         ("pos_embed", (1, 64, 24), "set model.resolution and model.patch_size to give 64 patches"),
         ("final_layer.linear.weight", (24, 24), "set model.learn_sigma"),
         ("blocks.1.mlp.fc1.weight", (96, 32), "set model.hidden_size"),

@@ -54,6 +54,8 @@ def valid_calls(dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]
         "layer_norm_modulate": modulated,
         "gated_residual": gated,
         "gated_residual_layer_norm_modulate": {**gated, "shift": draw(BATCH, 8), "scale": draw(BATCH, 8)},
+        "rms_norm_scale": {"x": draw(BATCH, 4, 8), "weight": draw(8), "scale": draw(BATCH, 8)},
+        "gated_residual_rms_norm": {**gated, "weight": draw(8)},
         "qk_norm_rope": {
             "q": draw(BATCH, 5, 2, 8),
             "k": draw(BATCH, 5, 1, 8),

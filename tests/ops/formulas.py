@@ -141,6 +141,14 @@ def gated_residual_layer_norm_modulate(
     return residual, *layer_norm_modulate(rounded, shift, scale)
 
 
+def rms_norm_scale(x: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, ...]:
+    return ((F.rms_norm(x, x.shape[-1:], weight, eps=1e-6) * _of_token(scale, x)).to(x.dtype),)
+
+
+def gated_residual_rms_norm(x: Tensor, h: Tensor, gate: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    return ((x + _of_token(gate, x) * F.rms_norm(h, h.shape[-1:], weight, eps=1e-6)).to(x.dtype),)
+
+
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None, cos: Tensor | None = None,
     sin: Tensor | None = None, interleaved: bool = True,

@@ -15,8 +15,10 @@ from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.engine.compute import compile_blocks
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.recompute import set_recompute
+from dmdr_fast.patch import patch
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload, Zero
 from tests.algorithm.memory import PeakMemory
@@ -74,7 +76,12 @@ def _networks(work: Workload):
     def build(**roles):
         torch.manual_seed(0)
         model = getattr(diffusers, work.shape.config["_class_name"])(**config)
-        set_recompute(model, work.activation)
+        if work.blocks == "fused":
+            patch(model)
+        own = work.blocks == "compiled" and work.activation == "selective"  # the compiler's partitioner does it
+        set_recompute(model, "none" if own else work.activation)
+        if work.blocks == "compiled":
+            compile_blocks([block for _, block in work.shape.opened().blocks(model)])
         for role, lora in roles.items():
             if lora is not None:
                 adapters[role] = add_lora(model, role, rank=lora.rank, targets=lora.targets)
@@ -118,6 +125,6 @@ def workload(family: str, **changes) -> Workload:
     """A small workload of the family: fp32 on one rank, as ``measured_peak`` runs it."""
     work = Workload(
         SHAPES[family], resolution=RESOLUTION, batch=2, dtype="fp32", student_steps=1, fake_updates=1, reward=None,
-        zero=Zero(stage=0),
+        zero=Zero(stage=0), blocks="eager",
     )  # fmt: skip
     return replace(work, **changes)

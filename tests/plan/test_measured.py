@@ -1,5 +1,7 @@
 """The planner against real updates: the predicted peak is within 5 % of the tracked one."""
 
+from dataclasses import replace
+
 import pytest
 
 from dmdr_fast.models.families import FAMILIES
@@ -21,6 +23,12 @@ CASES = [
 ]
 
 
+def biggest(work):
+    phases = phase_bytes(work, ONE)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return phase, sum(phases[phase].values())
+
+
 @pytest.mark.parametrize(("family", "sharing", "activation", "lora"), CASES)
 def test_predicted_peak(family, sharing, activation, lora):
     adapter = Adapter(4, FAMILIES[family].lora_targets)
@@ -31,8 +39,15 @@ def test_predicted_peak(family, sharing, activation, lora):
         student_lora=adapter if lora else None,
         fake_lora=None if sharing == "separate" else adapter,
     )
-    phases = phase_bytes(work, ONE)
-    phase = max(phases, key=lambda name: sum(phases[name].values()))
-    predicted, measured = sum(phases[phase].values()), measured_peak(work)
+    (phase, predicted), measured = biggest(work), measured_peak(work)
     print(f"{phase}: {predicted / 2**20:.2f} MiB predicted, {measured / 2**20:.2f} MiB measured")
     assert predicted == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(("family", "activation"), [("sd3", "none"), ("flux", "none"), ("sd3", "full")])
+def test_predicted_peak_of_fused_blocks(family, activation):
+    lora = Adapter(4, FAMILIES[family].lora_targets)
+    work = workload(family, sharing="shared_score", activation=activation, fake_lora=lora, blocks="fused")
+    (_, predicted), measured = biggest(work), measured_peak(work)
+    assert predicted == pytest.approx(measured, rel=0.05)
+    assert predicted != pytest.approx(biggest(replace(work, blocks="eager"))[1], rel=0.01)

@@ -32,8 +32,6 @@ def refl_leaf_gradient(
     Raises:
         ValueError: the objective is not one of the two.
     """
-    if options.objective not in ("linear", "hinge"):
-        raise ValueError(f"refl_leaf_gradient: objective must be 'linear' or 'hinge', got {options.objective!r}")
     gradient, rewards = torch.empty_like(x0), x0.new_empty(x0.shape[0], dtype=torch.float32)
     for start in range(0, x0.shape[0], options.chunk):
         rows = slice(start, min(start + options.chunk, x0.shape[0]))
@@ -41,8 +39,21 @@ def refl_leaf_gradient(
             leaf = x0[rows].detach().requires_grad_()
             images = checkpoint(decode, leaf, use_reentrant=False) if options.checkpoint else decode(leaf)
             values = reward(images, rows)
-            losses = -values if options.objective == "linear" else torch.relu(options.margin - values)
+            losses = _losses(values, options)
             (gradient[rows],) = torch.autograd.grad(losses.sum() / x0.shape[0], leaf)
         rewards[rows] = values.detach()
         del images, values, losses  # else their storage lives on while the next chunk's graph is built
     return gradient, rewards
+
+
+@torch.no_grad()
+def refl_loss(x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFLOptions) -> Tensor:
+    """The loss of ``refl_leaf_gradient``, 0-d, alone; same arguments."""
+    parts = [slice(start, start + options.chunk) for start in range(0, x0.shape[0], options.chunk)]
+    return torch.cat([_losses(reward(decode(x0[rows]), rows).float(), options) for rows in parts]).mean()
+
+
+def _losses(rewards: Tensor, options: ReFLOptions) -> Tensor:
+    if options.objective not in ("linear", "hinge"):
+        raise ValueError(f"ReFL: objective must be 'linear' or 'hinge', got {options.objective!r}")
+    return -rewards if options.objective == "linear" else torch.relu(options.margin - rewards)

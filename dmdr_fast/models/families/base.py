@@ -52,6 +52,7 @@ class Family(ABC):
     default_length: ClassVar[int]
     default_guidance: ClassVar[float | None] = None
     encode_batch: ClassVar[int] = 8  # prompts in one pass of the encoders, always as many
+    unguided: ClassVar[Mapping[str, float]] = {"guidance_scale": 0}  # its pipeline's call without guidance
     passes_sigmas: ClassVar[bool] = True  # its pipeline gives the scheduler the sigmas 1 - i / N
     sized: ClassVar[bool] = False  # its pipeline's default image size is the network's sample_size
 
@@ -198,8 +199,11 @@ class Family(ABC):
 class Denoiser(nn.Module):
     """A family's network in the trainer's convention: what a DeepSpeed engine wraps.
 
-    ``forward(x_t, t, condition)`` is ``family.forward``; ``transformer`` is diffusers' own module.
+    ``forward(x_t, t, condition)`` is ``family.forward``; ``transformer`` is diffusers' own module, whose parameters'
+    names in files are its own, without ``prefix``.
     """
+
+    prefix: ClassVar[str] = "transformer."
 
     def __init__(self, family: Family, transformer: nn.Module):
         super().__init__()

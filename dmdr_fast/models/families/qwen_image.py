@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class QwenImage(Family):
     )
     default_length = 512
     encode_batch = 1
+    unguided: ClassVar[Mapping[str, float]] = {"true_cfg_scale": 1}
 
     @property
     def channels(self) -> int:

@@ -19,9 +19,9 @@ TRAIN_STEPS = 1000
 def student_scheduler(family: Family, grid: tuple[float, ...]) -> Any:
     """A scheduler whose own config makes the pipeline of ``family`` sample on ``grid`` = (1, ..., t_{N-1}, 0).
 
-    Flow matching: FlowMatchEulerDiscreteScheduler with stochastic_sampling, x_{t'} = (1 - t') x0 + t' noise. It draws
-    from the global random state: diffusers' pipelines do not hand it their generator. Eps (SDXL): LCMScheduler, whose
-    boundary terms timestep_scaling drives to zero.
+    Flow matching: ``RenoiseScheduler``, x_{t'} = (1 - t') x0 + t' noise, or for one step diffusers'
+    FlowMatchEulerDiscreteScheduler, which draws later noise from the global random state. Eps (SDXL): LCMScheduler,
+    whose boundary terms timestep_scaling drives to zero.
 
     Raises:
         ValueError: the grid is none of these: shift_time(1 - i/N) for some shift, or 1 - i/N for SDXL.
@@ -57,15 +57,17 @@ def _flow(shift: float, grid: tuple[float, ...], passes_sigmas: bool) -> Any:
 
     steps = len(grid) - 1
     settings: dict[str, Any] = {"num_train_timesteps": TRAIN_STEPS, "stochastic_sampling": True}
-    if passes_sigmas or steps == 1:
+    if steps == 1:
         return FlowMatchEulerDiscreteScheduler(shift=shift, **settings)
+    from dmdr_fast.models.families.renoise_scheduler import RenoiseScheduler
+
+    if passes_sigmas:
+        return RenoiseScheduler(shift=shift, **settings)
     # The scheduler spreads z from 1 to 1/1000, shifts by s' and stretches the last to shift_terminal. Both that and
     # the grid are 1 - c u / (1 - k u) in u = i/(N-1), equal where k = (s-1)/s (N-1)/N = (s'-1)/s' (1 - 1/1000).
     k = (shift - 1.0) / shift * (steps - 1.0) / steps
     mu = -math.log(1.0 - k / (1.0 - 1.0 / TRAIN_STEPS))
-    return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=mu, max_shift=mu, shift_terminal=grid[-2], **settings
-    )
+    return RenoiseScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu, shift_terminal=grid[-2], **settings)
 
 
 def _lcm(family: Family) -> Any:

@@ -1,22 +1,25 @@
 """Exported pipelines draw the student's images: diffusers' own call against our rollout, with the same noise."""
 
+import ast
 import json
 from dataclasses import replace
 
-import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
 from dmdr_fast.algorithm.rollout import sample
 from dmdr_fast.algorithm.schedules import timestep_grid
-from dmdr_fast.models.export import LORA_FOLDER, export_pipeline, load_weights
+from dmdr_fast.models.export import call_arguments, export_pipeline, load_arguments, load_weights
 from dmdr_fast.models.families import Denoiser
+from dmdr_fast.models.families.renoise_scheduler import generator_of
 from dmdr_fast.models.families.schedulers import student_scheduler
 from dmdr_fast.models.lora import add_lora
 from tests.families import PROMPTS, randomised
 
 SIZE = 16
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def trained_weights(case):
@@ -48,34 +51,44 @@ def rollout(case, network, condition, grid, noises):
     return x0
 
 
+def draws(scheduler, first):
+    """The noise of each step after the first, from the first: a renoise scheduler's own rule."""
+    generators = [generator_of(one) for one in first]
+    for _ in scheduler.timesteps[1:]:
+        yield torch.stack([torch.randn(first.shape[1:], generator=g) for g in generators])
+
+
 @torch.no_grad()
-def assert_same_images(case, out, network, grid, guidance, **size):
-    family = replace(case.family, guidance=guidance)
-    prompts = list(PROMPTS[:2])
-    pipeline = DiffusionPipeline.from_pretrained(out)
+def drawn(pipeline, prompts=PROMPTS[:2], seeds=(3, 4), **arguments):
+    """Images of a pipeline, one generator each."""
     pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(prompt=list(prompts), generator=generators, output_type="pt", **arguments).images
+
+
+@torch.no_grad()
+def assert_same_images(case, out, network, grid, guidance):
+    family = replace(case.family, guidance=guidance)
+    pipeline = DiffusionPipeline.from_pretrained(out, **load_arguments(out))
     torch.manual_seed(5)
-    images = pipeline(
-        prompt=list(prompts),
-        num_inference_steps=len(grid) - 1,
-        guidance_scale=0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-        **size,
-    ).images
-    shape = (2, *family.latent_shape(SIZE, SIZE))
-    draw = torch.Generator().manual_seed(3)
-    noises = [torch.randn(shape, generator=draw)]
-    torch.manual_seed(5)
-    for _ in grid[2:]:  # flow pipelines: the global state, in the pipeline's layout; SDXL's: its generator
-        if family.prediction == "eps":
-            noises.append(torch.randn(shape, generator=draw))
-        else:
-            noises.append(family.from_pipeline(torch.randn(family.to_pipeline(noises[0]).shape), *shape[2:]))
+    images = drawn(pipeline, **call_arguments(out))
+    torch.manual_seed(6)
+    assert torch.equal(drawn(pipeline, **call_arguments(out)), images)  # the global state plays no part
+    shape = family.latent_shape(SIZE, SIZE)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    noises = [torch.stack([torch.randn(shape, generator=g) for g in seeds])]
+    if family.prediction == "eps":  # SDXL's pipeline hands its scheduler the generators
+        noises += [torch.stack([torch.randn(shape, generator=g) for g in seeds]) for _ in grid[2:]]
+    else:
+        packed = family.to_pipeline(noises[0])
+        noises += [family.from_pipeline(noise, *shape[1:]) for noise in draws(pipeline.scheduler, packed)]
     x0 = rollout(case, Denoiser(family, network), family.condition(case.entries[:2]), grid, noises)
     ours = (family.decode(case.pipeline.vae, x0) / 2 + 0.5).clamp(0, 1)
     assert images.std() > 0.05
     torch.testing.assert_close(images, ours, rtol=0, atol=1e-4)
+    if len(grid) > 2:  # and an image is the same in another batch
+        alone = drawn(pipeline, prompts=PROMPTS[1:2], seeds=(4,), **call_arguments(out))
+        torch.testing.assert_close(alone, images[1:], rtol=0, atol=1e-4)
 
 
 def test_two_steps_of_trained_weights(case, tmp_path):
@@ -90,25 +103,51 @@ def test_two_steps_of_trained_weights(case, tmp_path):
         dtype=torch.float32,
         resolution=SIZE,
     )
-    size = {} if case.family.sized else {"height": SIZE, "width": SIZE}
-    assert_same_images(case, out, network, grid, guidance, **size)
-    assert not (out / LORA_FOLDER).exists()
+    unguided = {"true_cfg_scale": 1} if case.name == "qwen_image" else {"guidance_scale": 0}
+    assert call_arguments(out) == {"num_inference_steps": 2, **unguided, "height": SIZE, "width": SIZE}
+    assert_same_images(case, out, network, grid, guidance)
+    assert not (out / LORA).exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_one_step_of_a_lora(case, tmp_path):
+def test_a_lora_alone_gives_the_merged_pipelines_images(case, tmp_path):
+    """On the teacher's own pipeline, by diffusers' ``load_lora_weights``."""
     network, lora = trained_lora(case)
+    grid = timestep_grid(2)
     out = export_pipeline(
-        case.family, tmp_path / "out", grid=(1.0, 0.0), lora=lora, lora_scale=0.7, dtype=torch.float32
+        case.family, tmp_path / "out", grid=grid, resolution=SIZE, lora=lora, lora_scale=0.7, dtype=torch.float32
     )
-    assert_same_images(case, out, network, (1.0, 0.0), case.family.guidance, height=SIZE, width=SIZE)
-    plain = case.family.load_transformer(torch.float32)
-    worn = peft.PeftModel.from_pretrained(plain, out / LORA_FOLDER).base_model.model
-    condition = case.family.condition(case.entries[:1])
-    x_t = torch.randn(1, *case.family.latent_shape(SIZE, SIZE), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours, theirs = (case.family.forward(n, x_t, torch.tensor([0.6]), condition) for n in (network, worn))
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert_same_images(case, out, network, grid, case.family.guidance)
+    merged = DiffusionPipeline.from_pretrained(out, **load_arguments(out))
+    images = drawn(merged, **call_arguments(out))
+    teacher = DiffusionPipeline.from_pretrained(case.folder)
+    without = {case.family.folder: None}
+    teacher.scheduler = DiffusionPipeline.from_pretrained(out, **load_arguments(out), **without).scheduler
+    guidance = case.family.guidance
+    call = call_arguments(out) | ({} if guidance is None else {"guidance_scale": guidance})
+    plain = drawn(teacher, **call)
+    teacher.load_lora_weights(out)
+    torch.testing.assert_close(drawn(teacher, **call), images, rtol=0, atol=1e-4)
+    assert (plain - images).abs().max() > 0.01
+    names = {name.rpartition(".lora_")[0] for name in load_file(out / LORA)}
+    assert names == {f"{case.family.folder}.{name.rpartition('.')[0]}" for name in lora}
+
+
+def test_the_scheduler_needs_diffusers_alone(cases, tmp_path):
+    """Its code lies in the folder; where that may not run, diffusers' own class reads the same grid."""
+    case, grid = cases("sd3"), timestep_grid(3, shift=3.0)
+    out = export_pipeline(case.family, tmp_path / "out", grid=grid, resolution=SIZE)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(out)
+    pipeline = DiffusionPipeline.from_pretrained(out, scheduler=None)
+    tree = ast.parse((out / "scheduler/renoise_scheduler.py").read_text())
+    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert {name.split(".")[0] for name in imported} == {"__future__", "hashlib", "torch", "diffusers"}
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")
+    assert pipeline.scheduler.config.stochastic_sampling
+    drawn(pipeline, **call_arguments(out))
+    torch.testing.assert_close(pipeline.scheduler.sigmas, torch.tensor(grid), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2"])
@@ -169,23 +208,29 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cases, tmp_path):
     _, weights = trained_weights(case)
     some = dict(list(weights.items())[1:])
     with pytest.raises(ValueError, match=rf"expected {len(weights)} tensors, got {len(some)}; first that differs: "):
-        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0), weights=some)
+        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0), resolution=SIZE, weights=some)
     wrong = weights | {"transformer.x_pad_token": torch.zeros(1, 3)}
     with pytest.raises(ValueError, match=r"x_pad_token expected \[1, 16\], got \[1, 3\]"):
         load_weights(case.family.load_transformer(torch.float32), wrong)
     with pytest.raises(ValueError, match="matches no nn"):
         lora = {"absent.lora_A": torch.zeros(3, 2), "absent.lora_B": torch.zeros(2, 3)}
-        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0), lora=lora)
+        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0), resolution=SIZE, lora=lora)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="is there already"):
-        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0))
+        export_pipeline(case.family, tmp_path / "out", grid=(1.0, 0.0), resolution=SIZE)
 
 
-def test_arguments_that_the_pipeline_still_needs_are_said(cases, tmp_path, caplog):
+def test_the_call_has_every_argument(cases, tmp_path):
     family = replace(cases("flux").family, length=64)
     out = export_pipeline(family, tmp_path / "out", grid=(1.0, 0.0), resolution=512)
-    assert "call it with height=512, width=512" in caplog.text
-    assert "call it with max_sequence_length=64" in caplog.text
+    assert call_arguments(out) == {
+        "num_inference_steps": 1,
+        "guidance_scale": 0,
+        "height": 512,
+        "width": 512,
+        "max_sequence_length": 64,
+    }
+    assert load_arguments(out) == {}  # one step has no later noise
     config = json.loads((out / "transformer/config.json").read_text())
     assert config["guidance_embeds"] is False

@@ -26,8 +26,11 @@ def unpacked(case, tokens):
     return tokens
 
 
-def record(case, prompts, steps, monkeypatch):
-    """Run the pipeline; keep the (prediction, time, input) of each step, the last latents and the images."""
+def record(case, prompts, steps, monkeypatch, **arguments):
+    """Run the pipeline; keep the (prediction, time, input) of each step, the last latents and the images.
+
+    Without CFG, unless ``arguments`` turn it on.
+    """
     pipe, calls, last = case.pipeline, [], []
     step = pipe.scheduler.step
 
@@ -44,7 +47,7 @@ def record(case, prompts, steps, monkeypatch):
         height=SIZE[0],
         width=SIZE[1],
         num_inference_steps=steps,
-        guidance_scale=guidance,
+        **({"guidance_scale": guidance} | arguments),
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
     ).images

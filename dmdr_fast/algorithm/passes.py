@@ -1,0 +1,70 @@
+"""How often one update runs each network, and how often that has to gather partitioned weights (ZeRO-3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Passes = Mapping[str, Mapping[str, float]]  # phase of the update -> role -> passes over the role's network
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What decides how often networks run: N, R, micro-steps, and what RL adds.
+
+    ``policy_steps`` are the graded generator forwards that GRPO or DPO add, ``reference`` whether a KL or DPO holds the
+    generator to another network or to itself without LoRA, ``one_network`` whether all roles share a base.
+    """
+
+    steps: int
+    fake_updates: int
+    accumulation: int = 1
+    same_step: bool = False
+    keep_gathered: bool = False
+    policy_steps: int = 0
+    reference: bool = False
+    one_network: bool = False
+
+    @property
+    def rollout_steps(self) -> float:
+        """Forwards of one rollout in expectation: the stop step is uniform on the N steps."""
+        return (self.steps + 1) / 2 + self.same_step
+
+    def passes(self) -> Passes:
+        """Passes of one update; a graded one is two, forward and backward."""
+        policy = {
+            "policy rollout": {"generator": 1.0 if self.keep_gathered else float(self.steps)},
+            "policy update": {"generator": self.policy_steps * (2.0 + self.reference)},
+        }
+        once = {
+            "rollout": {"generator": self.fake_updates * (1.0 if self.keep_gathered else self.rollout_steps)},
+            "fake update": {"fake": 2.0 * self.fake_updates},
+            "score pass": {"fake": 1.0, "teacher": 1.0},
+            "generator update": {"generator": 2.0 + self.same_step + self.reference},
+        } | (policy if self.policy_steps else {})
+        return {p: {role: n * self.accumulation for role, n in roles.items()} for p, roles in once.items()}
+
+    def fresh_passes(self) -> Passes:
+        """Those of :meth:`passes` that find no weights left from the pass before, where a network is small enough.
+
+        Its weights are let go at the end of a backward pass: the generator's rollouts all find them but the first, and
+        so does the graded pass that follows. The teacher by itself has no backward pass and lets go every time.
+        """
+        micro, every = self.accumulation, self.fake_updates * self.accumulation
+        shared = self.one_network  # between any two backward passes, of either role, its weights are gathered once
+        once = {
+            "rollout": {"generator": every if shared else 1.0},
+            "fake update": {"fake": 0.0 if shared else every - 1.0},
+            "score pass": {"fake": micro if shared else 1.0, "teacher": float(micro)},
+            "generator update": {"generator": 0.0 if shared else micro - 1.0},
+        }
+        if self.policy_steps:
+            graded = self.policy_steps * micro
+            once |= {"policy rollout": {"generator": 1.0}, "policy update": {"generator": graded - 1.0}}
+        return once
+
+
+def gathers(elements: float, bucket: int, units: int) -> int:
+    """All-gathers of one pass over ``elements`` in ``units`` modules, of which ``bucket`` elements are prefetched."""
+    return min(units, math.ceil(elements / max(bucket, 1)))

@@ -1,0 +1,115 @@
+"""What a run is: the settings that its weights depend on, and what differs between two starts of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dmdr_fast import cache
+from dmdr_fast.config import Config
+from dmdr_fast.engine.model import Model
+from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.preflight import read_deepspeed_json
+
+# Sections and keys whose change makes another run; the teacher's content is added.
+IDENTITY = (
+    "seed",
+    "sharing",
+    "model",
+    "student",
+    "fake",
+    "lora",
+    "teacher.guidance",
+    "teacher.cfg_scale",
+    "teacher.cfg_mode",
+    "data.negative_prompt",
+    "optimizer.kind",
+    "deepspeed.dtype",
+)
+PLACES = ("run_dir", "resume")  # where, not what
+FINISH = (
+    "eval",
+    "log.report",
+    "reward.held_out",
+    "teacher.sample_cfg_scale",
+)  # what only the evaluation and the report read
+# Where the teacher comes from; its content counts.
+TEACHER = ("teacher.weights", "teacher.pipeline", "teacher.revision", "teacher.train")
+
+
+def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]:
+    """Everything that a checkpoint notes of its run, by dotted key, as JSON keeps it. All ranks must call.
+
+    Beside the configuration: "teacher", where the teacher comes from and the SHA-256 of its weights; "ranks", "global
+    batch"; "data.prompts (content)" and "optimizer (deepspeed.config)", where there are such files.
+    """
+    noted = dict(_flat(config.model_dump(mode="json")))
+    origin = config.teacher.weights or config.teacher.pipeline or "trained on " + str(config.teacher.train.data)
+    noted["teacher"] = f"{origin} (sha256 {content_hash(model.teacher_files(), ranks)[:16]})"
+    noted["ranks"] = ranks.world_size
+    noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
+    if config.data.prompts is not None and config.data.prompts.is_file():
+        noted["data.prompts (content)"] = f"sha256 {cache.file_hash(config.data.prompts)[:16]}"
+    json_file = config.deepspeed.config
+    optimizer = {} if json_file is None else read_deepspeed_json(json_file).get("optimizer", {})
+    noted["optimizer (deepspeed.config)"] = optimizer.get("type")
+    return json.loads(json.dumps(noted))
+
+
+def content_hash(files: list[Path], ranks: Runtime) -> str:
+    """SHA-256 over the contents of files, whatever they are called; each rank reads its share. All ranks must call.
+
+    A file's own hash is kept in the cache under its path, size and time of change: 40 GB are read once.
+    """
+    share = {i: cache.file_hash(files[i]) for i in range(ranks.rank, len(files), ranks.world_size)}
+    hashes = {i: value for part in ranks.gather(share) for i, value in part.items()}
+    return hashlib.sha256("".join(hashes[i] for i in sorted(hashes)).encode()).hexdigest()
+
+
+def other_run(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes ``now`` another run than the one that noted ``before``: "student.steps 1, this run has 2" each."""
+    found = []
+    for name in sorted(before.keys() & now.keys()):
+        if _content(name, before[name]) != _content(name, now[name]) and _is_identity(name, now):
+            found.append(f"{name} {before[name]!r}, this run has {now[name]!r}")
+    return found
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The other keys that differ: "optimizer.generator.lr 2e-06 -> 1e-06" each. A key that is new had no say before."""
+    return [
+        f"{name} {json.dumps(before[name])} -> {json.dumps(now[name])}"
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name] and not _below(name, (*PLACES, *TEACHER)) and not _is_identity(name, now)
+    ]
+
+
+def evaluates_anew(changes: list[str]) -> bool:
+    """Whether :func:`differences` change what a finished run's evaluation or report says."""
+    return any(_below(change.split(" ", 1)[0], FINISH) for change in changes)
+
+
+def _is_identity(name: str, now: dict[str, Any]) -> bool:
+    unused = ("lora",) if now["sharing"] == "separate" else ()
+    unused += ("student.lora.targets", "student.lora.scale") if not now["student.lora.rank"] else ()
+    return name in ("teacher", "optimizer (deepspeed.config)") or (_below(name, IDENTITY) and not _below(name, unused))
+
+
+def _below(name: str, sections: tuple[str, ...]) -> bool:
+    return any(name == section or name.startswith(section + ".") for section in sections)
+
+
+def _content(name: str, value: Any) -> Any:
+    """Of the teacher the content alone counts: a folder may move."""
+    return value.rpartition("(sha256 ")[2] if name == "teacher" else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
