@@ -9,7 +9,7 @@ export DMDR_CUDA ?= OFF
 MODULES := $(shell find dmdr_fast kernels -name '*.py' -o -name '*.j2' | LC_ALL=C sort)
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/modules
 
-.PHONY: quickstart test bench claims lint install
+.PHONY: quickstart test bench claims malformed lint install
 
 # On CPUs one thread suits the digits model best (a teacher step: 35 ms, 42 with two).
 quickstart: install  ## train a digits teacher, distil it, draw the report: runs/digits/report.html
@@ -23,6 +23,9 @@ bench: install
 
 claims: install  ## put the paper's claims to the test on digits: docs/claims.md (the page says how long it took)
 	$(BIN)/python -m dmdr_fast.eval.claims
+
+malformed: install  ## hundreds of malformed inputs: each is one line, or right
+	$(BIN)/python -m tests.malformed
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -65,7 +66,7 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
                 yield f"{symbol} {getattr(item, name)}"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, raised for the caller to print."""
 
     def error(self, message: str):
@@ -74,14 +75,21 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``train.py``: ``--config``, ``--print-config`` and one flag per key."""
-    parser = _Parser(
-        prog="train.py",
-        usage="deepspeed dmdr_fast/train.py [--config FILE] [--print-config] [--KEY VALUE ...]",
+    parser = Parser(
+        prog="dmdr-train",
+        usage="dmdr-train [--num_gpus N] [--master_port PORT] [--config NAME|FILE] [--print-config] [--KEY VALUE ...]",
         description=Config.__doc__,
-        epilog="Values are read as YAML: 3, 1e-4, true, null, [0.9, 0.999]. Flags override the file.",
+        epilog="Values are read as YAML: 3, 1e-4, true, null, [0.9, 0.999]. Flags override the file. One process per "
+        "GPU of this machine, or --num_gpus of them; deepspeed, torchrun and srun start them too: see the docs.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file (default: configs/digits.yaml).")
+    recipes = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    parser.add_argument(
+        "--config",
+        type=_config_file,
+        default=DEFAULT_CONFIG,
+        help=f"YAML file, or the name of a recipe that comes along: {recipes} (default digits).",
+    )
     parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and exit.")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     groups: dict[str, Any] = {"": parser}
@@ -92,6 +100,15 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{field.description} ({accepted(field)}; default {_plain(field.default)})"
         groups[section].add_argument(f"--{path}", dest=path, metavar="V", help=text.replace("%", "%%"))
     return parser
+
+
+def _config_file(text: str) -> Path:
+    """The file, or a shipped recipe where there is no such file and the text is its name."""
+    path, recipe = Path(text), CONFIGS / f"{text}.yaml"
+    try:
+        return recipe if not path.exists() and path.name == text and recipe.is_file() else path
+    except OSError:  # a name that is too long
+        return path
 
 
 def _plain(value: Any) -> str:
@@ -136,10 +153,14 @@ def dump(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.load(path.read_text(), Loader=_Loader) or {}
+        values = yaml.load(path.read_text(), Loader=_Loader)
+        values = {} if values is None else values
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; name a readable YAML file") from None
-    except yaml.YAMLError as error:
+        names = [recipe.stem for recipe in CONFIGS.glob("*.yaml")]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean the recipe {near[0]}?" if near else "; name a readable YAML file, or a recipe: "
+        raise UserError(f"--config {path}: {error.strerror}{hint}{'' if near else ', '.join(sorted(names))}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected keys and values, got {type(values).__name__}")
@@ -147,7 +168,13 @@ def _read_yaml(path: Path) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: 1e-4 is a number (YAML 1.1, PyYAML's default, wants 1.0e-4)."""
+    """YAML 1.2: 1e-4 is a number (YAML 1.1, PyYAML's default, wants 1.0e-4), a key that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -164,7 +191,7 @@ def _assign(values: dict, path: str, text: str) -> None:
             raise UserError(f"{section}: expected a group of keys, got {values!r}")
     try:
         values[last] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         values[last] = text
 
 
@@ -189,7 +216,11 @@ def _problem(problem: dict, source: Path) -> str:
     if not words:  # raised by Config itself: the message names its key
         return problem["msg"].removeprefix("Value error, ")
     wanted = f"expected {accepted(fields[path])}" if path in fields else "expected a group of keys"
-    return f"{path}: {wanted}; got {problem['input']!r}"
+    return f"{path}: {wanted}; got {_SHOWN.repr(problem['input'])}"
+
+
+_SHOWN = reprlib.Repr()  # a YAML of aliases is exponentially long written out
+_SHOWN.maxstring = _SHOWN.maxother = 200
 
 
 def _unknown_key(path: str, source: str) -> str:
@@ -205,6 +236,11 @@ def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | 
     """Call ``main(argv)``; a :class:`UserError` becomes one line on stderr (of rank 0) and exit code 2."""
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # who read the output, as head does, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

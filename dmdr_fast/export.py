@@ -1,15 +1,14 @@
-"""A finished run as a diffusers pipeline: ``python -m dmdr_fast.export RUN_DIR OUT``."""
+"""A finished run as a diffusers pipeline: ``dmdr-export RUN_DIR OUT``."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmdr_fast.cli import load, run_user_command
+from dmdr_fast.cli import Parser, load, run_user_command
 from dmdr_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ FINAL = Path("final") / "generator.safetensors"
 
 def main(argv: list[str]) -> None:
     """Write the pipeline and say how it is called. Mistakes exit with 2."""
-    parser = argparse.ArgumentParser(prog="python -m dmdr_fast.export", description=__doc__)
+    parser = Parser(prog="dmdr-export", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="A run of a text-to-image family, finished or not.")
     parser.add_argument("out", type=Path, help="Folder to write; it must not be there yet.")
     add_source(parser)
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> None:
     print(f"{options.out}: {call}")
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: Parser) -> None:
     """The options that name a generator of a run."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--step", type=int, help="The generator of this checkpoint of the run.")
@@ -106,5 +105,10 @@ def export_run(
     return f"DiffusionPipeline.from_pretrained({str(out)!r}{loaded})(prompt{called})"
 
 
+def command() -> int:
+    """The console script."""
+    return run_user_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_user_command(main))
+    sys.exit(command())

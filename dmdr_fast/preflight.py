@@ -1,14 +1,15 @@
-"""Checks that need neither torch nor weights, made before anything is loaded."""
+"""Checks that need no weights, made before anything is loaded; those that import torch come last."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 
 from dmdr_fast.config import Config
+from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.errors import UserError
+from dmdr_fast.hub import check_hub, is_hub_id
 
 HUB_PREFIX = "hf://"
 
@@ -17,19 +18,17 @@ def check(config: Config) -> None:
     """Look at what the configuration names on disk.
 
     Raises:
-        UserError: run_dir cannot be written, the teacher's weights or pipeline are missing, a file of prompts or the
+        UserError: run_dir cannot be written, a folder is missing or the hub does not have it, a file of prompts or the
             DeepSpeed JSON is unreadable, a package that the configuration asks for is not installed, or a reward is
-            unknown or not of the kind that the RL method needs.
+            unknown, takes other arguments, or is not of the kind that the RL method needs.
     """
     _check_packages(config)
     _check_run_dir(config.run_dir)
     _check_weights(config.teacher.weights)
-    _check_pipeline(config.teacher.pipeline)
     _check_prompts(config)
-    if config.deepspeed.config is not None:
-        read_deepspeed_json(config.deepspeed.config)
-    _check_rewards(config)
+    read_deepspeed_json(config)
     _check_groups(config)
+    _check_places(config, _check_rewards(config))
 
 
 def _check_groups(config: Config) -> None:
@@ -44,35 +43,71 @@ def _check_groups(config: Config) -> None:
         )
 
 
-def _check_rewards(config: Config) -> None:
-    """Whether every reward exists, and ReFL's are differentiable; a user's file is read, no weights are loaded."""
-    from dmdr_fast.rewards.registry import is_differentiable
+def _check_rewards(config: Config) -> dict[str, str]:
+    """Whether every reward exists, takes what it is given, and is differentiable for ReFL.
 
+    A user's file is read, no weights are loaded. Returns what the built-in ones will load, by key.
+    """
+    from dmdr_fast.rewards.registry import KINDS, is_differentiable, prepare_reward, weights_of_reward
+
+    num_classes = config.model.num_classes if config.model.family == "sit" else None
+    names = {}
     for where, terms in (("reward.terms", config.reward.terms), ("reward.held_out", config.reward.held_out)):
         for term in terms:
             try:
                 graded = is_differentiable(term.kind)
+                made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=num_classes)
             except (ValueError, FileNotFoundError) as error:
-                raise UserError(str(error)) from None
+                raise UserError(str(error).replace("reward.terms", where)) from None
             if config.rl.method == "refl" and where == "reward.terms" and not graded:
                 raise UserError(
                     f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method refl "
                     "needs; set rl.method to grpo or dpo, or take a differentiable reward"
                 )
+            if term.kind in KINDS:
+                found = weights_of_reward(*made)
+                names |= {f"{where}: {term.name or term.kind}: {name}": value for name, value in found.items()}
+    return names
 
 
-def read_deepspeed_json(path: Path) -> dict:
-    """The keys of a DeepSpeed JSON."""
+def _check_places(config: Config, rewards: dict[str, str]) -> None:
+    """Whether every folder is there, and the hub has what is asked of it."""
+    names = {key: (name, None) for key, name in rewards.items()}
+    if config.decoder.kind == "vae" and config.decoder.path is not None:
+        names["decoder.path"] = (config.decoder.path, None)
+    if config.eval.samples and config.eval.data is not None:
+        if config.eval.data != "digits" and not _is_folder(config.eval.data):
+            raise UserError(f"eval.data: no such folder: {config.eval.data}; give a folder of images, or digits")
+        if config.eval.features not in (None, "digits"):
+            names["eval.features"] = (config.eval.features, None)
+    teacher = config.teacher
+    if config.model.family != "sit":
+        names["teacher.pipeline"] = (teacher.pipeline, teacher.revision)
+    elif teacher.weights is not None and teacher.weights.startswith(HUB_PREFIX):
+        names["teacher.weights"] = ("/".join(teacher.weights.removeprefix(HUB_PREFIX).split("/")[:2]), None)
+    asked = {}
+    for key, (name, revision) in names.items():
+        try:
+            if is_hub_id(name):
+                asked[key] = (name, revision)
+        except FileNotFoundError as error:
+            raise UserError(f"{key}: {error}; give a folder, or a hub id ORG/NAME") from None
+    if asked:
+        check_hub(asked)
+
+
+def _is_folder(path: str) -> bool:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from None
-    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        if name in values:
-            raise UserError(
-                f"deepspeed.config: remove {name}; train.micro_batch_size and train.gradient_accumulation set it"
-            )
-    return values
+        return Path(path).expanduser().is_dir()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_file()
+    except OSError:
+        return False
 
 
 # Packages that a choice needs: any one of them will do.
@@ -93,6 +128,8 @@ def _check_packages(config: Config) -> None:
                 f"{name}: {chosen} needs {' or '.join(packages)}, which is not installed; "
                 f"install it, or choose another {name}"
             )
+    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb: wandb is not installed; pip install wandb, or leave log.wandb out")
 
 
 def _check_run_dir(path: Path) -> None:
@@ -101,8 +138,9 @@ def _check_run_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); name another folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"run_dir: {path} cannot be written ({reason}); name another folder") from None
 
 
 def _check_weights(weights: str | None) -> None:
@@ -111,20 +149,9 @@ def _check_weights(weights: str | None) -> None:
     if weights.startswith(HUB_PREFIX):
         if weights.count("/") < HUB_PREFIX.count("/") + 2:
             raise UserError(f"teacher.weights: {weights} names no file; write {HUB_PREFIX}ORG/REPO/FILE")
-    elif not Path(weights).expanduser().is_file():
+    elif not _is_file(weights):
         raise UserError(
             f"teacher.weights: no such file: {weights}; give a .safetensors or .pt path, or {HUB_PREFIX}ORG/REPO/FILE"
-        )
-
-
-def _check_pipeline(pipeline: str | None) -> None:
-    """A folder must be there; a hub id is left to the hub."""
-    if pipeline is None:
-        return
-    folder = Path(pipeline).expanduser()
-    if not folder.is_dir() and (pipeline.startswith(("/", ".", "~")) or pipeline.count("/") != 1):
-        raise UserError(
-            f"teacher.pipeline: no such folder: {pipeline}; give a diffusers pipeline folder or a hub id ORG/NAME"
         )
 
 

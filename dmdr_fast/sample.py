@@ -1,14 +1,13 @@
-"""A grid of images: ``python -m dmdr_fast.sample RUN_DIR|PIPELINE --prompts FILE|TEXT... --out grid.png``."""
+"""A grid of images: ``dmdr-sample RUN_DIR|PIPELINE --prompts FILE|TEXT... --out grid.png``."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmdr_fast.cli import load, run_user_command
+from dmdr_fast.cli import Parser, load, run_user_command
 from dmdr_fast.data.prompts import load_prompts
 from dmdr_fast.errors import UserError
 from dmdr_fast.export import add_source, run_weights
@@ -21,7 +20,7 @@ BATCH = 4
 
 def main(argv: list[str]) -> None:
     """Draw one image per prompt and write them as one PNG. Mistakes exit with 2."""
-    parser = argparse.ArgumentParser(prog="python -m dmdr_fast.sample", description=__doc__)
+    parser = Parser(prog="dmdr-sample", description=__doc__)
     parser.add_argument(
         "source", type=Path, help="A run of a text-to-image family, finished or not, or a pipeline that was exported."
     )
@@ -135,5 +134,10 @@ def grid_png(images: Tensor) -> bytes:
     return image_png(((page.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
 
 
+def command() -> int:
+    """The console script."""
+    return run_user_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_user_command(main))
+    sys.exit(command())

@@ -1,6 +1,6 @@
-"""The main job: ``deepspeed dmdr_fast/train.py --config FILE [--key.subkey value ...]``.
+"""One rank of a run: ``dmdr-train``, ``deepspeed``, ``torchrun``, ``srun`` and ``mpirun`` start one or more of it.
 
-Without the launcher (``python dmdr_fast/train.py ...``) it is the same job on one rank.
+Without a launcher (``python dmdr_fast/train.py ...``) it is the same job on one rank.
 """
 
 import os
@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _HERE = str(Path(__file__).resolve().parent)
 sys.path[:] = [p for p in sys.path if str(Path(p or ".").resolve()) != _HERE] + [str(Path(_HERE).parent)]
 
+from dmdr_fast import placement  # noqa: E402
 from dmdr_fast.cli import dump, parse, run_user_command  # noqa: E402
 from dmdr_fast.errors import RunEnded  # noqa: E402
 from dmdr_fast.preflight import check  # noqa: E402
@@ -23,6 +24,7 @@ from dmdr_fast.preflight import check  # noqa: E402
 
 def main(argv: list[str]) -> int:
     """Parse, build, run. 0 when done or stopped on request, 1 when the run had to end early; mistakes exit with 2."""
+    placement.take()
     config, print_only = parse(argv)
     if print_only:
         print(dump(config), end="")

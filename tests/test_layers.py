@@ -21,7 +21,8 @@ ALLOWED = {
     "data": {"cache", "errors"},
     "eval": {"algorithm", "data", "ops", "errors"},
     "patch": {"ops", "models", "errors"},
-    "plan": {"algorithm", "cli", "config", "models", "ops", "patch", "errors"},
+    "deepspeed_json.py": {"cli", "config", "errors"},
+    "plan": {"algorithm", "cli", "config", "deepspeed_json", "models", "ops", "patch", "errors"},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dmdr_fast.config.base import Count, Fraction, NonNegative, PositiveFloat, Section, key
+from dmdr_fast.config.base import Count, Fraction, NonNegative, Number, PositiveFloat, Section, key
 
 
 class DynaDG(Section):
@@ -27,7 +27,7 @@ class Renoise(Section):
     """The law of the renoise time."""
 
     kind: Literal["dyna_rs", "uniform", "logit_normal"] = key("dyna_rs", "Law of t before range and shift.")
-    mean: float = key(0.0, "Mean of the logit-normal law.")
+    mean: Number = key(0.0, "Mean of the logit-normal law.")
     std: PositiveFloat = key(1.0, "Standard deviation of the logit-normal law.")
     t_min: Fraction = key(0.001, "Smallest t.")
     t_max: Fraction = key(0.999, "Largest t.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, key
+from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, TorchSeed, key
 
 # How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
 PIPELINE_CFG = {"z_image": "offset", "qwen_image": "per_token"}
@@ -37,7 +37,7 @@ class TeacherTraining(Section):
     batch_size: Positive = key(128, "Samples per step.")
     lr: PositiveFloat = key(2e-3, "Peak learning rate, cosine to zero.")
     ema: Fraction = key(0.995, "EMA decay of the weights that are kept.")
-    seed: Count = key(0, "Seed of the teacher; not the run's, so that runs share the cached teacher.")
+    seed: TorchSeed = key(0, "Seed of the teacher; not the run's, so that runs share the cached teacher.")
     label_dropout: Fraction = key(0.1, "Share of labels replaced by the null class, for CFG.")
 
 

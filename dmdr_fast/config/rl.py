@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, key
+from dmdr_fast.config.base import Count, Fraction, NonNegative, Number, Positive, PositiveFloat, Section, key
 
 
 class RewardTerm(Section):
@@ -15,7 +15,7 @@ class RewardTerm(Section):
     kind: str = key("digits", "A registered reward, or the user's own class: package.module:Name or path/file.py:Name.")
     path: str | None = key(None, "Folder or hub id of its weights, where it has any.")
     name: str | None = key(None, "Its name in the logs; null: the kind's own.")
-    weight: float = key(1.0, "Its weight in the sum of the rewards.")
+    weight: Number = key(1.0, "Its weight in the sum of the rewards.")
     normalize: Literal["none", "running"] = key("none", "running: divided by its own running standard deviation.")
     options: dict[str, Any] = key({}, "Further keyword arguments of its constructor.")
 
@@ -49,7 +49,7 @@ class ReFL(Section):
     chunk: Positive = key(64, "Samples decoded and scored at a time; less is less memory.")
     checkpoint: bool = key(False, "Recompute the decoder's activations in its backward pass.")
     objective: Literal["linear", "hinge"] = key("linear", "linear: mean R; hinge: -mean max(0, margin - R).")
-    margin: float = key(0.0, "The reward above which the hinge leaves a sample alone.")
+    margin: Number = key(0.0, "The reward above which the hinge leaves a sample alone.")
 
 
 class GRPO(Section):

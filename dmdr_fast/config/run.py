@@ -25,6 +25,11 @@ class AdamW(Section):
 
     lr: PositiveFloat = key(2e-5, "Learning rate in the cold start.")
     rl_lr: PositiveFloat | None = key(None, "Learning rate after the cold start; null: the same.")
+    warmup_steps: Count = key(
+        0,
+        "Updates of this role over which the learning rate rises linearly from 0, constant after; the fake score's "
+        "train.fake_updates per generator update count one by one.",
+    )
     decay: Fraction = key(0.0, "Last share of each phase in which the learning rate falls linearly to a tenth.")
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "Moment decays.")
     weight_decay: NonNegative = key(0.0, "Decoupled weight decay.")

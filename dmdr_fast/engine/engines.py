@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dmdr_fast.config import AdamW, Config
-from dmdr_fast.engine.optimizers import build_optimizer
+from dmdr_fast.deepspeed_json import read_deepspeed_json
+from dmdr_fast.engine.optimizers import build_optimizer, numbers
 from dmdr_fast.models.blocks import largest_block
-from dmdr_fast.preflight import read_deepspeed_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -28,8 +28,10 @@ def engine_config(config: Config, *, trained: bool) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.deepspeed.config is not None:
-        _merge(settings, read_deepspeed_json(config.deepspeed.config))
+    _merge(settings, read_deepspeed_json(config))
+    if not trained:  # nothing of it is stepped
+        settings.pop("optimizer", None)
+        settings["zero_optimization"].pop("offload_optimizer", None)
     return settings
 
 
@@ -74,9 +76,11 @@ def trained_engine(module: nn.Module, config: Config, optimizer: AdamW) -> deeps
     """
     settings = prefetching(engine_config(config, trained=True), module)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    client = None
-    if "optimizer" not in settings:
+    client, own = None, settings.get("optimizer")
+    if own is None:
         client = build_optimizer(parameters, optimizer, config.optimizer.kind)
+    else:
+        own["params"] = own.get("params", {}) | numbers(optimizer)
     engine = deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=settings)[0]
     if config.deepspeed.stage == 3:
         trace_graded_passes(engine)

@@ -34,6 +34,10 @@ GRID_SAMPLES, GRID_SIDE = 80, 256  # samples per row kept for the report's pictu
 Draw = Callable[[Tensor, Batch, int], Tensor]  # (noise, conditions, number of the first sample) -> latents
 
 
+class _Left(Exception):
+    """An evaluation that was asked to stop."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Draws ``eval.samples`` images per row, spread over the ranks, and measures them on rank 0."""
@@ -71,9 +75,21 @@ class Evaluator:
         self.runtime.barrier()
         return table
 
-    def append(self, weights: Path, step: int) -> None:
-        """Add the row of the generator after ``step`` updates to evaluations.jsonl. All ranks must call."""
-        images = self._images(self._generator(weights))
+    def has_row(self, step: int) -> bool:
+        """Whether evaluations.jsonl has the row of the generator after ``step`` updates. All ranks must call."""
+        path = self.config.run_dir / "evaluations.jsonl"
+        found = self.runtime.is_main and path.is_file()
+        return self.runtime.any(found and any(json.loads(r)["step"] == step for r in path.read_text().splitlines()))
+
+    def append(self, weights: Path, step: int, asked: Callable[[], bool]) -> None:
+        """Add the row of the generator after ``step`` updates to evaluations.jsonl. All ranks must call.
+
+        ``asked`` has the same answer on all ranks: whether to leave, before the next forward, without the row.
+        """
+        try:
+            images = self._images(self._generator(weights, asked))
+        except _Left:
+            return
         if self.runtime.is_main:
             path = self.config.run_dir / "evaluations.jsonl"
             rows = path.read_text().splitlines() if path.is_file() else []
@@ -101,8 +117,14 @@ class Evaluator:
             path=self.recipe.path,
         )
 
-    def _generator(self, weights: Path) -> Draw:
-        network = frozen_role(self.model, self.config, self.runtime.device, weights)
+    def _generator(self, weights: Path, asked: Callable[[], bool] = lambda: False) -> Draw:
+        role = frozen_role(self.model, self.config, self.runtime.device, weights)
+
+        def network(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+            if asked():
+                raise _Left
+            return role(x, t, condition)
+
         return lambda noise, batch, start: sample(
             network,
             lambda i: noise if i == 0 else self._noise(i, start),

@@ -15,7 +15,7 @@ from dmdr_fast.algorithm.paths import Path
 from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.config import Config
 from dmdr_fast.errors import UserError
-from dmdr_fast.models.lora import LoraAdapter
+from dmdr_fast.models.lora import LoraAdapter, target_layers
 from dmdr_fast.models.stored import Stored, with_lora
 
 # What stands before a network's own names in files of wrappers, PEFT and pipelines, and in our own modules.
@@ -92,6 +92,10 @@ class Model(Protocol):
     merges_lora: bool
     num_classes: int | None
 
+    def skeleton(self) -> nn.Module:
+        """The network with its parameters on the meta device: its layers, without weights."""
+        ...
+
     def load(
         self, device: torch.device, generator: FilePath | Start | None = None, *, whole: bool = False
     ) -> nn.Module:
@@ -124,10 +128,28 @@ def open_model(config: Config) -> Model:
         from dmdr_fast.engine.sit_model import SiTModel
         from dmdr_fast.engine.teacher import teacher_weights
 
+        _check_adapters(config, SiTModel(config, FilePath()))
         return SiTModel(config, teacher_weights(config))
     from dmdr_fast.engine.pipeline_model import PipelineModel
 
-    return PipelineModel.open(config)
+    model = PipelineModel.open(config)
+    _check_adapters(config, model)
+    return model
+
+
+def _check_adapters(config: Config, model: Model) -> None:
+    """Whether the network has the layers that get a LoRA, one of them at least as wide as its rank."""
+    settings = {"lora": config.lora} if config.sharing != "separate" else {}
+    if config.student.lora.rank:
+        settings["student.lora"] = config.student.lora
+    for key, lora in settings.items():
+        try:
+            layers = target_layers(model.skeleton(), key, lora.targets or model.lora_targets)
+        except ValueError as error:
+            raise UserError(f"{key}.targets: {error}") from None
+        most = max(min(layer.in_features, layer.out_features) for layer in layers.values())
+        if lora.rank > most:
+            raise UserError(f"{key}.rank: {lora.rank} is more than the {most} features of the widest layer; lower it")
 
 
 def partitions_on_load(settings: dict[str, Any], *, whole: bool) -> bool:

@@ -88,6 +88,10 @@ class PipelineModel:
     def lora_targets(self) -> tuple[str, ...]:
         return self.family.lora_targets
 
+    def skeleton(self) -> nn.Module:
+        with parameters_on_meta():
+            return self.family.build_from_config(self.family.network_config)
+
     def load(self, device: torch.device, generator: Path | Start | None = None, *, whole: bool = False) -> Denoiser:
         settings, dtype = engine_config(self.config, trained=True), DTYPES[self.config.deepspeed.dtype]
         partitioned = partitions_on_load(settings, whole=whole)
@@ -95,8 +99,7 @@ class PipelineModel:
         try:
             if generator is None and not partitioned:
                 return Denoiser(self.family, self.family.load_transformer(dtype)).to(device)
-            with parameters_on_meta():
-                network = self.family.build_from_config(self.family.network_config)
+            network = self.skeleton()
             stored = self._stored(generator)
             if partitioned:
                 load_partitioned(network, stored, dtype=dtype, settings=settings)

@@ -65,13 +65,21 @@ def rl_options(config: Config) -> RLOptions:
     )
 
 
-def learning_rate(settings: AdamW, step: int, cold_start_steps: int, generator_steps: int) -> float:
-    """The role's learning rate at a generator step: constant, then linear to a tenth over ``decay`` of the phase."""
+def learning_rates(
+    settings: AdamW, step: int, cold_start_steps: int, generator_steps: int, updates: int = 1
+) -> list[float]:
+    """The learning rates of a role's ``updates`` optimizer steps within a generator step.
+
+    Constant, then linear to a tenth over ``decay`` of the phase; times (k + 1) / ``warmup_steps``, at most 1, at the
+    role's own step k, counted from the run's start. A function of counters, so a resumed run has the same.
+    """
     rl = step >= cold_start_steps
     start, end = (cold_start_steps, generator_steps) if rl else (0, cold_start_steps)
     peak = settings.rl_lr if rl and settings.rl_lr is not None else settings.lr
     left = (end - step) / ((end - start) * settings.decay) if settings.decay else 1.0
-    return peak * max(0.1, min(1.0, 0.1 + 0.9 * left))
+    rate = peak * max(0.1, min(1.0, 0.1 + 0.9 * left))
+    first = step * updates + 1
+    return [rate * min(1.0, k / (settings.warmup_steps or 1)) for k in range(first, first + updates)]
 
 
 def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> str:

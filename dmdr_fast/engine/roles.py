@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,6 +50,7 @@ class _Trained(Role):
     adapter: LoraAdapter | None
     optimizer: Any
     gradient_norm = float("nan")  # of the last step that was applied, before clipping
+    _rates: Sequence[float] = ()
 
     def __init__(self, network: nn.Module, config: Config, worn: Worn) -> None:
         super().__init__(network, DTYPES[config.deepspeed.dtype], worn)
@@ -66,9 +67,20 @@ class _Trained(Role):
             return dict(self.adapter.named_parameters())
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def set_lr(self, rates: Sequence[float]) -> None:
+        """The learning rates of the steps to come, in turn; the last one stays."""
+        self._rates = list(rates)
+
+    def _begin_step(self) -> None:
+        if self._rates:
+            rate = self._rates.pop(0)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
 
 
 class TrainedRole(_Trained):
@@ -103,6 +115,7 @@ class TrainedRole(_Trained):
         ZeRO's optimizers decide that from the global norm that they need for clipping. The plain fp32 engine has no
         such check: its gradients, by now the same on all ranks, are looked at here.
         """
+        self._begin_step()
         if self.own_clip is None:
             self.engine.step()
             applied, norm = self.engine.was_step_applied(), self.engine.get_global_grad_norm()
@@ -147,6 +160,7 @@ class AdapterRole(_Trained):
 
     def step(self) -> bool:
         """Clip and step; a gradient that is not finite, on whichever rank, leaves everything as it was on all."""
+        self._begin_step()
         norm = clip(self.parameters, self.clip)
         applied = bool(torch.isfinite(norm))
         if applied:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from dmdr_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ class Runtime:
 
 
 def start() -> Runtime:
-    """Join the run that the launcher set up, or be its only rank when there is no launcher."""
+    """Join the run that the launcher set up, or be its only rank when there is no launcher.
+
+    Raises:
+        UserError: the ranks do not meet, or are more than the GPUs.
+    """
     import deepspeed
 
     # DeepSpeed 0.19 calls collectives under names that torch 2.13 has renamed: nothing a user could change.
@@ -89,21 +94,32 @@ def start() -> Runtime:
     rank, world_size, local_rank = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        local_rank = _device_of(local_rank)
         torch.cuda.set_device(local_rank)
     # On CPUs DeepSpeed would compile a shared-memory all-reduce at start-up, half a minute, for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    except dist.DistError as error:
+        raise UserError(_no_meeting(str(error))) from None
     control = dist.new_group(backend="gloo") if world_size > 1 else None
     return Runtime(rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), control)
 
 
-class StopRequest:
-    """SIGTERM and SIGINT ask the run to finish its step, write a checkpoint and leave."""
+def _device_of(local_rank: int) -> int:
+    """The GPU of a rank. One that sees a single GPU has that one: Slurm hands them out so (--gpus-per-task)."""
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise UserError(f"LOCAL_RANK: {local_rank}, but {count} GPUs are visible here; start one rank per GPU")
+    if count == 1:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's own choice of device
+        return 0
+    return local_rank
 
-    def __init__(self, signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        self.asked = False
-        for number in signals:
-            signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: object) -> None:
-        self.asked = True
+def _no_meeting(reason: str) -> str:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in reason:
+        return f"--master_port: {port} is in use on this machine; give the launcher another one (MASTER_PORT)"
+    first = reason.strip().splitlines()[0]
+    return f"the {os.environ['WORLD_SIZE']} ranks did not meet at {address}, --master_port {port}: {first}"

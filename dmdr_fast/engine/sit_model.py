@@ -96,6 +96,10 @@ class SiTModel:
     def num_classes(self) -> int:
         return self.config.model.num_classes
 
+    def skeleton(self) -> SiT:
+        with parameters_on_meta():
+            return build_network(self.config)
+
     def load(self, device: torch.device, generator: Path | Start | None = None, *, whole: bool = False) -> SiT:
         settings = engine_config(self.config, trained=True)
         key = generator.key if isinstance(generator, Start) else "teacher.weights"
@@ -104,8 +108,7 @@ class SiTModel:
                 network = build_network(self.config)
                 load_sit_weights(network, self._weights(network, generator))
                 return network.to(device)
-            with parameters_on_meta():
-                network = build_network(self.config)
+            network = self.skeleton()
             stored = stored_sit_tensors(network, self._weights(network, generator))
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"{key}: {error}") from None

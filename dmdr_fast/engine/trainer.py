@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,12 +35,13 @@ from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
-from dmdr_fast.engine.recipe import describe, learning_rate, recipe_of, table_text
+from dmdr_fast.engine.recipe import describe, learning_rates, recipe_of, table_text
 from dmdr_fast.engine.reward_weight import RewardWeight
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.run_lock import lock_run
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.starts import read_starts
+from dmdr_fast.engine.stopping import StopRequest
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
@@ -55,30 +57,34 @@ def train(config: Config) -> None:
         RunEnded: ``train.max_skipped`` updates in a row had non-finite gradients, a reward failed, or a monitor saw
             collapse and ``train.stop_on_collapse`` is set. A checkpoint was written.
     """
-    model = open_model(config)
-    ranks = runtime.start()
-    lock = lock_run(config.run_dir, ranks)
-    try:
-        checkpoints = CheckpointFolder(config, run_settings(config, model, ranks), ranks)
-        start = checkpoints.find(config.resume)
-        changes = [] if start is None else checkpoints.changes(start)
-        for change in changes:
-            ranks.say(f"since the checkpoint: {change}")
-        if start is not None and not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]:
-            ranks.say(
-                f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
-                "run_dir for another run, or start anew with --resume never"
-            )
-            return
-        _run(Run.build(config, model, ranks, checkpoints, start))
-    finally:
-        if lock is not None:
-            lock.release()
+    with StopRequest(config.run_dir / "stop" if os.environ.get("RANK", "0") == "0" else None) as stop:
+        ranks = runtime.start()
+        lock = lock_run(config.run_dir, ranks)
+        try:
+            model = open_model(config)
+            checkpoints = CheckpointFolder(config, run_settings(config, model, ranks), ranks)
+            start = checkpoints.find(config.resume)
+            changes = [] if start is None else checkpoints.changes(start)
+            for change in changes:
+                ranks.say(f"since the checkpoint: {change}")
+            if start is not None and not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]:
+                ranks.say(
+                    f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
+                    "run_dir for another run, or start anew with --resume never"
+                )
+                return
+            _run(Run.build(config, model, ranks, checkpoints, start), stop)
+        finally:
+            if lock is not None:
+                lock.release()
 
 
-def _run(run: Run) -> None:
+def _run(run: Run, stop: StopRequest) -> None:
     try:
-        if run.updates():
+        stop.finishes()
+        if run.updates(stop):
+            rest = resume_command(run.config.run_dir)
+            stop.leaves(f"in the final evaluation; the weights are whole, for the rest: {rest}")
             run.finish()
     finally:
         if run.rewards is not None:
@@ -171,14 +177,16 @@ class Run:
         ranks.say(describe(config, run.recipe, roles, ranks))
         return run
 
-    def updates(self) -> bool:
-        """Generator updates until the last one (True) or until asked to stop (False)."""
-        config, ranks, stop = self.config, self.ranks, runtime.StopRequest()
+    def updates(self, stop: StopRequest) -> bool:
+        """Generator updates until the last one, then the final weights (True), or until asked to stop (False)."""
+        config, ranks = self.config, self.ranks
         data = drawn(self.conditions, self.streams)
         reward = None if self.rewards is None else RewardModel(self.decoder, self._score)
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
         self.flushed_at = time.monotonic()
+        if config.resume == "auto" and self._evaluation_due and not self._evaluator().has_row(self.step):
+            self._evaluate(stop)  # the run was stopped in it
         while self.step < config.train.generator_steps:
             self._begin_update()
             self._match_reward_weight(data, shards)
@@ -202,8 +210,8 @@ class Run:
             asked = ranks.any(stop.asked)
             if due or asked or self.step % config.log.every == 0:
                 self._flush(shards[0].total)
-            if config.eval.every and self.step % config.eval.every == 0 and self._evaluates:
-                self._evaluator().append(self._role_in_training(), self.step)
+            if self._evaluation_due and not asked:
+                asked = self._evaluate(stop)
             if due or asked:
                 self._checkpoint()
             if asked:
@@ -211,7 +219,22 @@ class Run:
                 ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config.run_dir)}")
                 return False
         self._snapshot_cold_start()
+        self._save_generator(config.run_dir / FINAL, DTYPES[config.export.dtype])
         return True
+
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        return bool(every and self.step and self.step % every == 0 and self._evaluates)
+
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Add the row of the generator as it is; True, and maybe no row, where the run is asked to stop meanwhile."""
+
+        def asked() -> bool:
+            return self.ranks.any(stop.asked)
+
+        self._evaluator().append(self._role_in_training(), self.step, asked)
+        return asked()
 
     def _begin_update(self) -> None:
         """What changes with the step: the cold start's end, the reference, the learning rates."""
@@ -219,8 +242,9 @@ class Run:
         if self.roles.frozen_reference is not None and self.step >= self.config.train.cold_start_steps:
             self.roles.frozen_reference.load(self._cold_start_weights)
         optimizer, train = self.config.optimizer, self.config.train
-        for role, settings in ((self.roles.generator, optimizer.generator), (self.roles.fake, optimizer.fake)):
-            role.set_lr(learning_rate(settings, self.step, train.cold_start_steps, train.generator_steps))
+        lengths = self.step, train.cold_start_steps, train.generator_steps
+        self.roles.generator.set_lr(learning_rates(optimizer.generator, *lengths))
+        self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates))
 
     def _match_reward_weight(self, data: Data, shards: Sequence[Shard]) -> None:
         """``reward.weight: auto`` as RL starts, on the samples that its first update will see."""
@@ -256,10 +280,8 @@ class Run:
         return total, named
 
     def finish(self) -> None:
-        """Write the final weights, the evaluation and the report."""
-        config = self.config
-        final = config.run_dir / FINAL
-        self._save_generator(final, DTYPES[config.export.dtype])
+        """Write the evaluation and the report."""
+        config, final = self.config, self.config.run_dir / FINAL
         self.log.close()
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
@@ -362,7 +384,8 @@ class Run:
             "renoise_beta": beta,
             "real_lora_scale": self.recipe.real_scale(self.step - 1),
         }
-        values |= {f"{n}_grad_norm": r.gradient_norm for n, r in _trained(self.roles).items()}
+        for name, role in _trained(self.roles).items():
+            values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
         if graphs := compiled_graphs():
             values["compilations"] = float(graphs)
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)

@@ -192,7 +192,7 @@ def add_lora(
             "LoRA: role must be an identifier, not start with q_ or v_, and not be one of "
             f"{sorted(adapters)}, got {role!r}"
         )
-    layers = _target_layers(model, role, targets)
+    layers = target_layers(model, role, targets)
     if form == "post_projection":
         _check_fused(role, layers)
     if not adapters:
@@ -252,7 +252,8 @@ def _start(
     return a, torch.zeros(rank, sizes[1], device="cpu")
 
 
-def _target_layers(model: nn.Module, role: str, targets: Sequence[str]) -> dict[str, LoraLinear]:
+def target_layers(model: nn.Module, role: str, targets: Sequence[str]) -> dict[str, LoraLinear]:
+    """The ``nn.Linear`` layers whose names end in one of ``targets``, by name; errors as :func:`add_lora`."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if isinstance(targets, str) or not targets:
         raise ValueError(f"LoRA {role!r}: targets must be a list of layer-name suffixes, got {targets!r}")

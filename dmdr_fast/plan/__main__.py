@@ -1,4 +1,4 @@
-"""``python -m dmdr_fast.plan --config FILE --gpus 8 --gpu-memory 80``: will it fit, what does it cost, what to change.
+"""``dmdr-plan --config FILE --gpus 8 --gpu-memory 80``: will it fit, what does it cost, what to change.
 
 Needs no GPU and no weights. Keys of the configuration may follow, as for training: ``--train.micro_batch_size 4``.
 """
@@ -25,9 +25,9 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The options that are the planner's own."""
-    parser = _Parser(prog="python -m dmdr_fast.plan", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="dmdr-plan", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--config", type=Path, help="The run's YAML file.")
+    add("--config", help="The run's YAML file, or the name of a recipe.")
     add("--model", help="A published shape, hub id or diffusers folder in place of the configuration's teacher.")
     add("--gpus", type=int, nargs="+", default=[8], help="GPUs; several for --sweep (default 8).")
     add("--gpu-memory", type=float, default=80.0, metavar="GB", help="Memory of one GPU, 10^9 bytes (default 80).")
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
-    config = parse(["--config", str(options.config), *rest])[0] if options.config else None
+    config = parse(["--config", options.config, *rest])[0] if options.config else None
     if config is None and rest:
         raise UserError(f"{rest[0]}: a key of the configuration needs --config FILE")
     if config is None and options.model is None:
@@ -144,5 +144,10 @@ def _sweep(work: Any, options: argparse.Namespace) -> None:
         print(f"\n{options.plot}")
 
 
+def command() -> int:
+    """The console script."""
+    return run_user_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_user_command(main))
+    sys.exit(command())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from dmdr_fast.config import Config
-from dmdr_fast.errors import UserError
+from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.models.families import FAMILIES
 from dmdr_fast.plan.reward import MODELS as REWARDS
 from dmdr_fast.plan.shapes import Shape, find_shape
@@ -20,7 +19,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
     """One update of the run. ``shape`` takes the place of the configuration's teacher.
 
     Raises:
-        UserError: a DeepSpeed JSON that cannot be read, or a teacher whose shape is not known.
+        UserError: a DeepSpeed JSON that a run would refuse, or a teacher whose shape is not known.
     """
     shape = shape or _shape(config)
     train, student = config.train, config.student
@@ -96,24 +95,17 @@ def policy_steps(config: Config) -> int:
 
 
 def _zero(config: Config) -> Zero:
-    settings: dict = {}
-    if config.deepspeed.config is not None:
-        path = Path(config.deepspeed.config)
-        try:
-            settings = json.loads(path.read_text()).get("zero_optimization", {})
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"deepspeed.config: {path} cannot be read ({error}); give a DeepSpeed JSON file") from None
-    stage = settings.get("stage", config.deepspeed.stage)
+    settings = read_deepspeed_json(config).get("zero_optimization", {})
 
     def off_gpu(key: str) -> bool:
         return (settings.get(key) or {}).get("device", "none") in ("cpu", "nvme")
 
     return Zero(
-        stage=2 if stage == 1 else stage,
-        reduce_bucket=int(settings.get("reduce_bucket_size", Zero.reduce_bucket)),
+        stage=config.deepspeed.stage,
+        reduce_bucket=settings.get("reduce_bucket_size", Zero.reduce_bucket),
         prefetch=settings.get("stage3_prefetch_bucket_size"),
-        reuse_distance=int(settings.get("stage3_max_reuse_distance", Zero.reuse_distance)),
-        sub_group=int(settings.get("sub_group_size", Zero.sub_group)),
+        reuse_distance=settings.get("stage3_max_reuse_distance", Zero.reuse_distance),
+        sub_group=settings.get("sub_group_size", Zero.sub_group),
         offload_optimizer=off_gpu("offload_optimizer"),
         offload_parameters=off_gpu("offload_param"),
         overlap=settings.get("overlap_comm", True),

@@ -55,6 +55,31 @@ def build_reward(
         ValueError: unknown kind, class or option, a class that is no reward, or a constructor that raises.
         FileNotFoundError: no file, or nothing that loads at ``path``.
     """
+    reward_class, arguments = prepare_reward(kind, path, name, options, num_classes=num_classes)
+    try:
+        reward = reward_class(**arguments)
+    except Exception as error:
+        if kind in KINDS:  # these say themselves what to change
+            raise
+        raise ValueError(f"reward.terms: {name or kind}: its constructor raised {_said(error)}") from error
+    if name is not None or getattr(reward, "name", None) is None:
+        reward.name = name or kind.rpartition(":")[2]
+    return reward.to(device) if hasattr(reward, "to") else reward
+
+
+def prepare_reward(
+    kind: str,
+    path: str | None = None,
+    name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    num_classes: int | None = None,
+) -> tuple[type, dict[str, Any]]:
+    """The class of a reward and the arguments that its constructor gets. Loads no weights.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`build_reward`, but for what the constructor itself raises.
+    """
     where = f"reward.terms: {name or kind}"
     reward_class = _reward_class(kind)
     arguments = {**(options or {}), **({} if path is None else {"path": path})}
@@ -72,15 +97,14 @@ def build_reward(
         raise ValueError(
             f"{where}: its constructor does not take what is given ({error}): it takes {known}; change path or options"
         ) from None
-    try:
-        reward = reward_class(**arguments)
-    except Exception as error:
-        if kind in KINDS:  # these say themselves what to change
-            raise
-        raise ValueError(f"{where}: its constructor raised {_said(error)}") from error
-    if name is not None or getattr(reward, "name", None) is None:
-        reward.name = name or kind.rpartition(":")[2]
-    return reward.to(device) if hasattr(reward, "to") else reward
+    return reward_class, arguments
+
+
+def weights_of_reward(reward_class: type, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The folders and hub ids that a built-in reward will load from, by the name of its argument."""
+    parameters = inspect.signature(reward_class).parameters.values()
+    given = {p.name: arguments.get(p.name, p.default) for p in parameters if "str | Path" in str(p.annotation)}
+    return {name: str(value) for name, value in given.items() if isinstance(value, (str, Path))}
 
 
 def is_differentiable(kind: str) -> bool:

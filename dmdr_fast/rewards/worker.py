@@ -156,7 +156,9 @@ def _leave_with_parent() -> None:
 
 def main() -> None:
     """``python -m dmdr_fast.rewards.worker FD``: serve on the socket FD."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the run finishes its update first
+    # Ctrl-C reaches the whole group, and launchers send SIGTERM to every descendant: the run finishes its update first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     serve(Connection(int(sys.argv[1])))
     os._exit(0)  # the thread that reads standard input would hold the interpreter's exit up

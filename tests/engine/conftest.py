@@ -33,12 +33,13 @@ def environment():
 def launch(environment):
     """launch(arguments, ranks=0) -> a started run; ranks = 0 is one process that knows of no others.
 
-    ``fresh`` starts a new interpreter, under the deepspeed launcher where there are ranks.
+    ``fresh`` starts a new interpreter, under the deepspeed launcher where there are ranks; ``place`` tells ranks their
+    place by other variables than torchrun's.
     """
 
-    def start(arguments, ranks=0, small=True, script=TRAIN, fresh=False):
+    def start(arguments, ranks=0, small=True, script=TRAIN, fresh=False, **place):
         words = [*(SMALL if small else []), *map(str, arguments)]
-        return (fresh_run if fresh else ForkedRun)(script, words, dict(environment), ranks)
+        return (fresh_run if fresh else ForkedRun)(script, words, dict(environment), ranks, **place)
 
     return start
 

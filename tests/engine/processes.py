@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PRELOADED = ["dmdr_fast.engine.trainer", "torch.utils.tensorboard", "tqdm", "sklearn.datasets", "scipy.linalg"]
@@ -31,6 +32,15 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+# (rank, ranks, port) -> the variables by which a launcher tells a process its place
+Place = Callable[[int, int, str], dict[str, str]]
+
+
+def torchrun_place(rank: int, ranks: int, port: str) -> dict[str, str]:
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def _child(script: str, arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
@@ -49,7 +59,9 @@ def _child(script: str, arguments: list[str], environment: dict[str, str], out: 
 class ForkedRun:
     """What ``subprocess.Popen`` offers, for one or more forked ranks of one run."""
 
-    def __init__(self, script: Path, arguments: list[str], environment: dict[str, str], ranks: int) -> None:
+    def __init__(
+        self, script: Path, arguments: list[str], environment: dict[str, str], ranks: int, place: Place | None = None
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.folder = tempfile.TemporaryDirectory()
@@ -59,9 +71,7 @@ class ForkedRun:
         port = str(free_port())
         self.processes = []
         for rank in range(max(ranks, 1)):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            given = environment | (place if ranks else {})
+            given = environment | ((place or torchrun_place)(rank, ranks, port) if ranks else {})
             process = context.Process(
                 target=_child, args=(str(script), arguments, given, str(self.out), str(self.err)), daemon=True
             )

@@ -85,3 +85,17 @@ def test_bf16_follows_fp32(run, tmp_path, stage, ranks):
     moved = sum((exact[n] - first[n]).square().sum() for n in exact).sqrt()
     moved_bf16 = sum((rounded[n] - first[n].bfloat16().float()).square().sum() for n in exact).sqrt()
     assert 0.5 * moved < moved_bf16 < 2.0 * moved
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_an_optimizer_in_the_json_gets_each_role_s_own_numbers(run, tmp_path, stage):
+    """The teacher of ``separate``, which no optimizer steps, is left out of it."""
+    path = tmp_path / "ds.json"
+    path.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "torch_adam": true}}}')
+    given = [*FIVE, "--sharing", "separate", "--optimizer.fake.weight_decay", "0.1", "--deepspeed.stage", stage]
+    weights = []
+    for name, extra in (("plain", []), ("other", ["--deepspeed.config", path])):
+        code, _, err = run([*given, "--run_dir", tmp_path / name, *extra])
+        assert code == 0, err
+        weights.append(result(tmp_path / name)[1])
+    assert weight_difference(*weights) < 1e-4

@@ -48,12 +48,17 @@ def test_wrong_input_is_one_line(run, tmp_path, arguments, words):
         assert time.monotonic() - began < TEN_SECONDS
 
 
+def test_a_lora_as_wide_as_no_layer_is_refused_before_a_teacher_is_trained(run, tmp_path):
+    code, _, err = run(["--run_dir", tmp_path, "--lora.rank", "33", "--teacher.train.steps", "9999999"])
+    assert "lora.rank: 33 is more than the 32 features of the widest layer" in refused(code, err)
+
+
 def test_unknown_key_in_the_file(run, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optimizer:\n  generator: {lr: 1e-4, learning_rate: 3}\n")
     line = refused(*run(["--config", file], small=False, fresh=True)[::2])
     assert "optimizer.generator.learning_rate: unknown key" in line
-    assert "keys of optimizer.generator: lr, rl_lr, decay" in line
+    assert "keys of optimizer.generator: lr, rl_lr, warmup_steps, decay" in line
 
 
 def test_launcher_passes_the_code_on(run, tmp_path):

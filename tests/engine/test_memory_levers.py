@@ -41,7 +41,7 @@ def trained_weights(roles):
     """Both trained roles after one update each, as rank 0 of one sees them."""
     x, t, y = inputs()
     for role in (roles.generator, roles.fake):
-        role.set_lr(1e-2)
+        role.set_lr([1e-2])
         role.backward((role(x, t, y) * x).mean(), last=True)
         assert role.step()
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_activation_modes_train_the_same_weights(ranks, tmp_path, stage):
 
 def test_cpu_offload_by_the_deepspeed_json_trains_the_same_weights(ranks, tmp_path):
     """Parameters and optimizer states offloaded; DeepSpeed's AdamW in torch, since its own would be compiled here."""
-    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-2, "weight_decay": 0.0}}
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto"}}
     cpu = {"device": "cpu", "pin_memory": False}
     outputs = []
     for zero in ({}, {"offload_optimizer": cpu, "offload_param": cpu}):

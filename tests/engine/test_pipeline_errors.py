@@ -79,7 +79,9 @@ def test_weights(refused, folder, tmp_path):
 
 def test_a_cache_of_another_encoder(refused, folder, tmp_path):
     cache = tmp_path / "cache"
-    assert "unreadable" not in refused(data__cache=cache, reward__terms="[{kind: clip_score, path: /nowhere}]")
+    (tmp_path / "empty").mkdir()
+    terms = json.dumps([{"kind": "clip_score", "path": str(tmp_path / "empty")}])
+    assert "unreadable" not in refused(data__cache=cache, reward__terms=terms)
     (key,) = cache.glob("text-*/key.json")
     key.write_text(json.dumps({"pipeline": "OtherPipeline"}))
     assert "its key.json is another encoder's" in refused(data__cache=cache)

@@ -6,7 +6,7 @@ import pytest
 
 from dmdr_fast import cli
 from dmdr_fast.config import AdamW
-from dmdr_fast.engine.recipe import learning_rate, recipe_of
+from dmdr_fast.engine.recipe import learning_rates, recipe_of
 from dmdr_fast.engine.sit_model import SiTModel
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -69,6 +69,16 @@ def test_help_documents_every_key():
 
 def test_learning_rate_is_constant_then_falls_to_a_tenth_in_each_phase():
     settings = AdamW(lr=1.0, rl_lr=0.5, decay=0.5)
-    rates = [learning_rate(settings, step, 100, 200) for step in (0, 50, 75, 99, 100, 150, 175, 199)]
+    rates = [rate for step in (0, 50, 75, 99, 100, 150, 175, 199) for rate in learning_rates(settings, step, 100, 200)]
     assert rates == pytest.approx([1.0, 1.0, 0.55, 0.118, 0.5, 0.5, 0.275, 0.059])
-    assert learning_rate(AdamW(lr=1.0), 99, 100, 200) == learning_rate(AdamW(lr=1.0), 199, 100, 200) == 1.0
+    assert learning_rates(AdamW(lr=1.0), 99, 100, 200) == learning_rates(AdamW(lr=1.0), 199, 100, 200) == [1.0]
+
+
+def test_the_warm_up_counts_each_role_s_own_updates_and_then_ends():
+    settings = AdamW(lr=1.0, rl_lr=0.5, warmup_steps=5)
+    assert [learning_rates(settings, step, 6, 9)[0] for step in range(8)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.5, 0.5]
+    )
+    assert [learning_rates(settings, step, 6, 9, updates=2) for step in range(4)] == [
+        pytest.approx(pair) for pair in ([0.2, 0.4], [0.6, 0.8], [1.0, 1.0], [1.0, 1.0])
+    ]

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from dmdr_fast import cli
+from dmdr_fast.engine.recipe import learning_rates
+
 from .conftest import TRAIN
 
 TWELVE = ["--train.cold_start_steps", "4", "--train.generator_steps", "12", "--checkpoint.every", "2"]
+TWELVE += ["--optimizer.generator.warmup_steps", "8", "--optimizer.fake.warmup_steps", "10"]
 FINAL = "final/generator.safetensors"
 
 
@@ -82,6 +86,15 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(run, uninter
     assert re.search(r"step_00000012 refused: generator/.*; trying the one before it", out)
     assert "step_00000010" in out
     assert (folder / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
+
+
+def test_the_log_has_the_learning_rates_of_the_warm_up(uninterrupted):
+    """Of the last step that a line covers; the fake score steps twice per generator update."""
+    optimizer = cli.load(uninterrupted / "config.yaml").optimizer
+    for k, text in enumerate((uninterrupted / "log.jsonl").read_text().splitlines()):
+        line = json.loads(text)
+        assert line["generator_lr"] == learning_rates(optimizer.generator, k, 4, 12)[-1]
+        assert line["fake_lr"] == learning_rates(optimizer.fake, k, 4, 12, 2)[-1]
 
 
 def kept(folder):

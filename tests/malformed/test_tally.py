@@ -1,0 +1,19 @@
+"""A small sample of the tally in the test suite: all cases by hand, a few drawn ones."""
+
+from pathlib import Path
+
+import pytest
+
+from . import KINDS, cases, verdict
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_input_is_refused_in_one_line_or_gives_what_it_should(tmp_path, kind):
+    faults = []
+    for i, case in enumerate(cases(kind, 10)):
+        folder = Path(tmp_path / str(i))
+        folder.mkdir()
+        outcome, said = verdict(case, folder)
+        if outcome == "fault":
+            faults.append(f"{case.name}: {said}")
+    assert not faults

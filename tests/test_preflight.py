@@ -1,0 +1,93 @@
+"""What can be told before anything is loaded is told then: packages, folders, arguments, the hub."""
+
+import http.server
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from dmdr_fast import cli, preflight
+from dmdr_fast.errors import UserError
+from dmdr_fast.hub import check_hub
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def refused(tmp_path, *flags, recipe="digits"):
+    config = cli.parse(["--config", str(CONFIGS / f"{recipe}.yaml"), "--run_dir", str(tmp_path / "run"), *flags])[0]
+    with pytest.raises(UserError) as raised:
+        preflight.check(config)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--log.wandb", "mine"], "log.wandb: wandb is not installed; pip install wandb"),
+        (["--reward.held_out", "[{kind: clip_score, path: /no/where}]"], "reward.held_out: clip_score: path: no such"),
+        (["--reward.terms", "[{kind: hps, options: {clip: a/b/c}}]"], "reward.terms: hps: clip: no such folder"),
+        (["--reward.terms", "[{kind: classifier}]"], "reward.terms: classifier: expected path"),
+        (["--reward.terms", "[{kind: hps, options: {typo: 1}}]"], "reward.terms: hps: its constructor does not take"),
+        (["--reward.terms", "[{kind: hps, options: {dtype: fp8}}]"], "options.dtype: expected one of fp32, bf16, fp16"),
+        (["--eval.data", "no/where"], "eval.data: no such folder: no/where"),
+        (["--eval.data", "/", "--eval.features", "./no"], "eval.features: no such folder: ./no"),
+        (["--teacher.weights", "a\0b"], "teacher.weights: no such file"),
+        (["--teacher.weights", "a" * 5000], "teacher.weights: no such file"),
+        (["--run_dir", "\0"], "run_dir: \0 cannot be written"),
+    ],
+)  # fmt: skip
+def test_told_before_loading(tmp_path, flags, words):
+    assert words in refused(tmp_path, *flags)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, and a hub that nothing can reach."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "hub"
+
+
+def test_an_unreachable_hub_is_told_once_and_at_once(tmp_path, cache):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n")
+    began = time.monotonic()
+    line = refused(tmp_path, "--data.prompts", str(prompts), recipe="sd35_large")
+    assert time.monotonic() - began < 10  # the imports
+    assert "the hub cannot be reached" in line and "its cache lacks" in line
+
+
+def test_with_all_in_the_cache_the_hub_is_not_needed(cache):
+    names = {"teacher.pipeline": ("org/teacher", None), "decoder.path": ("org/vae", None)}
+    (cache / "models--org--teacher" / "snapshots" / "1a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"decoder.path: the hub cannot be reached .* its cache lacks org/vae"):
+        check_hub(names)
+    (cache / "models--org--vae" / "snapshots" / "1a").mkdir(parents=True)
+    check_hub(names)
+    assert constants.HF_HUB_OFFLINE  # the loaders do not try again
+
+
+def test_a_repository_that_the_hub_does_not_have(cache, monkeypatch):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({"error": "Repository not found"}).encode()
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match=r"teacher.pipeline: the hub does not give org/nothing"):
+            check_hub({"teacher.pipeline": ("org/nothing", None)})
+        server.shutdown()
