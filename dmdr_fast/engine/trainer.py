@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.recipe import Data, Recipe, RewardModel
-from dmdr_fast.algorithm.rl.experience import rows_of
-from dmdr_fast.algorithm.rl.policy import batch_name
-from dmdr_fast.algorithm.rl.refl import Decode, refl_loss
-from dmdr_fast.algorithm.step import Update, dmdr_update, simulate
+from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.algorithm.step import Update, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
@@ -36,7 +34,7 @@ from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rates, recipe_of, table_text
-from dmdr_fast.engine.reward_weight import RewardWeight
+from dmdr_fast.engine.reward_weight import RewardWeight, first_rl_loss
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.run_lock import lock_run
 from dmdr_fast.engine.shards import EMA, save_generator
@@ -251,20 +249,11 @@ class Run:
         if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
             return
         if self.weight.value is None:
-            index = (self.step, self.recipe.fake_updates - 1)
-            given = (self.roles.generator, data, self.recipe, self.streams, index)
-            losses = []
-            for shard in shards:
-                sample = simulate(*given, shard, self.ranks.device)
-                inputs, name = sample.batch.reward_inputs, batch_name(self.step, shard)
-
-                def score(images: Tensor, rows: slice, inputs: dict = inputs, name: str = name) -> Tensor:
-                    return self.rewards.score(images, rows_of(inputs, rows), batch=name)[0]
-
-                losses.append(refl_loss(sample.rollout.x0, self.decoder, score, self.recipe.rl.refl))
+            given = (data, self.rewards, self.decoder, self.recipe, self.streams, self.step, shards, self.ranks.device)
+            loss = first_rl_loss(self.roles.generator, *given)
             self._look_at_rewards()
             try:
-                value = self.weight.match(torch.stack(losses).mean())
+                value = self.weight.match(loss)
             except ValueError as error:
                 self._end(str(error), "go on with --resume auto")
             self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
