@@ -47,7 +47,9 @@ class DeepSpeed(Section):
     """How the engines run."""
 
     stage: Literal[0, 2, 3] = key(0, "ZeRO stage: 0 replicates, 2 shards gradients and optimizer, 3 weights too.")
-    dtype: Literal["fp32", "bf16"] = key("fp32", "Compute type of the networks; master weights are fp32.")
+    dtype: Literal["fp32", "bf16", "fp16"] = key(
+        "fp32", "Compute type of the networks; master weights are fp32. fp16: with a dynamic loss scale, on GPUs."
+    )
     config: Path | None = key(None, "A DeepSpeed JSON whose keys come on top (offload, buckets, optimizer, ...).")
 
 

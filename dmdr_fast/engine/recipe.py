@@ -48,7 +48,8 @@ def recipe_of(config: Config, model: Model) -> Recipe:
 def dmd_options(config: Config, prediction: str, token: int) -> DMDOptions:
     """The ``dmd`` section and the teacher's guidance as the algorithm takes them."""
     guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode} if config.uses_cfg else {}
-    return DMDOptions(prediction=prediction, token=token, **guided, **config.dmd.model_dump())
+    own = config.dmd.model_dump(exclude={"score_dtype"})
+    return DMDOptions(prediction=prediction, token=token, **guided, **own)
 
 
 def rl_options(config: Config) -> RLOptions:
