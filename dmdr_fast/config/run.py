@@ -14,6 +14,9 @@ class Train(Section):
     cold_start_steps: Count = key(300, "Generator updates before reinforcement learning starts.")
     generator_steps: Positive = key(600, "Generator updates in all.")
     fake_updates: Positive = key(5, "R, fake-score updates per generator update.")
+    rollout_reuse: Positive = key(
+        1, "Fake updates in a row that share one rollout, renoised anew for each: cheaper, and another training run."
+    )
     micro_batch_size: Positive = key(64, "Samples per rank and micro-step.")
     gradient_accumulation: Positive = key(1, "Micro-steps per update.")
     max_skipped: Positive = key(10, "Skipped updates (non-finite gradients) in a row that end the run.")

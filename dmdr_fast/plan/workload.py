@@ -70,6 +70,8 @@ class Workload:
     fake_lora: Adapter | None = None  # None only under `separate`: the fake score trains all its weights
     student_steps: int = 4
     fake_updates: int = 5
+    rollout_reuse: int = 1  # fake updates that share a rollout
+    stop_step_per_rank: bool = False  # ranks draw their own stop steps, and wait for the longest rollout
     same_step: bool = False  # student.rollout: one forward more, x0 is renoised to its own time
     cfg: bool = True
     ema: bool = True
