@@ -15,8 +15,8 @@ class ReadAs:
 
     Each is cast when a layer reads it and freed when that layer is done with it. For forwards without grad. It acts
     where a module looks its tensors up, after ZeRO-3 has gathered them, so partitioned networks, fused layers, int8
-    weights (their scales are cast) and adapters are served alike. What is stored does not change; other dtypes and
-    tensor subclasses (float8) are read as they are. A compiled graph looks nothing up: run the network uncompiled.
+    weights (their scales are cast) and adapters are served alike; a compiled block gets a graph with the casts in it.
+    What is stored does not change; other dtypes and tensor subclasses (float8) are read as they are.
     """
 
     def __init__(self, model: nn.Module, own: torch.dtype) -> None:
