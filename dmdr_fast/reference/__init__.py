@@ -7,12 +7,13 @@ tangents are these formulas'.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.reference import activation, dmd, preprocess, qk_norm_rope  # noqa: F401
 from dmdr_fast.reference.lora import low_rank
 from dmdr_fast.reference.modulate import layer_norm_statistics
 from dmdr_fast.reference.noise import seeded_normals
@@ -20,6 +21,10 @@ from dmdr_fast.reference.philox import philox4x32, seeded_blocks
 from dmdr_fast.reference.registry import FUNCTIONS, RESULTS, Result, first_tensor
 from dmdr_fast.reference.rms_norm import rms_norm_statistic
 from dmdr_fast.reference.sde_step import sde_coefficients
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def run(name: str, args: tuple) -> Any:
