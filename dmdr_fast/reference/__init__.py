@@ -22,7 +22,6 @@ from dmdr_fast.reference.registry import FUNCTIONS, RESULTS, Result, first_tenso
 from dmdr_fast.reference.rms_norm import rms_norm_statistic
 from dmdr_fast.reference.sde_step import sde_coefficients
 
-
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 

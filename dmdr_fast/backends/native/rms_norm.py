@@ -25,5 +25,6 @@ def rms_norm_scale_bwd(run: Calls, a, out) -> None:
     g = Grouped(run, a.x, a.scale)
     call(
         run, "rms_norm_scale_bwd", _STRUCT, a, out, g, gather_weight=gather(g, a.weight, out.grad_weight),
-        gather=gather(g, a.scale, out.grad_scale), workspace=run.workspace("modulation", g.groups, g.tokens, g.width, 2),
+        gather=gather(g, a.scale, out.grad_scale),
+        workspace=run.workspace("modulation", g.groups, g.tokens, g.width, 2),
     )  # fmt: skip
