@@ -127,10 +127,9 @@ class Gradient:
         self.per_token = tokens == g.tokens and self._lines == g.groups
         self.summed = out is not None and not self.per_token
 
-    def allocate(self, run: Launches, chunks: int) -> None:
-        """The partial sums."""
-        self.buffer = run.new((self._grouped.groups, chunks, self._grouped.width), torch.float32)
-        self.parts = run.part(self.buffer.view(self._lines, -1, self._grouped.width), self.buffer)
+    def sum_in(self, run: Launches, buffer: Tensor) -> None:
+        """``buffer`` [G, C, D]: memory for the partial sums."""
+        self.buffer, self.parts = buffer, run.part(buffer.view(self._lines, -1, buffer.shape[-1]), buffer)
 
     @property
     def target(self) -> Rows | None:
@@ -153,10 +152,14 @@ def spread(run: Launches, g: Grouped, programs: int, *gradients: Gradient) -> tu
     traffic of 16k tokens. A constant and not the device's number, so that sums have the same order everywhere.
     """
     summed = [gradient for gradient in gradients if gradient.summed]
-    chunk = cdiv(g.tokens, max(1, min(g.tokens, programs // g.groups))) if summed else 1
-    for gradient in summed:
-        gradient.allocate(run, cdiv(g.tokens, chunk))
-    return cdiv(g.tokens, chunk), chunk
+    if not summed:
+        return g.tokens, 1
+    chunk = cdiv(g.tokens, max(1, min(g.tokens, programs // g.groups)))
+    chunks = cdiv(g.tokens, chunk)
+    sums = run.new((len(summed), g.groups, chunks, g.width), torch.float32)  # one allocation: each takes 1 us
+    for gradient, buffer in zip(summed, sums, strict=True):
+        gradient.sum_in(run, run.part(buffer, sums))
+    return chunks, chunk
 
 
 def row_tile(width: int, most: int) -> dict[str, object]:
