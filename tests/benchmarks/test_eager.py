@@ -45,11 +45,6 @@ CALLS = {
         {"kind": "flow_grpo", "eta": 0.7},
         ["v"],
     ),
-    "grpo_loss": (
-        lambda: {"logprob": 1e-3 * normal(9), "old_logprob": 1e-3 * normal(9), "advantage": 4 * normal(9)},
-        {"clip_low": 1e-3, "clip_high": 1e-3},
-        ["logprob"],
-    ),
     "layer_norm_modulate": (tokens, {}, ["x", "shift", "scale"]),
     "gated_residual": (
         lambda: {"x": normal(2, 5, 8), "h": normal(2, 5, 8), "gate": normal(2, 8)},
