@@ -41,7 +41,7 @@ def test_run_saves_and_comparison_fails_past_five_percent(tmp_path):
     results.write_text(json.dumps(record))
     second = run("--bench-compare", results)
     assert second.returncode == 1
-    assert "FAILED renoise noise, 8x16x128x128, float32, reference, forward: " in second.stdout
+    assert "FAILED renoise (noise), 8x16x128x128, float32, reference, forward: " in second.stdout
 
 
 def test_missing_file_to_compare_with_is_a_usage_error(tmp_path):
