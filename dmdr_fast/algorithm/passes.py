@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dmdr_fast.algorithm.rollout import expected_forwards
+
 Passes = Mapping[str, Mapping[str, float]]  # phase of the update -> role -> passes over the role's network
 
 
@@ -13,6 +15,7 @@ Passes = Mapping[str, Mapping[str, float]]  # phase of the update -> role -> pas
 class Schedule:
     """What decides how often networks run: N, R, micro-steps, and what RL adds.
 
+    ``rollout_reuse`` fake updates share a rollout. ``stop_ranks`` ranks draw stop steps of their own.
     ``policy_steps`` are the graded generator forwards that GRPO or DPO add, ``reference`` whether a KL or DPO holds the
     generator to another network or to itself without LoRA, ``one_network`` whether all roles share a base.
     """
@@ -20,6 +23,8 @@ class Schedule:
     steps: int
     fake_updates: int
     accumulation: int = 1
+    rollout_reuse: int = 1
+    stop_ranks: int = 1
     same_step: bool = False
     keep_gathered: bool = False
     policy_steps: int = 0
@@ -28,8 +33,13 @@ class Schedule:
 
     @property
     def rollout_steps(self) -> float:
-        """Forwards of one rollout in expectation: the stop step is uniform on the N steps."""
-        return (self.steps + 1) / 2 + self.same_step
+        """Forwards of one rollout in expectation: of the longest where ranks draw their own stop steps, as all wait."""
+        return expected_forwards(self.steps, self.stop_ranks)
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of one update and micro-batch."""
+        return math.ceil(self.fake_updates / self.rollout_reuse)
 
     def passes(self) -> Passes:
         """Passes of one update; a graded one is two, forward and backward."""
@@ -38,7 +48,7 @@ class Schedule:
             "policy update": {"generator": self.policy_steps * (2.0 + self.reference)},
         }
         once = {
-            "rollout": {"generator": self.fake_updates * (1.0 if self.keep_gathered else self.rollout_steps)},
+            "rollout": {"generator": self.rollouts * (1.0 if self.keep_gathered else self.rollout_steps)},
             "fake update": {"fake": 2.0 * self.fake_updates},
             "score pass": {"fake": 1.0, "teacher": 1.0},
             "generator update": {"generator": 2.0 + self.same_step + self.reference},
@@ -52,10 +62,11 @@ class Schedule:
         so does the graded pass that follows. The teacher by itself has no backward pass and lets go every time.
         """
         micro, every = self.accumulation, self.fake_updates * self.accumulation
+        rolled = self.rollouts * micro
         shared = self.one_network  # between any two backward passes, of either role, its weights are gathered once
         once = {
-            "rollout": {"generator": every if shared else 1.0},
-            "fake update": {"fake": 0.0 if shared else every - 1.0},
+            "rollout": {"generator": rolled if shared else 1.0},
+            "fake update": {"fake": every - rolled if shared else every - 1.0},
             "score pass": {"fake": micro if shared else 1.0, "teacher": float(micro)},
             "generator update": {"generator": 0.0 if shared else micro - 1.0},
         }

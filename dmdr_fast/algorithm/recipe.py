@@ -80,8 +80,9 @@ class RewardModel:
 class Recipe:
     """The numbers of one DMDR run that the step itself reads.
 
-    prediction: what generator, fake and real score predict on ``path``. saturation: |x0| beyond which a value counts
-    as saturated.
+    prediction: what generator, fake and real score predict on ``path``. rollout_reuse: fake updates in a row that train
+    on one rollout, renoised anew. stop_step_per: "micro_step" or "rank", see ``step.stop_places``. saturation: |x0|
+    beyond which a value counts as saturated.
     """
 
     grid: tuple[float, ...]
@@ -90,6 +91,8 @@ class Recipe:
     generator_steps: int
     fake_updates: int = 5
     rollout_variant: str = "backward_simulation"
+    rollout_reuse: int = 1
+    stop_step_per: str = "micro_step"
     prediction: str = "flow"
     path: Path = FLOW
     real_lora_scale: float = 0.0

@@ -1,8 +1,8 @@
 """Truncated backward simulation: the generator's own few-step sampling, run only as far as it is needed.
 
 The full N-step rollout is x_{t_0} = z, x0_i = x_{t_i} - t_i v_G(x_{t_i}, t_i), x_{t_{i+1}} = (1 - t_{i+1}) x0_i +
-t_{i+1} eps_i. An update trains the generator at one grid point, drawn once per update and the same on every rank, so
-the steps beyond it are never run: (N + 1) / 2 forwards in expectation in place of N.
+t_{i+1} eps_i. A micro-batch trains the generator at one grid point, so the steps beyond it are never run: (N + 1) / 2
+forwards in expectation in place of N.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ class Rollout:
 def draw_stop_step(rng: np.random.Generator, steps: int) -> int:
     """The stop step, uniform on 0..steps-1."""
     return int(rng.integers(steps))
+
+
+def expected_forwards(steps: int, ranks: int = 1) -> float:
+    """Forwards of a truncated rollout of N ``steps`` in expectation; of the longest where ``ranks`` draw their own.
+
+    N - sum_{k<N} (k / N)^ranks, so (N + 1) / 2 where all ranks stop alike.
+    """
+    return steps - sum((k / steps) ** ranks for k in range(1, steps))
 
 
 @torch.no_grad()

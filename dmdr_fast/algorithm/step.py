@@ -1,7 +1,7 @@
 """One update of DMDR, to be read beside Algorithm 1 of the paper (arXiv 2511.13649).
 
     repeat R times                                       (fake updates)
-        x0 <- G's truncated rollout                      no grad
+        x0 <- G's truncated rollout                      no grad; rollout_reuse updates share one
         F  <- F - lr grad  |F(renoise(x0), t) - target|^2
     g   <- DMD gradient at renoise(x0)                   one score pass, no grad
     g   <- g + w_rl * reward gradient at x0              after the cold start: ReFL
@@ -56,10 +56,14 @@ def simulate(
     shard: Shard,
     device: torch.device,
     group: int = 1,
+    place: int = 0,
 ) -> Simulated:
-    """Draw the conditions and the stop step of update ``index`` (step, fake update) and roll the generator out."""
+    """Draw the conditions and the stop step of update ``index`` (step, fake update) and roll the generator out.
+
+    Micro-batches of one ``place`` have one stop step.
+    """
     batch = data(index, shard, group)
-    stop = draw_stop_step(streams.rng("stop", *index), len(recipe.grid) - 1)
+    stop = draw_stop_step(streams.rng("stop", *index, *([place] if place else [])), len(recipe.grid) - 1)
     rollout = truncated_rollout(
         generator,
         lambda i: streams.noise("rollout", *index, i, shape=recipe.latent_shape, shard=shard, device=device),
@@ -71,6 +75,20 @@ def simulate(
         path=recipe.path,
     )
     return Simulated(batch, rollout, shard)
+
+
+def stop_places(recipe: Recipe, shards: Sequence[Shard], group: int = 1) -> Sequence[int]:
+    """Which of an update's stop steps each of this rank's micro-batches takes.
+
+    Every micro-step has its own, the same on every rank; with ``stop_step_per`` "rank" every micro-batch of every rank
+    has. The first is the one of an update that does not accumulate. Samples whose advantages are compared, in groups,
+    stop at one step.
+    """
+    if group > 1:
+        return [0] * len(shards)
+    if recipe.stop_step_per == "rank":
+        return [shard.start // shard.size for shard in shards]
+    return range(len(shards))
 
 
 def fake_update(
@@ -259,15 +277,22 @@ def dmdr_update(
     uses_dmd = recipe.uses_dmd(step) or not rl
     metrics, skipped, samples = {}, [], []
     for r in range(recipe.fake_updates if uses_dmd else 0):
-        last = r == recipe.fake_updates - 1
-        group = recipe.rl.group_size if rl and last and policy.weighs_guidance(recipe.rl) else 1
-        samples = [simulate(nets.generator, data, recipe, streams, (step, r), s, device, group) for s in shards]
+        if r % recipe.rollout_reuse == 0:
+            last = r + recipe.rollout_reuse >= recipe.fake_updates
+            group = recipe.rl.group_size if rl and last and policy.weighs_guidance(recipe.rl) else 1
+            samples = [
+                simulate(nets.generator, data, recipe, streams, (step, r), s, device, group, place)
+                for s, place in zip(shards, stop_places(recipe, shards, group), strict=True)
+            ]
         fake_metrics, applied = fake_update(nets.fake, samples, recipe, streams, (step, r))
         metrics |= fake_metrics
         if not applied:
             skipped.append("fake")
     if not uses_dmd and (recipe.rl.method == "refl" or (recipe.kl_weight and recipe.rl.method == "dpo")):
-        samples = [simulate(nets.generator, data, recipe, streams, (step, 0), s, device) for s in shards]
+        samples = [
+            simulate(nets.generator, data, recipe, streams, (step, 0), s, device, place=place)
+            for s, place in zip(shards, stop_places(recipe, shards), strict=True)
+        ]
     experience = None
     if rl and policy.has_losses(recipe.rl):
         experience = policy.collect(nets.generator, data, reward, recipe, streams, step, shards, device, gather)

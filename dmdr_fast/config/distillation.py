@@ -44,4 +44,9 @@ class DMD(Section):
     nan_policy: Literal["keep", "zero", "torch", "zero_sample"] = key(
         "keep", "Non-finite elements of g: keep lets the update be skipped; zero hides them; torch is nan_to_num."
     )
+    score_dtype: Literal["compute", "fp16", "fp32"] = key(
+        "compute",
+        "Type of the score pass alone. compute: deepspeed.dtype. fp16 rounds eight times less than bf16 and "
+        "overflows at 65504; fp32 is slow and exact. Weights are cast layer by layer as they are used.",
+    )
     reduction: Literal["mean", "sum"] = key("mean", "mean: gradient g / numel; sum: rCM's 2 g / batch.")

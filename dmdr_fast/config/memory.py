@@ -30,6 +30,11 @@ class Memory(Section):
 class Rollout(Section):
     """How the generator's rollouts run."""
 
+    stop_step_per: Literal["micro_step", "rank"] = key(
+        "micro_step",
+        "Who draws the step that a rollout stops at. micro_step: each micro-step of an update, for all ranks; rank: "
+        "each rank in each of them, for less variance: all wait for the longest (deepspeed.stage 0 and 2).",
+    )
     keep_gathered: bool = key(
         False, "ZeRO-3: gather the generator's weights once per rollout, not once per step; needs room for all of them."
     )

@@ -26,6 +26,11 @@ def problems(config: Config) -> Iterator[str]:
         yield f"renoise.t_min: {config.renoise.t_min} must be below renoise.t_max ({config.renoise.t_max})"
     if config.memory.frozen == "float8" and config.deepspeed.stage == 3:
         yield "memory.frozen: float8 weights cannot be partitioned; use int8, or deepspeed.stage 0 or 2"
+    if config.rollout.stop_step_per == "rank" and config.deepspeed.stage == 3:
+        yield (
+            "rollout.stop_step_per: rank; under deepspeed.stage 3 ranks gather weights together and must run the same "
+            "steps, set it to micro_step, or the stage to 0 or 2"
+        )
     if config.rollout.keep_gathered and config.deepspeed.stage != 3:
         yield "rollout.keep_gathered: only deepspeed.stage=3 partitions the weights; set it, or leave this off"
     yield from _sharing_problems(config)

@@ -103,4 +103,7 @@ class Monitors(Section):
     max_fake_loss: PositiveFloat | None = key(None, "Largest loss of the fake score.")
     max_saturation: Fraction | None = key(None, "Largest share of x0 outside [-1, 1] (pixels) or 4 sigma (latents).")
     max_clip_fraction: Fraction | None = key(None, "Largest share of clipped ratios (GRPO).")
+    max_score_rounding: PositiveFloat | None = key(
+        None, "Largest rounding error of the DMD gradient on a probe, |g - g_fp32| / |g_fp32|, at each log interval."
+    )
     patience: Positive = key(3, "Log intervals in a row beyond a threshold before it counts as collapse.")

@@ -14,6 +14,9 @@ class Train(Section):
     cold_start_steps: Count = key(300, "Generator updates before reinforcement learning starts.")
     generator_steps: Positive = key(600, "Generator updates in all.")
     fake_updates: Positive = key(5, "R, fake-score updates per generator update.")
+    rollout_reuse: Positive = key(
+        1, "Fake updates in a row that share one rollout, renoised anew for each: cheaper, and another training run."
+    )
     micro_batch_size: Positive = key(64, "Samples per rank and micro-step.")
     gradient_accumulation: Positive = key(1, "Micro-steps per update.")
     max_skipped: Positive = key(10, "Skipped updates (non-finite gradients) in a row that end the run.")
@@ -52,7 +55,9 @@ class DeepSpeed(Section):
     """How the engines run."""
 
     stage: Literal[0, 2, 3] = key(0, "ZeRO stage: 0 replicates, 2 shards gradients and optimizer, 3 weights too.")
-    dtype: Literal["fp32", "bf16"] = key("fp32", "Compute type of the networks; master weights are fp32.")
+    dtype: Literal["fp32", "bf16", "fp16"] = key(
+        "fp32", "Compute type of the networks; master weights are fp32. fp16: with a dynamic loss scale, on GPUs."
+    )
     config: Path | None = key(None, "A DeepSpeed JSON whose keys come on top (offload, buckets, optimizer, ...).")
 
 

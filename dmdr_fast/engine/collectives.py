@@ -28,6 +28,7 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
         steps=config.student.steps,
         fake_updates=config.train.fake_updates,
         accumulation=config.train.gradient_accumulation,
+        rollout_reuse=config.train.rollout_reuse,
         same_step=config.student.rollout == "same_step",
         keep_gathered=config.rollout.keep_gathered,
         policy_steps=policy_steps(config),

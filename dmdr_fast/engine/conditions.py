@@ -121,7 +121,9 @@ def cached_prompts(
         UserError: a prompt too long, or a cache that is another encoder's.
     """
     negative, family = config.data.negative_prompt, model.family
-    encoder = TextEncoder(family, dtype=DTYPES[config.deepspeed.dtype], device=ranks.device)
+    # Text encoders overflow in fp16; the networks cast the embeddings.
+    dtype = DTYPES["bf16" if config.deepspeed.dtype == "fp16" else config.deepspeed.dtype]
+    encoder = TextEncoder(family, dtype=dtype, device=ranks.device)
     cache, everything = TextCache(encoder, config.data.cache), [prompt for prompts in lists for prompt in prompts]
     _fill(cache, everything, negative, ranks)
     length = cache.longest(everything, [negative])

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from dmdr_fast.config import AdamW, Config
@@ -13,7 +14,10 @@ from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.engine.optimizers import build_optimizer, numbers
 from dmdr_fast.models.blocks import largest_block
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# A loss scale per role: it halves when a gradient overflows and doubles after 1,000 steps in which none did.
+LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1}
 
 
 def engine_config(config: Config, *, trained: bool) -> dict[str, Any]:
@@ -24,6 +28,7 @@ def engine_config(config: Config, *, trained: bool) -> dict[str, Any]:
         "gradient_clipping": 0.0 if clips_itself(config) else config.optimizer.clip,
         "steps_per_print": 10**9,  # the run has its own log
         "bf16": {"enabled": config.deepspeed.dtype == "bf16"},
+        "fp16": {"enabled": config.deepspeed.dtype == "fp16", **LOSS_SCALE},
         "zero_optimization": {"stage": config.deepspeed.stage, "overlap_comm": torch.cuda.is_available()},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -84,7 +89,16 @@ def trained_engine(module: nn.Module, config: Config, optimizer: AdamW) -> deeps
     engine = deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=settings)[0]
     if config.deepspeed.stage == 3:
         trace_graded_passes(engine)
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        keep_masters(engine.optimizer)
     return engine
+
+
+def keep_masters(optimizer: FP16_UnfusedOptimizer) -> None:
+    """Let every parameter know its fp32 master, which at stage 0 the optimizer alone has."""
+    for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for parameter, master in zip(parameters, masters, strict=True):
+            parameter.fp32_master = master
 
 
 def frozen_network(module: nn.Module, config: Config, device: torch.device) -> nn.Module:

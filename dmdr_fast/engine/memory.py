@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dmdr_fast import ops
@@ -28,6 +29,8 @@ from dmdr_fast.models.eight_bit import float8_refusal, quantise_blocks
 def check_levers(config: Config, device: torch.device) -> None:
     """Raise a UserError where a lever cannot work on ``device``: before any weights are read."""
     check_device(config.optimizer.kind, device)
+    if config.deepspeed.dtype == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(f"deepspeed.dtype: fp16 does not train on this {device.type}; use bf16 or fp32")
     if config.memory.frozen == "float8":
         refusal = float8_refusal(device)
         if refusal is not None:

@@ -13,6 +13,7 @@ WATCHED = {
     "diversity": ("min_diversity", operator.lt, "samples of a class grow alike"),
     "rl_grad_ratio": ("max_grad_ratio", operator.gt, "the reward outweighs DMD"),
     "fake_loss": ("max_fake_loss", operator.gt, "the fake score does not follow the generator"),
+    "score_rounding": ("max_score_rounding", operator.gt, "the DMD gradient is the rounding of the scores"),
     "saturation": ("max_saturation", operator.gt, "samples leave the data's range"),
     "clip_fraction": ("max_clip_fraction", operator.gt, "the policy moves further than its rollouts support"),
 }

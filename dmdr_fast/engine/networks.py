@@ -20,8 +20,9 @@ from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.engines import DTYPES, frozen_network, trace_graded_passes, trained_engine
 from dmdr_fast.engine.memory import build_probe, check_levers, quantise_frozen
 from dmdr_fast.engine.model import Model, Start
-from dmdr_fast.engine.roles import AdapterRole, FrozenRole, Role, TrainedRole
+from dmdr_fast.engine.roles import AdapterRole, FrozenRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.engine.score import ScoreRole
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.partitioned import whole_shape
@@ -64,6 +65,7 @@ class Roles:
     """The networks of a run as the algorithm, the checkpoint and the evaluation need them."""
 
     networks: Networks
+    scorers: tuple[ScoreRole, ...]  # of the score pass
     teacher: Network  # the plain teacher, without LoRA
     trained_parameters: dict[str, int]
     total_parameters: dict[str, int]
@@ -129,7 +131,8 @@ def _engines(
     fake_scale = config.dyna_dg.fake_scale
     fake = TrainedRole(trained_engine(fake_net, config, config.optimizer.fake), config, adapter, fake_scale)
     if adapter is not None:
-        score = shared_scores(Role(fake.engine, dtype), adapter.set_scale, fake_scale=fake_scale)
+        scorers = (ScoreRole(fake.engine, config),)
+        score = shared_scores(*scorers, adapter.set_scale, fake_scale=fake_scale)
         teacher = FrozenRole(fake.engine, dtype, {adapter: None})
     else:
         teacher_net = model.load(device, whole=quantised).to(dtype)
@@ -138,7 +141,8 @@ def _engines(
         nets["teacher"], paths["teacher"] = teacher_net, compute.apply(teacher_net, config, device)
         counts["teacher"] = (0, _counts(teacher_net)[1])
         teacher = FrozenRole(frozen_network(teacher_net, config, device), dtype)
-        score = separate_scores(fake, teacher)
+        scorers = (ScoreRole(fake.engine, config), ScoreRole(teacher.network, config))
+        score = separate_scores(*scorers)
     lora_off = None if generator_adapter is None else FrozenRole(generator.engine, dtype, {generator_adapter: None})
     reference = _reference(config, model, device, lora_off)
     trained = {n: trained for n, (trained, _) in counts.items() if trained}
@@ -146,6 +150,7 @@ def _engines(
         notes.append(collectives(config, nets, trained))
     return Roles(
         networks=Networks(generator, fake, score, reference),
+        scorers=scorers,
         teacher=teacher,
         trained_parameters=trained,
         total_parameters={n: total for n, (_, total) in counts.items()},
@@ -183,13 +188,15 @@ def _shared_all(
     generator = AdapterRole(base, config, g, {g: student.scale, f: None}, config.optimizer.generator, ranks)
     fake = AdapterRole(base, config, f, {g: None, f: fake_scale}, config.optimizer.fake, ranks)
     teacher = FrozenRole(base, dtype, {g: None, f: None})
-    score = shared_scores(Role(base, dtype, {g: None}), f.set_scale, fake_scale=fake_scale)
+    scorers = (ScoreRole(base, config, {g: None}),)
+    score = shared_scores(*scorers, f.set_scale, fake_scale=fake_scale)
     reference = _reference(config, model, device, teacher)
     trained = {n: sum(p.numel() for p in a.parameters()) for n, a in adapters.items()}
     if config.deepspeed.stage == 3:
         notes.append(collectives(config, {"base": base}, trained))
     return Roles(
         networks=Networks(generator, fake, score, reference),
+        scorers=scorers,
         teacher=teacher,
         trained_parameters=trained,
         total_parameters={"base": total},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.passes import Schedule
 from dmdr_fast.algorithm.recipe import Recipe
 from dmdr_fast.algorithm.rl.options import DPOOptions, GRPOOptions, ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
@@ -28,6 +29,8 @@ def recipe_of(config: Config, model: Model) -> Recipe:
         generator_steps=config.train.generator_steps,
         fake_updates=config.train.fake_updates,
         rollout_variant=config.student.rollout,
+        rollout_reuse=config.train.rollout_reuse,
+        stop_step_per=config.rollout.stop_step_per,
         real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
         dynamic_guidance_step=config.dyna_dg.dynamic_step,
         renoise=RenoiseLaw(
@@ -48,7 +51,8 @@ def recipe_of(config: Config, model: Model) -> Recipe:
 def dmd_options(config: Config, prediction: str, token: int) -> DMDOptions:
     """The ``dmd`` section and the teacher's guidance as the algorithm takes them."""
     guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode} if config.uses_cfg else {}
-    return DMDOptions(prediction=prediction, token=token, **guided, **config.dmd.model_dump())
+    own = config.dmd.model_dump(exclude={"score_dtype"})
+    return DMDOptions(prediction=prediction, token=token, **guided, **own)
 
 
 def rl_options(config: Config) -> RLOptions:
@@ -103,6 +107,7 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         f"renoise    {renoise}",
         f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
         f"{_rl_words(config)}; R = {recipe.fake_updates}, batch {batch}",
+        _rollout_words(recipe, config.train.gradient_accumulation, ranks.world_size),
         f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
         f"on {ranks.device.type}",
         *roles.notes,
@@ -113,6 +118,24 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
 def _guidance_words(dmd: DMDOptions) -> str:
     standard = dmd.cfg_scale + (1.0 if dmd.cfg_mode == "offset" else 0.0)
     return f"CFG scale {standard:g} (standard form{', rescaled per token' if dmd.cfg_mode == 'per_token' else ''})"
+
+
+def _rollout_words(recipe: Recipe, micro_steps: int, ranks: int) -> str:
+    """What the rollouts of an update cost, and who draws their stop steps."""
+    per_rank = recipe.stop_step_per == "rank" and ranks > 1
+    plan = Schedule(
+        steps=len(recipe.grid) - 1,
+        fake_updates=recipe.fake_updates,
+        accumulation=micro_steps,
+        rollout_reuse=recipe.rollout_reuse,
+        stop_ranks=ranks if per_rank else 1,
+    )
+    drawn = "rank and micro-step, of which all await the longest" if per_rank else "micro-step"
+    reused = f", each renoised for {recipe.rollout_reuse} fake updates" if recipe.rollout_reuse > 1 else ""
+    return (
+        f"rollouts   {plan.rollouts} of {plan.rollout_steps:.4g} forwards per micro-step{reused}, one stop step per "
+        f"{drawn}: {plan.rollouts * plan.rollout_steps * micro_steps:.4g} F-units an update"
+    )
 
 
 def _sizes(roles: Roles) -> list[tuple[str, int, int]]:

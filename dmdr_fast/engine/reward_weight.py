@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmdr_fast.algorithm.recipe import Data, Recipe, Trained
+from dmdr_fast.algorithm.rl.experience import rows_of
+from dmdr_fast.algorithm.rl.policy import batch_name
+from dmdr_fast.algorithm.rl.refl import Decode, refl_loss
+from dmdr_fast.algorithm.step import simulate
+from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.runtime import Runtime
 
 WINDOW = 100  # updates at the end of the cold start: one update's loss depends on its few renoise times
@@ -57,3 +64,28 @@ class RewardWeight:
     def _means(self, values: Iterable[Tensor]) -> Tensor:
         """The means over the ranks, fp32: in fp64 between, so that the mean of equal fp32 numbers is that number."""
         return self.ranks.mean(torch.stack(list(values)).double()).float()
+
+
+def first_rl_loss(
+    generator: Trained,
+    data: Data,
+    rewards: RewardSet,
+    decode: Decode,
+    recipe: Recipe,
+    streams: Streams,
+    step: int,
+    shards: Sequence[Shard],
+    device: torch.device,
+) -> Tensor:
+    """ReFL's loss on the samples of update ``step``, 0-d, the mean of this rank's micro-batches; the generator is still
+    that of ``step``. All ranks must call."""
+    losses = []
+    for shard in shards:
+        sample = simulate(generator, data, recipe, streams, (step, recipe.fake_updates - 1), shard, device)
+        inputs, name = sample.batch.reward_inputs, batch_name(step, shard)
+
+        def score(images: Tensor, rows: slice, inputs: dict = inputs, name: str = name) -> Tensor:
+            return rewards.score(images, rows_of(inputs, rows), batch=name)[0]
+
+        losses.append(refl_loss(sample.rollout.x0, decode, score, recipe.rl.refl))
+    return torch.stack(losses).mean()

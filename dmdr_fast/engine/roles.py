@@ -8,15 +8,18 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 from torch import Tensor, nn
 
 from dmdr_fast.config import AdamW, Config
-from dmdr_fast.engine.engines import DTYPES, clips_itself
+from dmdr_fast.engine.engines import DTYPES, clips_itself, engine_config
 from dmdr_fast.engine.optimizers import build_optimizer
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.models.lora import LoraAdapter, Scale
 from dmdr_fast.models.partitioned import kept_whole
 
+LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 Worn = Mapping[LoraAdapter, Scale]
 
 
@@ -49,6 +52,7 @@ class _Trained(Role):
     module: nn.Module
     adapter: LoraAdapter | None
     optimizer: Any
+    scaler: Any  # DeepSpeed's, with LOSS_SCALE_STATE in fp16
     gradient_norm = float("nan")  # of the last step that was applied, before clipping
     _rates: Sequence[float] = ()
 
@@ -82,6 +86,22 @@ class _Trained(Role):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
 
+    @property
+    def loss_scale(self) -> float | None:
+        """The dynamic loss scale of fp16; None in other types."""
+        return float(self.scaler.cur_scale) if self.dtype == torch.float16 else None
+
+    @property
+    def loss_scale_state(self) -> dict[str, float]:
+        """What a checkpoint keeps of the loss scale; {} in other types than fp16."""
+        kept = LOSS_SCALE_STATE if self.dtype == torch.float16 else ()
+        return {n: getattr(self.scaler, n) for n in kept if hasattr(self.scaler, n)}  # a fixed one has fewer
+
+    @loss_scale_state.setter
+    def loss_scale_state(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            setattr(self.scaler, name, value)
+
 
 class TrainedRole(_Trained):
     """A role with an engine behind it (``dmdr_fast.algorithm.recipe.Trained``).
@@ -99,6 +119,10 @@ class TrainedRole(_Trained):
         super().__init__(engine, config, {} if adapter is None else {adapter: lora_scale})
         self.engine, self.module, self.adapter, self.lora_scale = engine, engine.module, adapter, lora_scale
         self.optimizer = engine.optimizer
+        if self.dtype == torch.float16:  # ZeRO's optimizers have a scaler, those of stage 0 its numbers
+            self.scaler = getattr(self.optimizer, "loss_scaler", None) or self.optimizer.loss_scale_config
+            self.scaler.raise_error_at_min_scale = False  # train.max_skipped ends such a run, with a checkpoint
+        self.scales_itself = self.dtype == torch.float16 and not isinstance(self.optimizer, ZeROOptimizer)
         self.own_clip = config.optimizer.clip if clips_itself(config) else None
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -107,7 +131,8 @@ class TrainedRole(_Trained):
         A micro-batch may have several losses, so DeepSpeed, which would count calls, is told which is the last.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss)
+        # DeepSpeed divides by the loss scale at every stage and multiplies at stages 1 to 3 alone.
+        self.engine.backward(loss * self.loss_scale if self.scales_itself else loss)
 
     def step(self) -> bool:
         """Clip and step. A non-finite gradient anywhere leaves weights and optimizer untouched on every rank.
@@ -117,8 +142,10 @@ class TrainedRole(_Trained):
         """
         self._begin_step()
         if self.own_clip is None:
+            scale = self.loss_scale if self.scales_itself else 1.0
             self.engine.step()
             applied, norm = self.engine.was_step_applied(), self.engine.get_global_grad_norm()
+            norm = norm / scale if applied else norm
         else:
             norm = clip(self.module.parameters(), self.own_clip)
             applied = bool(torch.isfinite(norm))
@@ -145,10 +172,11 @@ class AdapterRole(_Trained):
         self.parameters = list(adapter.parameters())
         self.optimizer = build_optimizer(self.parameters, settings, config.optimizer.kind)
         self.accumulation, self.clip = config.train.gradient_accumulation, config.optimizer.clip
+        self.scaler = loss_scaler(config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of one loss; on the last one they are averaged over the ranks."""
-        (loss / self.accumulation).backward()
+        (loss * self.scaler.cur_scale / self.accumulation).backward()
         for parameter in self.module.parameters():
             # ZeRO-3 lets a module's weights go once its input's gradient is there: before the first adapter, never.
             getattr(parameter, "ds_active_sub_modules", set()).clear()
@@ -161,13 +189,31 @@ class AdapterRole(_Trained):
     def step(self) -> bool:
         """Clip and step; a gradient that is not finite, on whichever rank, leaves everything as it was on all."""
         self._begin_step()
+        if self.dtype == torch.float16:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scaler.cur_scale)
         norm = clip(self.parameters, self.clip)
         applied = bool(torch.isfinite(norm))
         if applied:
             self.optimizer.step()
             self.gradient_norm = float(norm)
+        if self.dtype == torch.float16:
+            self.scaler.update_scale(not applied)
         self.optimizer.zero_grad()
         return applied
+
+
+def loss_scaler(config: Config) -> LossScalerBase:
+    """What DeepSpeed's engines scale their losses by, for a role without an engine: 1 in other types than fp16."""
+    fp16 = engine_config(config, trained=True)["fp16"]
+    dynamic = {
+        "init_scale": 2.0 ** fp16["initial_scale_power"],
+        "scale_window": fp16["loss_scale_window"],
+        "min_scale": fp16.get("min_loss_scale", 1.0),
+        "delayed_shift": fp16["hysteresis"],
+        "consecutive_hysteresis": fp16.get("consecutive_hysteresis", False),
+        "raise_error_at_min_scale": False,
+    }
+    return CreateLossScaler(DTYPES[config.deepspeed.dtype], fp16["loss_scale"], not fp16["loss_scale"], dynamic)
 
 
 def clip(parameters: Iterable[nn.Parameter], bound: float) -> Tensor:

@@ -20,14 +20,14 @@ from dmdr_fast.models.lora import LoraAdapter
 def master_shard(parameter: nn.Parameter) -> Tensor | None:
     """The fp32 master weights of a trained parameter that this rank keeps; None where it keeps none of them.
 
-    ZeRO-3: a flat, padded slice. ZeRO-2: the flat part of it in this rank's optimizer partition. Stage 0: the whole
-    parameter (bf16 at stage 0 keeps its master copy out of reach: then the bf16 values).
+    ZeRO-3: a flat, padded slice. ZeRO-2: the flat part of it in this rank's optimizer partition. Stage 0: all of it
+    (of a fused optimizer that ``deepspeed.config`` names the bf16 or fp16 values: its master is out of reach).
     """
     if hasattr(parameter, "ds_tensor"):
         return deepspeed.utils.safe_get_local_fp32_param(parameter)
     if hasattr(parameter, "_hp_mapping"):
         return None if parameter._hp_mapping is None else parameter._hp_mapping.hp_fragment
-    return parameter.data
+    return getattr(parameter, "fp32_master", parameter).data
 
 
 def full_parameters(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

@@ -2,9 +2,10 @@
 
 A folder holds, of each rank that keeps a part, ``KIND.00000.safetensors`` (1-D parts by name) for KIND "weight" (fp32
 master), "ema" and each of the optimizer's states ("exp_avg", ...), and ``parts.00000.json``: where the parts begin in
-their whole, flattened parameters, the whole shapes, and what the optimizer counts. A reader takes the elements that it
-needs from whichever files hold them, so any number of ranks and any ZeRO stage reads what any other has written, to
-the bit. 8-bit moments are the exception: their blocks follow the writer's partition, and go with ``blocks.00000.pt``.
+their whole, flattened parameters, the whole shapes, what the optimizer counts, and the loss scale of fp16. A reader
+takes the elements that it needs from whichever files hold them, so any number of ranks and any ZeRO stage reads what
+any other has written, to the bit. 8-bit moments are the exception: their blocks follow the writer's partition, and go
+with ``blocks.00000.pt``.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ def save_role(folder: Path, role: TrainedRole | AdapterRole, ema: EMA | None, ra
         folder.mkdir(parents=True, exist_ok=True)
     ranks.barrier()
     place: dict[str, Any] = {"parts": {}, "shapes": {}, "counts": defaultdict(dict)}
+    place["loss_scale"] = role.loss_scale_state
     states, blocks = set(), {}
     for index, slot in enumerate(slots(role)):
         state = optimizer.state.get(slot.master, {})
@@ -199,7 +201,7 @@ def load_role(stored: StoredRole, role: TrainedRole | AdapterRole, ema: EMA | No
     Raises:
         UserError: 8-bit moments of another number of ranks or another stage.
     """
-    optimizer = _torch_optimizer(role)
+    optimizer, role.loss_scale_state = _torch_optimizer(role), stored.loss_scale
     for index, slot in enumerate(slots(role, write=True)):
         flat = slot.master.detach().reshape(-1).to("cpu", copy=True)  # with the padding that it has
         slot.master.data.copy_(_filled(flat, stored, "weight", slot).view(slot.master.shape))
@@ -253,6 +255,7 @@ class StoredRole:
 
     Attributes:
         shapes: of the whole parameters, by name.
+        loss_scale: of fp16; {} in other types.
         counts: what the optimizer counts: kind to name to number, or a list of the one number of a tensor.
         states: the optimizer's states that can be cut: their kinds.
     """
@@ -264,6 +267,7 @@ class StoredRole:
         self._places = {name.split(".")[1]: json.loads((folder / name).read_text()) for name in places}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.counts: dict[str, dict[str, Any]] = defaultdict(dict)
+        self.loss_scale: dict[str, float] = next((place["loss_scale"] for place in self._places.values()), {})
         self._where: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
         for rank, place in self._places.items():
             self.shapes |= {name: tuple(shape) for name, shape in place["shapes"].items()}

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.recipe import Data, Recipe, RewardModel
-from dmdr_fast.algorithm.rl.experience import rows_of
-from dmdr_fast.algorithm.rl.policy import batch_name
-from dmdr_fast.algorithm.rl.refl import Decode, refl_loss
-from dmdr_fast.algorithm.step import Update, dmdr_update, simulate
+from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.algorithm.step import Update, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
@@ -32,13 +30,15 @@ from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.go_on import resume_command
 from dmdr_fast.engine.identity import evaluates_anew, run_settings
 from dmdr_fast.engine.logs import RunLog
+from dmdr_fast.engine.memory import build_probe
 from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rates, recipe_of, table_text
-from dmdr_fast.engine.reward_weight import RewardWeight
+from dmdr_fast.engine.reward_weight import RewardWeight, first_rl_loss
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.run_lock import lock_run
+from dmdr_fast.engine.score import Rounding, can_measure, rounding_line, score_rounding, take_overflow
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.engine.stopping import StopRequest
@@ -175,6 +175,8 @@ class Run:
             (config.run_dir / "config.yaml").write_text(dump(config))
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # that of a run that was finished
         ranks.say(describe(config, run.recipe, roles, ranks))
+        if can_measure(config):
+            ranks.say(rounding_line(run._rounding(), config))
         return run
 
     def updates(self, stop: StopRequest) -> bool:
@@ -201,6 +203,9 @@ class Run:
                 ranks.device,
                 ranks.global_batch,
             )
+            overflow = take_overflow(self.roles.scorers)
+            if overflow is not None:
+                update.metrics["score_overflow"] = overflow
             if self.rewards is not None and self.recipe.rl_active(self.step):
                 self.rewards.end_update(ranks.sum)
             self.step += 1
@@ -251,20 +256,11 @@ class Run:
         if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
             return
         if self.weight.value is None:
-            index = (self.step, self.recipe.fake_updates - 1)
-            given = (self.roles.generator, data, self.recipe, self.streams, index)
-            losses = []
-            for shard in shards:
-                sample = simulate(*given, shard, self.ranks.device)
-                inputs, name = sample.batch.reward_inputs, batch_name(self.step, shard)
-
-                def score(images: Tensor, rows: slice, inputs: dict = inputs, name: str = name) -> Tensor:
-                    return self.rewards.score(images, rows_of(inputs, rows), batch=name)[0]
-
-                losses.append(refl_loss(sample.rollout.x0, self.decoder, score, self.recipe.rl.refl))
+            given = (data, self.rewards, self.decoder, self.recipe, self.streams, self.step, shards, self.ranks.device)
+            loss = first_rl_loss(self.roles.generator, *given)
             self._look_at_rewards()
             try:
-                value = self.weight.match(torch.stack(losses).mean())
+                value = self.weight.match(loss)
             except ValueError as error:
                 self._end(str(error), "go on with --resume auto")
             self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
@@ -278,6 +274,12 @@ class Run:
             held_out = self.rewards.held_out_scores(images, given, batch=batch)
             named |= {f"held_out_{name}": values for name, values in held_out.items()}
         return total, named
+
+    def _rounding(self) -> Rounding:
+        """How much of the DMD gradient is the rounding of the score pass, now."""
+        roles, config = self.roles, self.config
+        probe = build_probe(self.model, self.conditions, config, self.ranks.device)
+        return score_rounding(roles.networks.score, roles.scorers, roles.generator, probe, self.recipe, self.step)
 
     def finish(self) -> None:
         """Write the evaluation and the report."""
@@ -346,7 +348,7 @@ class Run:
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        cause = diagnosis(update, self.ranks)
+        cause = diagnosis(update, self.roles, self.ranks)
         self.ranks.say(f"step {self.step}: update of {cause} skipped, {self.skipped_in_a_row} in a row")
         self._look_at_rewards()
         if self.skipped_in_a_row >= self.config.train.max_skipped:
@@ -388,6 +390,9 @@ class Run:
             values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
         if graphs := compiled_graphs():
             values["compilations"] = float(graphs)
+        values |= {f"{n}_loss_scale": r.loss_scale for n, r in _trained(self.roles).items() if r.loss_scale is not None}
+        if self.config.monitors.max_score_rounding is not None and can_measure(self.config):
+            values["score_rounding"] = self._rounding().error
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
@@ -428,9 +433,17 @@ def is_finished(config: Config, checkpoint: Path) -> bool:
     return step >= config.train.generator_steps and written == step and all((folder / p).is_file() for p in left)
 
 
-def diagnosis(update: Update, ranks: runtime.Runtime) -> str:
-    """Which role and which quantity was not finite. Fetches the metrics: only on a skipped update."""
+def diagnosis(update: Update, roles: Roles, ranks: runtime.Runtime) -> str:
+    """Which role was skipped and why. Fetches the metrics: only on a skipped update."""
     metrics = {n: v for n, v in update.metrics.items() if n != "diversity"}  # NaN where a batch has no two of a class
     bad = [n for n, v in metrics.items() if not torch.isfinite(v).item()]
-    everywhere = sorted({n for part in ranks.gather(bad) for n in part})
-    return f"{' and '.join(sorted(set(update.skipped)))} (not finite: {', '.join(everywhere) or 'gradient only'})"
+    found = ranks.gather((bad, metrics.get("score_overflow", torch.zeros(())).item()))
+    everywhere = sorted({n for part, _ in found for n in part})
+    causes = [f"not finite: {', '.join(everywhere) or 'gradient only'}"]
+    skipped = sorted(set(update.skipped))
+    scales = {n: r.loss_scale for n, r in _trained(roles).items() if n in skipped and r.loss_scale is not None}
+    if scales and not everywhere:
+        causes = ["fp16 gradients overflowed; loss scale now " + ", ".join(f"{n} {s:g}" for n, s in scales.items())]
+    if any(samples for _, samples in found):
+        causes.insert(0, f"the scores overflowed in fp16, set dmd.score_dtype to {roles.scorers[0].instead}")
+    return f"{' and '.join(skipped)} ({'; '.join(causes)})"

@@ -9,7 +9,8 @@ FLUX's shape, by public measurements. Every model calls that function or can be 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,6 +109,21 @@ def set_attention(model: nn.Module, choice: Choice) -> None:
     if backends - {None} or (backends and choice.kernel not in TORCH):
         names = DIFFUSERS if _diffusers_model(model, MASKED) is None else DIFFUSERS_MASKED
         _diffusers_model(model).set_attention_backend(names[choice.kernel])
+
+
+@contextmanager
+def torch_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, every attention of ``model`` runs torch's own: the one that takes fp32."""
+    own = [(m, "attention_kernel", "sdpa") for m in model.modules() if hasattr(m, "attention_kernel")]
+    own += [(m.processor, "_attention_backend", None) for m in model.modules() if _switchable(m)]
+    before = [getattr(owner, name) for owner, name, _ in own]
+    for owner, name, value in own:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(own, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _refusal(kernel: AttentionKernel, model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:

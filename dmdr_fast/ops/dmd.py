@@ -76,7 +76,7 @@ def dmd_gradient(
     normalizer: str = "per_sample",
     eps: float = 1e-8,
     eps_mode: str = "add",
-    nan_policy: str = "zero",
+    nan_policy: str = "keep",
     mask: Tensor | None = None,
     weight: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
@@ -111,8 +111,9 @@ def dmd_gradient(
         eps: >= 0; see ``eps_mode``. Unused with normalizer "none".
         eps_mode: "add": n + eps; "clamp": max(n, eps); "none": n as it is.
         nan_policy: for elements of g that are not finite in the output dtype.
-            "zero": NaN and infinities become 0. "torch": torch.nan_to_num in the output dtype: NaN 0, +-inf
-            the dtype's largest value. "zero_sample": the whole sample becomes 0. "keep": they stay.
+            "keep": they stay, so that whoever steps can see them and skip, as the trainer does. "zero": NaN and
+            infinities become 0. "torch": torch.nan_to_num in the output dtype: NaN 0, +-inf the dtype's largest
+            value. "zero_sample": the whole sample becomes 0.
         mask: bool or 0/1 tensor with x0's number of dimensions, each of size 1 or x0's. Means are over what
             it selects; g is 0 elsewhere. A sample it leaves empty gets g = 0.
         weight: extra factor of g, [B] or a number, finite.
@@ -153,7 +154,7 @@ def dmd_loss(
     normalizer: str = "per_sample",
     eps: float = 1e-8,
     eps_mode: str = "add",
-    nan_policy: str = "zero",
+    nan_policy: str = "keep",
     mask: Tensor | None = None,
     weight: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,

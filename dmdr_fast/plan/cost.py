@@ -81,12 +81,14 @@ def _counted(work: Workload, depths: tuple[int, ...]) -> np.ndarray:
     return np.array(split_flops(counter))
 
 
-def schedule(work: Workload) -> Schedule:
-    """How often the update of ``work`` runs each network."""
+def schedule(work: Workload, gpus: int = 1) -> Schedule:
+    """How often the update of ``work`` on ``gpus`` runs each network."""
     return Schedule(
         steps=work.student_steps,
         fake_updates=work.fake_updates,
         accumulation=work.accumulation,
+        rollout_reuse=work.rollout_reuse,
+        stop_ranks=gpus if work.stop_step_per_rank else 1,
         same_step=work.same_step,
         keep_gathered=work.keep_gathered,
         policy_steps=work.policy_steps,
@@ -95,13 +97,14 @@ def schedule(work: Workload) -> Schedule:
     )
 
 
-def units(work: Workload) -> dict[str, float]:
+def units(work: Workload, gpus: int = 1) -> dict[str, float]:
     """F-units of one update's phases, all micro-batches together."""
     again = 1.0 if work.activation in ("full", "offload") else 0.0
     fake_backward = 1.0 if work.fake_lora else 2.0
     generator_backward = 1.0 if work.student_lora else 2.0
+    plan = schedule(work, gpus)
     once = {
-        "rollout": work.fake_updates * schedule(work).rollout_steps,
+        "rollout": plan.rollouts * plan.rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
         "score pass": 3.0 if work.cfg else 2.0,
         "generator update": work.same_step + 1 + again + generator_backward,
@@ -117,7 +120,7 @@ def units(work: Workload) -> dict[str, float]:
 def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     """Every phase of one update on one GPU."""
     products, convolutions = _flops(work) * work.batch
-    found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work).items()}
+    found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work, hardware.gpus).items()}
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None:
         samples = work.batch * work.accumulation

@@ -38,6 +38,8 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         fake_lora=None if config.sharing == "separate" else _adapter(config.lora, shape),
         student_steps=student.steps,
         fake_updates=train.fake_updates,
+        rollout_reuse=train.rollout_reuse,
+        stop_step_per_rank=config.rollout.stop_step_per == "rank",
         same_step=student.rollout == "same_step",
         cfg=config.uses_cfg,
         ema=student.ema is not None,

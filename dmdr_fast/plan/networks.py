@@ -16,7 +16,7 @@ from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Adapter, Workload
 
 META = torch.device("meta")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Width of the text embeddings in a transformer's configuration.
 TEXT_WIDTH = {"z_image": "cap_feat_dim", "sdxl": "cross_attention_dim"}
 

@@ -25,7 +25,7 @@ from dmdr_fast.plan.networks import blocks as all_blocks
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload, Zero
 
-# Measured on small SD3s (tests/plan/compiled.json): 0.55 of what `none` keeps beyond `selective`.
+# Compiled blocks keep this much of what `none` keeps beyond `selective`: measured on SD3s, tests/plan/compiled.json.
 KEPT_BY_COMPILER = 0.55
 Peaks = dict[Key, dict[str, int]]
 Network = Callable[[Tensor, Tensor, Any], Tensor]
@@ -63,20 +63,21 @@ def update_peaks(work: Workload) -> Peaks:
 def _compiled_peaks(work: Workload) -> Peaks:
     """Of compiled blocks: between eager ones that keep everything and those that keep products and attentions.
 
-    Within a block the compiler keeps what is between, in every mode; recomputed blocks have that much less at once.
+    Recomputed blocks have that much less at once, one at a time.
     """
     everything, products = (update_peaks(replace(work, activation=mode)) for mode in ("none", "selective"))
     if work.activation in ("none", "selective"):
         start, blocks = everything, 1
     else:
         start, blocks = update_peaks(work), sum(1 for _ in all_blocks(work.shape, work.shape.build()))
-    return {
-        key: {
-            kind: size - round((1 - KEPT_BY_COMPILER) * (everything[key][kind] - products[key][kind]) / blocks)
-            for kind, size in kinds.items()
-        }
-        for key, kinds in start.items()
-    }
+    found = {key: dict(kinds) for key, kinds in start.items()}
+    for key, kinds in found.items():
+        for kind in kinds:
+            # a recomputed block's own share is that of the phase's fullest moment
+            keys = [key] if blocks == 1 else [other for other in everything if other[0] == key[0]]
+            less = max(everything[other][kind] - products[other][kind] for other in keys) / blocks
+            kinds[kind] -= round((1 - KEPT_BY_COMPILER) * less)
+    return found
 
 
 def few_blocks(shape: Shape) -> tuple[int, ...]:

@@ -63,13 +63,15 @@ class Workload:
     sharing: Sharing = "shared_score"
     activation: Activation = "full"
     blocks: Literal["eager", "fused", "compiled"] = "compiled"
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     frozen: Literal["native", "int8", "float8"] = "native"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     student_lora: Adapter | None = None  # None: the generator trains all its weights
     fake_lora: Adapter | None = None  # None only under `separate`: the fake score trains all its weights
     student_steps: int = 4
     fake_updates: int = 5
+    rollout_reuse: int = 1  # fake updates that share a rollout
+    stop_step_per_rank: bool = False  # ranks draw their own stop steps, and wait for the longest rollout
     same_step: bool = False  # student.rollout: one forward more, x0 is renoised to its own time
     cfg: bool = True
     ema: bool = True

@@ -31,8 +31,8 @@ from dmdr_fast.plan.networks import blocks, build
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload
 
-WIDTH = {"fp32": 4, "bf16": 2}
 PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay whole
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Moments of Adam, bytes per element on the GPU; paged ones live where there is room, at worst on the host.
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0}
 
@@ -168,7 +168,7 @@ def step_buffers(work: Workload, role: str, gpus: int) -> dict[str, float]:
     if zero.offload_optimizer:
         return {}
     if zero.stage == 0:
-        return {"gradients": trained * (width + (4 if work.dtype == "bf16" else 0))}
+        return {"gradients": trained * (width + (4 if work.dtype != "fp32" else 0))}
     if zero.stage == 2:
         return {"gradients": trained / gpus * (width + 4)}
     return {"gradients": min(trained / gpus, zero.sub_group) * 4.0}

@@ -1,10 +1,12 @@
 """Truncated rollout: the same law and numbers as the full one, at the cost of the steps that are used."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from dmdr_fast.algorithm.rollout import draw_stop_step, ode_sample, sample, truncated_rollout
+from dmdr_fast.algorithm.rollout import draw_stop_step, expected_forwards, ode_sample, sample, truncated_rollout
 from dmdr_fast.algorithm.schedules import timestep_grid
 
 from .networks import SHAPE, Denoiser
@@ -56,6 +58,13 @@ def test_stop_step_is_uniform():
     drawn = [draw_stop_step(np.random.Generator(np.random.Philox(i)), 4) for i in range(4000)]
     counts = np.bincount(drawn, minlength=4)
     assert len(counts) == 4 and abs(counts - 1000).max() < 4 * np.sqrt(4000 * 3 / 16)
+
+
+def test_expected_forwards_are_the_mean_of_what_is_drawn():
+    """(N + 1) / 2 where all ranks stop alike; of the longest of 3 that draw their own 1 + E max, counted out."""
+    assert [expected_forwards(n) for n in (1, 2, 4)] == [1.0, 1.5, 2.5]
+    longest = [1 + max(stops) for stops in itertools.product(range(4), repeat=3)]
+    assert expected_forwards(4, ranks=3) == pytest.approx(np.mean(longest))
 
 
 def test_sample_is_the_last_x0_of_the_full_rollout():

@@ -1,5 +1,8 @@
 """The update: leaf gradients are the joint loss's, at no more memory and at the cost that the design promises."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from dmdr_fast.algorithm.dmd import DMDOptions, score_matching_loss
 from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import RenoiseLaw
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
-from dmdr_fast.algorithm.step import dmdr_update, generator_update, simulate
+from dmdr_fast.algorithm.step import dmdr_update, fake_update, generator_update, simulate, stop_places
 from dmdr_fast.algorithm.streams import Shard, Streams
 
 from .networks import CLASSES, SHAPE, Denoiser, labels, networks, recipe, reward_model
@@ -108,6 +111,74 @@ def test_gradient_accumulation_equals_one_large_batch():
         torch.testing.assert_close(split, one, rtol=1e-5, atol=1e-7)
 
 
+def stop_gradient(stops, monkeypatch):
+    """The generator's gradient, flat, of one update whose micro-batches of 64 stop at ``stops``."""
+    nets, *_ = networks()
+    numbers, count = recipe(2, reward_weight=0.5), len(stops)
+    captured = Captured(nets.generator)
+    captured.backward = lambda loss, last: (loss / count).backward()
+    nets = type(nets)(captured, nets.fake, nets.score)
+    left = list(stops)
+    monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: left.pop(0))
+    shards = [Shard(64 * m, 64 * m + 64, 64 * count) for m in range(count)]
+    samples = [simulate(captured, labels, numbers, STREAMS, (0, 0), shard, CPU) for shard in shards]
+    generator_update(nets, samples, REWARD, numbers, STREAMS, 0)
+    return torch.cat([g.flatten() for g in captured.gradients])
+
+
+def test_a_stop_step_per_micro_step_is_unbiased_and_varies_less(monkeypatch):
+    """Over all that can be drawn, the mean is that of one stop step per update, and the variance nears a third of it:
+    there are three micro-steps. What differs between their samples keeps it from there."""
+    one = torch.stack([stop_gradient((s,) * 3, monkeypatch) for s in range(2)])
+    each = torch.stack([stop_gradient(s, monkeypatch) for s in itertools.product(range(2), repeat=3)])
+    torch.testing.assert_close(each.mean(0), one.mean(0), rtol=1e-6, atol=1e-9)
+    variance = [(g - g.mean(0)).square().sum(1).mean() for g in (one, each)]
+    assert variance[1] < 0.6 * variance[0]
+
+
+def test_micro_steps_draw_their_own_stop_steps_uniformly(monkeypatch):
+    """Those of two micro-steps are independent; the first is the stop step of an update that does not accumulate."""
+    shards = [Shard(0, 2, 8), Shard(4, 6, 8)]  # of rank 0 of 2
+    places = stop_places(recipe(3), shards)
+    assert list(places) == [0, 1]
+    assert list(stop_places(recipe(3, stop_step_per="rank"), shards)) == [0, 2]
+    assert list(stop_places(recipe(3, stop_step_per="rank"), [Shard(2, 4, 8), Shard(6, 8, 8)])) == [1, 3]
+    assert list(stop_places(recipe(3), shards, group=2)) == [0, 0]
+    drawn = []
+    monkeypatch.setattr(
+        "dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: drawn.append(int(rng.integers(n))) or 0
+    )
+    for step in range(900):
+        for place in places:
+            simulate(lambda x, t, y: x, labels, recipe(3), STREAMS, (step, 0), SHARD, CPU, 1, place)
+    assert drawn[::2] == [int(STREAMS.rng("stop", step, 0).integers(3)) for step in range(900)]
+    counts = np.bincount(np.array(drawn).reshape(-1, 2) @ [3, 1], minlength=9)
+    assert abs(counts - 100).max() < 4 * (900 * 8 / 81) ** 0.5
+
+
+def test_a_rollout_serves_as_many_fake_updates_as_it_is_reused(monkeypatch):
+    """R = 5, reused 2 times: rollouts for updates 0, 2 and 4, each update with its own times and noise."""
+    monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: n - 1)
+    seen, drawn = [], []
+
+    def watched(fake, samples, numbers, streams, index):
+        seen.append((index, samples[0].rollout.x0))
+        return fake_update(fake, samples, numbers, streams, index)
+
+    def data(index, shard, group=1):
+        drawn.append(index)
+        return labels(index, shard, group)
+
+    monkeypatch.setattr("dmdr_fast.algorithm.step.fake_update", watched)
+    nets, *_ = networks()
+    dmdr_update(nets, data, None, recipe(2, fake_updates=5, rollout_reuse=2), STREAMS, 7, [SHARD], CPU)
+    assert drawn == [(7, 0), (7, 2), (7, 4)]
+    assert [index for index, _ in seen] == [(7, r) for r in range(5)]
+    x0 = [x for _, x in seen]
+    assert x0[0] is x0[1] and x0[2] is x0[3] and x0[4] is not x0[3] and not torch.equal(x0[1], x0[2])
+    assert nets.generator.forwards == 3 * 2 + 1 and nets.fake.forwards == 5 + 1
+
+
 def test_rl_begins_when_the_cold_start_ends():
     nets, *_ = networks()
     numbers = recipe(1, cold_start_steps=2, reward_weight=0.5)
@@ -139,8 +210,6 @@ def test_fake_update_descends_the_denoising_loss():
     sigma = t.view(-1, 1, 1, 1)
     loss = (fake((1 - sigma) * x0 + sigma * noise, t, y) - (noise - x0)).square().mean()
     expected = torch.autograd.grad(loss, list(fake.parameters()))
-    from dmdr_fast.algorithm.step import fake_update
-
     metrics, _ = fake_update(nets.fake, [sample], numbers, STREAMS, (0, 0))
     assert metrics["fake_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for parameter, before, gradient in zip(fake.parameters(), fake_before, expected, strict=True):

@@ -1,6 +1,7 @@
 """Two ranks under ZeRO-3 are one rank: the same losses and weights at the same global batch."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -59,6 +60,43 @@ def test_engine_settings_do_not_change_the_numbers(run, tmp_path, engine):
         assert code == 0, err
         weights.append(result(tmp_path / name)[1])
     assert weight_difference(*weights) < 1e-4
+
+
+def test_stop_steps_and_reused_rollouts_are_the_same_on_any_ranks(run, tmp_path):
+    """Two micro-steps of 4 on one rank are those of 2 x 2, and are two ranks of 4 where each rank draws its own stop
+    step. The last of them resumes to the byte."""
+    common = [*FIVE, "--student.steps", "3", "--train.rollout_reuse", "2", "--checkpoint.every", "3"]
+    ranked = ["--train.micro_batch_size", "4", "--rollout.stop_step_per", "rank"]
+    runs = {
+        "one": (0, ["--train.micro_batch_size", "4", "--train.gradient_accumulation", "2"]),
+        "two": (2, ["--train.micro_batch_size", "2", "--train.gradient_accumulation", "2", "--deepspeed.stage", "2"]),
+        "ranked": (2, ranked),
+    }
+    for name, (ranks, extra) in runs.items():
+        code, out, err = run([*common, *extra, "--run_dir", tmp_path / name], ranks=ranks)
+        assert code == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("rollouts"))
+    assert line == (
+        "rollouts   1 of 2.444 forwards per micro-step, each renoised for 2 fake updates, one stop step per rank and "
+        "micro-step, of which all await the longest: 2.444 F-units an update"
+    )
+    log, weights = result(tmp_path / "one")
+    for name in ("two", "ranked"):
+        other, moved = result(tmp_path / name)
+        for a, b in zip(log, other, strict=True):
+            assert b["fake_loss"] == pytest.approx(a["fake_loss"], rel=1e-4), (name, a["step"])
+        assert weight_difference(weights, moved) < 1e-4
+    shutil.copytree(tmp_path / "ranked", tmp_path / "again")
+    checkpoint = tmp_path / "again" / "checkpoints" / "step_00000003"
+    code, _, err = run([*common, *ranked, "--run_dir", tmp_path / "again", "--resume", checkpoint], ranks=2)
+    assert code == 0, err
+    again, whole = (tmp_path / name / "final" / "generator.safetensors" for name in ("again", "ranked"))
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_ranks_do_not_stop_apart_under_zero_3(run, tmp_path):
+    code, _, err = run([*FIVE, "--run_dir", tmp_path, "--rollout.stop_step_per", "rank", "--deepspeed.stage", "3"])
+    assert code == 2 and "rollout.stop_step_per: rank; under deepspeed.stage 3" in err
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [("2", 2), ("3", 0)])

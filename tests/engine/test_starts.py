@@ -1,6 +1,7 @@
 """``student.weights`` and ``fake.weights``: a role starts from another run, a file, or another trainer's checkpoint."""
 
 import deepspeed
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from dmdr_fast.engine.sit_model import build_network
 from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import add_lora
-from dmdr_fast.models.lora_export import export_peft
+from dmdr_fast.models.lora_export import diffusers_lora
 
 from .conftest import SMALL
 from .pipeline_runs import config_of
@@ -124,9 +125,9 @@ def test_the_references_own_checkpoint(tmp_path):
         read_starts(config)["generator"].over(dict)
 
 
-@pytest.mark.parametrize("names", ["ours", "PEFT", "diffusers"])
+@pytest.mark.parametrize("names", ["ours", "PEFT", "diffusers", "with alphas"])
 def test_an_adapter_starts_from_a_file_of_another_maker(tmp_path, names):
-    """A pipeline's generator, as an adapter at scale 0.5 and merged into whole weights, from three kinds of file."""
+    """A pipeline's generator, as an adapter at scale 0.5 and merged into whole weights, from four kinds of file."""
     runtime.start()
     config = config_of("z_image", tmp_path, tmp_path / "run", student__lora__rank=2)
     model, cpu = PipelineModel.open(config), torch.device("cpu")
@@ -140,8 +141,18 @@ def test_an_adapter_starts_from_a_file_of_another_maker(tmp_path, names):
     if names == "ours":
         save_file({f"transformer.{n}": t for n, t in values.items()}, file, metadata={"lora_scale": "1.5"})
     elif names == "PEFT":
-        export_peft(adapter, tmp_path / "peft", scale=1.5)
+        layers = sorted({n.rpartition(".")[0] for n in values})
+        net = peft.get_peft_model(
+            model.load(cpu).transformer, peft.LoraConfig(r=2, lora_alpha=3, target_modules=layers)
+        )
+        for name, parameter in net.named_parameters():
+            if ".lora_" in name:
+                own = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+                parameter.data.copy_(values[own].T)
+        net.save_pretrained(tmp_path / "peft")
         file = tmp_path / "peft" / "adapter_model.safetensors"
+    elif names == "diffusers":
+        save_file({f"transformer.{n}": t for n, t in diffusers_lora(adapter, 1.5).items()}, file)
     else:
         layers = sorted({n.rpartition(".")[0] for n in values})
         alpha = {f"transformer.{layer}.alpha": torch.tensor(3.0) for layer in layers}  # 3 / rank 2 = 1.5

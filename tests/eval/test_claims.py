@@ -28,6 +28,10 @@ FINALS = {  # name: (fd, recall, reward, held-out reward); seeds add a spread
     "dmdr_refl": (0.4, 0.7, -0.05, -0.1),
     "dmdr_grpo": (0.4, 0.7, -0.06, -0.1),
     "dmdr_dpo": (0.9, 0.6, -0.07, -0.1),
+    "cold_reuse": (0.6, 0.5, -0.30, -0.4),
+    "dmdr_reuse": (0.5, 0.6, -0.06, -0.1),
+    "cold_reuse_time": (0.5, 0.5, -0.30, -0.4),
+    "dmdr_reuse_time": (0.4, 0.7, -0.05, -0.1),
 }
 TEACHER = {"fd": 0.25, "precision": 0.8, "recall": 0.8, "reward": -0.06, "held_out_reward": -0.2, "diversity": 0.5}
 SHIFT = (-0.01, 0.0, 0.01)  # of seeds 0, 1, 2
@@ -161,7 +165,7 @@ def test_the_page_holds_every_number_and_its_pictures(tmp_path):
         assert (tmp_path / "claims" / f"{verdict.claim.figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "| DMDR, ReFL | 0.400 ± 0.004 | 0.800 ± 0.000 | 0.700 ± 0.007 | −0.0500 ± 0.0005 |" in text
     assert "| DMDR, DPO | −0.0100 | 3.60 x | missed: reward by 0.0100, FD by 1.10 x the teacher's |" in text
-    assert "36 runs, 0.60 hours of one core each added up; 30 minutes on the clock, in 4 parts" in text
+    assert "48 runs, 0.80 hours of one core each added up; 30 minutes on the clock, in 4 parts" in text
     assert "smoke" not in text
     made, read = records.read_json(tmp_path / "claims.json")
     assert made == MADE
@@ -182,7 +186,10 @@ def test_every_run_is_a_valid_configuration(budget, tmp_path):
         words = [w for k, v in job.settings.items() for w in (f"--{k}", json.dumps(v))]
         config, _ = parse(["--config", str(launch.RECIPE), *words])
         assert config.seed == 7
-        assert config.train.generator_steps == (budget.cold_start if job.name.startswith("cold") else budget.total)
+        longer = 7 / 6 if job.name.endswith("_time") else 1  # 12 F-units an update in the place of 14
+        steps = budget.cold_start if job.name.startswith("cold") else budget.total
+        assert config.train.generator_steps == round(longer * steps)
+        assert config.train.rollout_reuse == (3 if "reuse" in job.name else 1)
 
 
 def test_runs_come_after_those_they_start_from():
@@ -304,7 +311,7 @@ def test_the_command_says_when_there_is_more_to_do_and_writes_the_page_at_the_en
     assert command.main(words) == command.DONE
     committed = tmp_path / "claims.json"
     made, read = records.read_json(committed)
-    assert (len(read), made["parts"], made["seeds"]) == (12, 3, [1])
+    assert (len(read), made["parts"], made["seeds"]) == (16, 3, [1])
     assert command.main(words) == command.DONE  # written again, without a run
     assert records.read_json(committed) == (made, read)
     again = [*words, "--only", "dmdr_grpo", "--compare", str(committed)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
 import torch
 
 from dmdr_fast import ops
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.config import Config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -195,6 +198,17 @@ def test_nan_policies(dtype):
         torch.testing.assert_close(out.grad, rows, rtol=0, atol=0, equal_nan=True)
         if policy in ("zero", "zero_sample"):
             torch.testing.assert_close(out.loss, 0.5 * rows.float().square().mean())
+
+
+def test_what_is_not_finite_stays_by_default_as_in_the_configuration():
+    """A NaN that a default hides is a wrong update that nobody counts."""
+    default = Config.model_fields["dmd"].default.nan_policy
+    assert DMDOptions().nan_policy == default
+    options = {"sigma": 0.5, "prediction": "x0", "normalizer": "none"}
+    for op in (ops.dmd_gradient, ops.dmd_loss):
+        assert inspect.signature(op).parameters["nan_policy"].default == default
+    assert ops.dmd_gradient(*poisoned(torch.float32), **options).grad.isnan().any()
+    assert ops.dmd_loss(*poisoned(torch.float32), **options).isnan()
 
 
 def test_torch_policy_is_nan_to_num_in_the_output_dtype():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
 
 import diffusers
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe
@@ -16,11 +19,12 @@ from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.engine.compute import compile_blocks
+from dmdr_fast.models.families import FAMILIES
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.patch import patch
 from dmdr_fast.plan.shapes import Shape
-from dmdr_fast.plan.workload import Workload, Zero
+from dmdr_fast.plan.workload import Adapter, Workload, Zero
 from tests.algorithm.memory import PeakMemory
 from tests.algorithm.networks import PlainRole
 
@@ -45,27 +49,54 @@ SHAPES = {
     "flux": Shape("small-flux", "flux", json.dumps(FLUX), json.dumps(VAE), 40),
 }
 RESOLUTION = 256
+# Allocated peaks of compiled blocks; `python -m tests.plan.measured` measures them again, in minutes of the compiler.
+COMPILED = Path(__file__).with_name("compiled.json")
 
 
 def measured_peak(work: Workload, updates: int = 2) -> int:
     """Most bytes that live at once in ``updates`` updates on one rank without ZeRO, weights and optimizers included."""
     gc.collect()
     with PeakMemory() as memory:
-        nets, text, ema = _networks(work)
-        recipe = Recipe(
-            grid=timestep_grid(work.student_steps),
-            latent_shape=work.shape.opened().latent_shape(RESOLUTION, RESOLUTION),
-            cold_start_steps=10,
-            generator_steps=10,
-            fake_updates=work.fake_updates,
-            dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0),
-        )
-        shards = [Shard(0, work.batch, work.batch)]
-        batch = Batch(text, text, torch.arange(work.batch), {})
+        update, ema = _update(work)
         for step in range(updates):
-            dmdr_update(nets, lambda *draw: batch, None, recipe, Streams(3), step, shards, CPU)
+            update(step)
     del ema
     return memory.peak
+
+
+def allocated_peak(work: Workload) -> int:
+    """The same of the second update, from the allocator: what compiled code allocates passes the dispatcher by."""
+    gc.collect()
+    update, _ema = _update(work)
+    update(0)
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    live = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    del tensors
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        update(1)
+    sizes, events = [], profiler.profiler.kineto_results.experimental_event_tree()
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag.name == "Allocation":
+            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return live + max(accumulate(size for _, size in sorted(sizes)))
+
+
+def _update(work: Workload):
+    """(step -> one update of ``work``, the EMA's tensors)."""
+    nets, text, ema = _networks(work)
+    recipe = Recipe(
+        grid=timestep_grid(work.student_steps),
+        latent_shape=work.shape.opened().latent_shape(RESOLUTION, RESOLUTION),
+        cold_start_steps=10,
+        generator_steps=10,
+        fake_updates=work.fake_updates,
+        dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0),
+    )
+    shards = [Shard(0, work.batch, work.batch)]
+    batch = Batch(text, text, torch.arange(work.batch), {})
+    return lambda step: dmdr_update(nets, lambda *draw: batch, None, recipe, Streams(3), step, shards, CPU), ema
 
 
 def _networks(work: Workload):
@@ -128,3 +159,16 @@ def workload(family: str, **changes) -> Workload:
         zero=Zero(stage=0), blocks="eager",
     )  # fmt: skip
     return replace(work, **changes)
+
+
+def compiled_workload(family: str, sharing: str, activation: str) -> Workload:
+    """A case of ``COMPILED``."""
+    lora = None if sharing == "separate" else Adapter(4, FAMILIES[family].lora_targets)
+    return workload(family, sharing=sharing, activation=activation, fake_lora=lora, blocks="compiled")
+
+
+if __name__ == "__main__":
+    cases = json.loads(COMPILED.read_text())
+    for case in cases["bytes"]:
+        cases["bytes"][case] = allocated_peak(compiled_workload(*case.split()))
+    COMPILED.write_text(json.dumps(cases | {"torch": torch.__version__}, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """The planner against real updates: the predicted peak is within 5 % of the tracked one."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from dmdr_fast.models.families import FAMILIES
 from dmdr_fast.plan.plan import phase_bytes
 from dmdr_fast.plan.workload import Adapter, Hardware
 
-from .measured import measured_peak, workload
+from .measured import COMPILED, compiled_workload, measured_peak, workload
 
 ONE = Hardware(gpus=1, reserve=0.0)
 CASES = [
@@ -51,3 +52,9 @@ def test_predicted_peak_of_fused_blocks(family, activation):
     (_, predicted), measured = biggest(work), measured_peak(work)
     assert predicted == pytest.approx(measured, rel=0.05)
     assert predicted != pytest.approx(biggest(replace(work, blocks="eager"))[1], rel=0.01)
+
+
+@pytest.mark.parametrize(("case", "measured"), json.loads(COMPILED.read_text())["bytes"].items())
+def test_predicted_peak_of_compiled_blocks(case, measured):
+    """Against recorded figures: measuring again takes minutes of the compiler."""
+    assert biggest(compiled_workload(*case.split()))[1] == pytest.approx(measured, rel=0.05)

@@ -42,6 +42,13 @@ def test_f_units_and_flops():
     assert sum(units(one).values()) == 20
     assert sum(units(replace(one, student_steps=4, cfg=True)).values()) == 28.5
     assert sum(units(replace(one, activation="full")).values()) == 26
+    four = replace(one, student_steps=4, cfg=True)
+    # One rollout of 2.5 forwards in the place of five; eight ranks that stop each at their own step await the longest.
+    assert sum(units(replace(four, rollout_reuse=5)).values()) == 28.5 - 10
+    assert units(replace(four, rollout_reuse=2))["rollout"] == 7.5
+    assert units(replace(four, stop_step_per_rank=True), gpus=8)["rollout"] == pytest.approx(5 * 3.8961, rel=1e-4)
+    # x0 of `same_step` is the rollout's own; the generator's update runs one forward more.
+    assert units(replace(four, same_step=True))["rollout"] == 12.5
     shape = one.shape
     flops = [forward_flops(replace(one, shape=shape.with_depths((2, n)))) for n in (2, 3, 9)]
     assert flops[2] - flops[0] == pytest.approx(7 * (flops[1] - flops[0]))

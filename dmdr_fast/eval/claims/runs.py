@@ -50,7 +50,7 @@ class Variant:
     """One kind of run. ``phases``: cold_start ends with it; both goes on with RL; rl has no cold start.
 
     settings: keys of the configuration, on top of the recipe file. after: the run whose last checkpoint it starts
-    from; its first updates are those of that run, to the byte.
+    from; its first updates are those of that run, to the byte. longer: times the budget's updates.
     """
 
     name: str
@@ -58,8 +58,15 @@ class Variant:
     phases: str = "both"
     settings: dict[str, Any] = field(default_factory=dict)
     after: str | None = None
+    longer: float = 1.0
+
+    def updates(self, of: int) -> int:
+        """The variant's updates in the place of the budget's."""
+        return round(of * self.longer)
 
 
+# One rollout for all three fake updates of the digits: 12 F-units of 14, seven updates in the time of six.
+REUSE_TIME = 7 / 6
 # The weights of GRPO, DPO and the KL were chosen on seed 0; page.py says from what. The others are the recipe's.
 _GRPO = {
     "rl.method": "grpo",
@@ -72,6 +79,8 @@ _GRPO = {
 _DPO = {"rl.method": "dpo", "rl.dpo.beta": 100.0, "rl.dpo.group_size": 4, "reward.weight": 0.02}
 _KL = {"rl.method": "refl", "rl.regularizer": "kl", "rl.kl_weight": 1.0}
 _ALONE = {"rl.method": "refl", "rl.regularizer": "none"}
+
+_REUSE = {"train.rollout_reuse": 3}
 
 VARIANTS = (
     Variant(BASE, "Cold start", "cold_start", {"rl.method": "none"}),
@@ -95,6 +104,22 @@ VARIANTS = (
     Variant("dmdr_refl", "DMDR, ReFL", settings={"rl.method": "refl"}, after=BASE),
     Variant("dmdr_grpo", "DMDR, GRPO", settings=_GRPO, after=BASE),
     Variant("dmdr_dpo", "DMDR, DPO", settings=_DPO, after=BASE),
+    Variant("cold_reuse", "Cold start, rollouts reused", "cold_start", {"rl.method": "none", **_REUSE}),
+    Variant("dmdr_reuse", "DMDR (ReFL), rollouts reused", settings={"rl.method": "refl", **_REUSE}, after="cold_reuse"),
+    Variant(
+        "cold_reuse_time",
+        "Cold start, rollouts reused, equal time",
+        "cold_start",
+        {"rl.method": "none", **_REUSE},
+        longer=REUSE_TIME,
+    ),
+    Variant(
+        "dmdr_reuse_time",
+        "DMDR (ReFL), rollouts reused, equal time",
+        settings={"rl.method": "refl", **_REUSE},
+        after="cold_reuse_time",
+        longer=REUSE_TIME,
+    ),
 )
 TITLES = {v.name: v.title for v in VARIANTS} | {"teacher_50": "Teacher, 50 steps", "teacher_n": "Teacher, 1 step"}
 
@@ -108,8 +133,8 @@ def settings_of(variant: Variant, seed: int, budget: Budget) -> dict[str, Any]:
     }[variant.phases]
     return {
         "seed": seed,
-        "train.cold_start_steps": cold,
-        "train.generator_steps": total,
+        "train.cold_start_steps": variant.updates(cold),
+        "train.generator_steps": variant.updates(total),
         "reward.terms": [{"kind": "digits"}],
         "reward.held_out": [{"kind": "digits_held_out"}],
         "eval.every": budget.evaluate_every,
