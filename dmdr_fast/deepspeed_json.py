@@ -133,7 +133,7 @@ def _owned(config: Config) -> dict[str, tuple[list[Any], str]]:
         "gradient_accumulation_steps": ([train.gradient_accumulation], "train.gradient_accumulation"),
         "gradient_clipping": ([config.optimizer.clip], "optimizer.clip"),
         "bf16.enabled": ([config.deepspeed.dtype == "bf16"], "deepspeed.dtype"),
-        "fp16.enabled": ([False], "deepspeed.dtype"),
+        "fp16.enabled": ([config.deepspeed.dtype == "fp16"], "deepspeed.dtype"),
         "zero_optimization.stage": ([config.deepspeed.stage], "deepspeed.stage"),
         "optimizer.params.betas": (
             [[*role.betas] for role in roles],
