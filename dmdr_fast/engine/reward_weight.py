@@ -79,7 +79,7 @@ def first_rl_loss(
 ) -> Tensor:
     """ReFL's loss on a batch of the generator's samples at ``step``, 0-d, the mean of this rank's micro-batches.
 
-    Their conditions and noise are those of the update's last rollouts. All ranks must call.
+    Conditions and noise are drawn as for a rollout of that update. All ranks must call.
     """
     losses = []
     for shard in shards:
