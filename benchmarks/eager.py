@@ -134,6 +134,16 @@ def gated_residual_layer_norm_modulate(
     return residual, layer_norm_modulate(residual, shift, scale)
 
 
+def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The way into a branch of Z-Image's blocks."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps=1e-6) * scale.unsqueeze(1)
+
+
+def gated_residual_rms_norm(x: Tensor, h: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    """The way out of one."""
+    return x + gate.unsqueeze(1) * F.rms_norm(h, (h.shape[-1],), weight, eps=1e-6)
+
+
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,14 @@ dmdr_status check(const dmdr_gated_residual_args &args) {
   return bad || has_bad_size(args.shape) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
 }
 
+dmdr_status check(const dmdr_rms_norm_scale_args &args) {
+  if (has_bad_dtype({args.x, args.weight, args.scale, args.residual, args.y, args.grad_y, args.grad_x,
+                     args.grad_weight, args.grad_scale}))
+    return DMDR_ERROR_DTYPE;
+  const bool bad = outside(args.gather_weight, DMDR_GATHER_ALL) || outside(args.gather, DMDR_GATHER_ALL);
+  return bad || has_bad_size(args.shape) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 dmdr_status check(const dmdr_gated_activation_args &args) {
   if (has_bad_dtype({args.value, args.gate, args.out, args.grad, args.grad_value, args.grad_gate}))
     return DMDR_ERROR_DTYPE;

@@ -16,6 +16,8 @@
   X(layer_norm_modulate_bwd, dmdr_layer_norm_modulate_args) \
   X(gated_residual_fwd, dmdr_gated_residual_args)           \
   X(gated_residual_bwd, dmdr_gated_residual_args)           \
+  X(rms_norm_scale_fwd, dmdr_rms_norm_scale_args)           \
+  X(rms_norm_scale_bwd, dmdr_rms_norm_scale_args)           \
   X(gated_activation_fwd, dmdr_gated_activation_args)       \
   X(gated_activation_bwd, dmdr_gated_activation_args)       \
   X(qk_norm_rope_fwd, dmdr_qk_norm_rope_args)               \

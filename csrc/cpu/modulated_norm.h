@@ -104,22 +104,28 @@ struct VectorSum {
 };
 
 // out[group][0..count) = sum over the group's blocks; `space` has `stride` floats per block and the vector starts at
-// `at`. Groups are the samples, or all of them.
+// `at`. Groups are the samples, or all of them. Sixteen blocks at a time: of 256 in a row (a weight's gradient over 16384
+// rows) the rounding errors were 2.2 times those of PyTorch's sum.
 template <class Type>
 void gather_blocks(const dmdr_tensor &out, int64_t gather, const RowBlocks &blocks, const float *space, int64_t stride,
                    int64_t at, int64_t count, int64_t num_threads) {
   if (gather <= kPerRow) return;
   const int64_t groups = gather == kPerSample ? blocks.batch : 1;
   const int64_t in_group = gather == kPerSample ? blocks.per_sample : blocks.items();
-  constexpr int64_t kColumns = 256;
+  constexpr int64_t kColumns = 256, kRunOfBlocks = 16;
   const int64_t pieces = (count + kColumns - 1) / kColumns;
   for_items(groups * pieces, groups * in_group * count, num_threads, [&](int64_t item) {
     const int64_t group = item / pieces, first = item % pieces * kColumns;
     const Row<Type> target(out, group * out.stride[0]);
     for_vectors(first, count - first < kColumns ? count - first : kColumns, [&](auto where) {
       F total = {};
-      for (int64_t block = group * in_group; block < (group + 1) * in_group; ++block)
-        total += read<Float32>(reinterpret_cast<const char *>(space + block * stride + at), where);
+      for (int64_t run = 0; run < in_group; run += kRunOfBlocks) {
+        const int64_t end = run + kRunOfBlocks < in_group ? run + kRunOfBlocks : in_group;
+        F part = {};
+        for (int64_t block = group * in_group + run; block < group * in_group + end; ++block)
+          part += read<Float32>(reinterpret_cast<const char *>(space + block * stride + at), where);
+        total += part;
+      }
       target.store(where, total);
     });
   });

@@ -100,13 +100,13 @@ class Enabled(_Group):
     enabled: bool = False
 
 
-class HalfPrecision(Enabled):
-    """The loss scale of fp16; 0 is a dynamic one."""
+class LossScale(Enabled):
+    """fp16: the scale of the losses; ``loss_scale`` 0 is a dynamic one."""
 
     loss_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    initial_scale_power: Count = 16
+    initial_scale_power: Elements = 16
     loss_scale_window: Positive = 1000
-    hysteresis: Positive = 2
+    hysteresis: Positive = 1
     consecutive_hysteresis: bool = False
     min_loss_scale: Positive = 1
 
@@ -147,7 +147,7 @@ class DeepSpeedJSON(_Group):
     zero_optimization: Zero = Zero()
     optimizer: DeepSpeedOptimizer | None = None
     bf16: Enabled = Enabled()
-    fp16: HalfPrecision = HalfPrecision()
+    fp16: LossScale = LossScale()
     aio: AsyncIO = AsyncIO()
     data_types: DataTypes = DataTypes()
     flops_profiler: FlopsProfiler = FlopsProfiler()

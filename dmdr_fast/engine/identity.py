@@ -53,7 +53,8 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     if config.data.prompts is not None and config.data.prompts.is_file():
         noted["data.prompts (content)"] = f"sha256 {cache.file_hash(config.data.prompts)[:16]}"
-    noted["optimizer (deepspeed.config)"] = read_deepspeed_json(config).get("optimizer", {}).get("type")
+    optimizer = read_deepspeed_json(config).get("optimizer") or {}
+    noted["optimizer (deepspeed.config)"] = optimizer.get("type")
     return json.loads(json.dumps(noted))
 
 

@@ -55,6 +55,9 @@ def qk_norm_rope(
     sin are read per lane as they are: pairs repeated (c0 c0 c1 c1 ...) when interleaved, halves repeated
     otherwise.
 
+    One norm over all heads together (Wan): give all heads of a token as one, q as [B, T, 1, H D] and cos and sin H
+    times side by side; interleaved only. The CPU kernels' backward takes up to 1024 features so.
+
     Args:
         q: [B, T, Hq, D], any float dtype; views of a packed projection (last dimension contiguous) are read
             in place.

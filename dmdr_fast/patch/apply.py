@@ -20,11 +20,12 @@ FAMILIES = {
     "diffusers.models.activations": "activations",
     "diffusers.models.transformers.transformer_sd3": "sd3",
     "diffusers.models.transformers.transformer_flux": "flux",
+    "diffusers.models.transformers.transformer_flux2": "flux2",
     "diffusers.models.transformers.transformer_z_image": "z_image",
     "diffusers.models.transformers.transformer_qwenimage": "qwen_image",
     "dmdr_fast.models.sit": "sit",
 }
-MODELS = "SD3, Flux, ZImage or QwenImage Transformer2DModel, or SiT"
+MODELS = "SD3, Flux, Flux2, ZImage or QwenImage Transformer2DModel, or SiT"
 
 
 def patch(model: nn.Module, ops: Iterable[str] | None = None, *, strict: bool = True) -> PatchReport:
@@ -38,13 +39,15 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, *, strict: bool = 
     ``deepspeed.initialize``, ``torch.compile``.
 
     Args:
-        model: diffusers' SD3, FLUX.1, Z-Image or Qwen-Image transformer (0.39 to 0.42), our SiT, or a model
-            that contains one.
+        model: diffusers' SD3, FLUX.1, FLUX.2, Z-Image or Qwen-Image transformer (0.39 to 0.42), our SiT, or a
+            model that contains one.
         ops: which ops, by name; None is all that fit and pay (Z-Image's SwiGLU has to be named).
 
             ``layer_norm_modulate``                 adaptive layer norms
             ``gated_residual``                      x + gate * branch
             ``gated_residual_layer_norm_modulate``  the latter where an adaptive norm follows, as one
+            ``rms_norm_scale``                      an RMS norm and the scale after it
+            ``gated_residual_rms_norm``             x + gate * RMS norm of a branch
             ``qk_norm_rope``                        RMS norm of queries and keys, and their rotation
             ``gelu_mul``, ``silu_mul``              GEGLU, SwiGLU
         strict: raise where something is not as known; otherwise it is left as it is and reported.
@@ -55,11 +58,12 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, *, strict: bool = 
 
     Raises:
         TypeError: ``model`` is no module, ``ops`` a string.
-        ValueError: an unknown op; with ``strict``, a model or a layer of unknown structure, or an op in
-            ``ops`` that finds no place. The model is then as it was.
+        ValueError: a model that is compiled or sharded already; an unknown op; with ``strict``, a model or a layer of
+            unknown structure, or an op in ``ops`` that finds no place. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_early(model)
     wanted = _wanted(ops)
     families, unusable = _families()
     table = {entry.original: entry for family in families for entry in family.REPLACEMENTS}
@@ -174,6 +178,20 @@ def _exchange_processor(path: str, module: nn.Module, fused: type, wanted: froze
     copy = object.__new__(fused)
     copy.__dict__.update(vars(module.processor))
     yield Edit(module, "processor", module.processor, copy, path)
+
+
+def _check_early(model: nn.Module) -> None:
+    """Neither torch.compile nor FSDP has taken the layers over. ZeRO-3's partitioned weights may be there."""
+    wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    for path, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            done, instead = "compiled", "torch.compile it"
+        elif isinstance(module, wrapper) or any(isinstance(weight, sharded) for weight in module._parameters.values()):
+            done, instead = "sharded", "shard it (fully_shard, FSDP, tensor parallelism)"
+        else:
+            continue
+        raise ValueError(f"patch: model: {path or 'it'} is {done} already: patch it first, then {instead}")
 
 
 def _check_model(model: nn.Module, families: list[ModuleType], unusable: list[str]) -> None:

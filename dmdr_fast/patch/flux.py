@@ -17,13 +17,12 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from dmdr_fast import ops
-from dmdr_fast.patch.adaptive import gated, gated_modulated
+from dmdr_fast.patch.adaptive import clipped, gated, gated_modulated, parts
 from dmdr_fast.patch.report import Left
+from dmdr_fast.patch.rotations import rotated
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
 MODELS = (FluxTransformer2DModel,)
-FP16_LIMIT = 65504
 
 
 @stands_in
@@ -52,7 +51,7 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
         encoder_hidden_states = self._finish(
             encoder_hidden_states, context_attended, context_modulation, self.norm2_context, self.ff_context
         )
-        return _clipped(encoder_hidden_states), hidden_states
+        return clipped(encoder_hidden_states), hidden_states
 
     def _finish(self, stream: Tensor, attended: Tensor, modulation, norm: nn.LayerNorm, ff: nn.Module) -> Tensor:
         """One stream from its attention on: gated residual, norm, feed-forward, gated residual."""
@@ -79,8 +78,8 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         mlp = self.act_mlp(self.proj_mlp(x))
         attended = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         h = self.proj_out(torch.cat([attended, mlp], dim=2))
-        stream = _clipped(gated(self.fused_ops, stream, h, gate[:, None]))
-        return stream[:, :text_tokens], stream[:, text_tokens:]
+        stream = clipped(gated(self.fused_ops, stream, h, gate[:, None]))
+        return parts(stream, text_tokens)
 
 
 @stands_in
@@ -96,13 +95,12 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         split = partial(torch.unflatten, dim=-1, sizes=(-1, attn.head_dim))
         query, key, value = map(split, projections[:3])
-        cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
         text_tokens = 0 if attn.added_kv_proj_dim is None else projections[3].shape[1]
-        query, key = _rotated(query, key, attn.norm_q, attn.norm_k, cos, sin, slice(text_tokens, None))
+        query, key = rotated(query, key, attn.norm_q, attn.norm_k, image_rotary_emb, slice(text_tokens, None))
         if attn.added_kv_proj_dim is not None:
             text_query, text_key, text_value = map(split, projections[3:])
-            text_query, text_key = _rotated(
-                text_query, text_key, attn.norm_added_q, attn.norm_added_k, cos, sin, slice(text_tokens)
+            text_query, text_key = rotated(
+                text_query, text_key, attn.norm_added_q, attn.norm_added_k, image_rotary_emb, slice(text_tokens)
             )
             query = torch.cat([text_query, query], dim=1)
             key = torch.cat([text_key, key], dim=1)
@@ -119,19 +117,8 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         out = out.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
-        text, image = out[:, :text_tokens], out[:, text_tokens:]
+        text, image = parts(out, text_tokens)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
-
-
-def _rotated(query: Tensor, key: Tensor, norm_q, norm_k, cos: Tensor | None, sin: Tensor | None, rows: slice):
-    """Norm and rotation of one stream, which has the ``rows`` of the joint position tables."""
-    if cos is not None:
-        cos, sin = cos[rows].to(query.device), sin[rows].to(query.device)
-    return ops.qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps)
-
-
-def _clipped(stream: Tensor) -> Tensor:
-    return stream.clip(-FP16_LIMIT, FP16_LIMIT) if stream.dtype is torch.float16 else stream
 
 
 def _double_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:

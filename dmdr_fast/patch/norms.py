@@ -1,4 +1,8 @@
-"""diffusers' adaptive norms: modules that hold the projection of the time embedding and the LayerNorm."""
+"""diffusers' adaptive norms: modules that hold the projection of the time embedding and the LayerNorm.
+
+They return parts of one projection. ``unsafe_chunk`` cuts without a copy, as ``chunk`` does, and what it returns is no
+view to autograd: see :func:`dmdr_fast.patch.adaptive.parts`.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,14 @@ class FusedAdaLayerNormZero(AdaLayerNormZero):
     ) -> tuple[Tensor, ...]:
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-        shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+        shift, scale, *rest = self.linear(self.silu(emb)).unsafe_chunk(6, dim=1)
         return ops.layer_norm_modulate(x, shift, scale, eps=self.norm.eps), *rest
 
 
 @stands_in
 class FusedAdaLayerNormZeroSingle(AdaLayerNormZeroSingle):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+        shift, scale, gate = self.linear(self.silu(emb)).unsafe_chunk(3, dim=1)
         return ops.layer_norm_modulate(x, shift, scale, eps=self.norm.eps), gate
 
 
@@ -46,7 +50,7 @@ class FusedSD35AdaLayerNormZeroX(SD35AdaLayerNormZeroX):
     """Two modulations of one norm: x is normalised twice, which reads less than the norm written and read."""
 
     def forward(self, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
-        shift, scale, *middle, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
+        shift, scale, *middle, shift2, scale2, gate2 = self.linear(self.silu(emb)).unsafe_chunk(9, dim=1)
         first = ops.layer_norm_modulate(hidden_states, shift, scale, eps=self.norm.eps)
         second = ops.layer_norm_modulate(hidden_states, shift2, scale2, eps=self.norm.eps)
         return first, *middle, second, gate2
@@ -56,7 +60,7 @@ class FusedSD35AdaLayerNormZeroX(SD35AdaLayerNormZeroX):
 class FusedAdaLayerNormContinuous(AdaLayerNormContinuous):
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         # A float32 embedding of a bf16 model is rounded before the projection, as in the original.
-        scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+        scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).unsafe_chunk(2, dim=1)
         return ops.layer_norm_modulate(x, shift, scale, eps=self.norm.eps)
 
 

@@ -16,13 +16,12 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import Tensor, nn
 
 from dmdr_fast import ops
-from dmdr_fast.patch.adaptive import gated, gated_modulated, modulated
+from dmdr_fast.patch.adaptive import clipped, gated, gated_modulated, modulated, parts
 from dmdr_fast.patch.report import Left
 from dmdr_fast.patch.rotations import tables
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
 MODELS = (QwenImageTransformer2DModel,)
-FP16_LIMIT = 65504
 
 
 @stands_in
@@ -73,8 +72,7 @@ class FusedQwenImageTransformerBlock(QwenImageTransformerBlock):
         """One stream from its attention on: gated residual, norm, feed-forward, gated residual."""
         gate, shift, scale, gate_mlp = modulation
         stream, x = gated_modulated(self.fused_ops, norm, stream, attended, gate, shift, scale)
-        stream = gated(self.fused_ops, stream, mlp(x), gate_mlp)
-        return stream.clip(-FP16_LIMIT, FP16_LIMIT) if stream.dtype is torch.float16 else stream
+        return clipped(gated(self.fused_ops, stream, mlp(x), gate_mlp))
 
 
 @stands_in
@@ -118,11 +116,11 @@ class FusedQwenDoubleStreamAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
             parallel_config=self._parallel_config,
         )
         out = out.flatten(2, 3).to(query.dtype)
-        text_tokens = encoder_hidden_states.shape[1]
-        image_out = attn.to_out[0](out[:, text_tokens:].contiguous())
+        text, image = parts(out, encoder_hidden_states.shape[1])
+        image = attn.to_out[0](image.contiguous())
         if len(attn.to_out) > 1:
-            image_out = attn.to_out[1](image_out)
-        return image_out, attn.to_add_out(out[:, :text_tokens].contiguous())
+            image = attn.to_out[1](image)
+        return image, attn.to_add_out(text.contiguous())
 
 
 def _rotated(query: Tensor, key: Tensor, value: Tensor, norm_q, norm_k, rotations: Tensor | None):

@@ -1,8 +1,10 @@
-"""Rotary tables as qk_norm_rope reads them, from the complex ones of Z-Image and Qwen-Image."""
+"""Rotary tables as qk_norm_rope reads them: rows of FLUX's, and from the complex ones of Z-Image and Qwen-Image."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from dmdr_fast import ops
 
 
 def tables(rotations: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -13,3 +15,16 @@ def tables(rotations: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None
     if rotations is None:
         return None, None
     return rotations.real.repeat_interleave(2, dim=-1), rotations.imag.repeat_interleave(2, dim=-1)
+
+
+def rotated(
+    query: Tensor,
+    key: Tensor,
+    norm_q: nn.Module,
+    norm_k: nn.Module,
+    rotary: tuple[Tensor, Tensor] | None,
+    rows: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """Norm and rotation of one stream, which has the ``rows`` of the joint position tables."""
+    cos, sin = (None, None) if rotary is None else (table[rows].to(query.device) for table in rotary)
+    return ops.qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps)

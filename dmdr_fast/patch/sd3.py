@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmdr_fast import ops
-from dmdr_fast.patch.adaptive import gated, gated_modulated
+from dmdr_fast.patch.adaptive import gated, gated_modulated, parts
 from dmdr_fast.patch.report import Left
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
@@ -100,10 +100,10 @@ class FusedJointAttnProcessor(JointAttnProcessor2_0):
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
         out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        image = attn.to_out[1](attn.to_out[0](out[:, :tokens]))
         if encoder_hidden_states is None:
-            return image
-        context = out[:, tokens:]
+            return attn.to_out[1](attn.to_out[0](out))
+        image, context = parts(out, tokens)
+        image = attn.to_out[1](attn.to_out[0](image))
         return image, context if attn.context_pre_only else attn.to_add_out(context)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -17,6 +20,8 @@ from dmdr_fast.patch.report import Left
 LAYER_NORM = "layer_norm_modulate"
 GATED = "gated_residual"
 GATED_NORM = "gated_residual_layer_norm_modulate"
+RMS_SCALE = "rms_norm_scale"
+GATED_RMS = "gated_residual_rms_norm"
 QK_NORM_ROPE = "qk_norm_rope"
 GELU_MUL = "gelu_mul"
 SILU_MUL = "silu_mul"
@@ -24,7 +29,7 @@ SILU_MUL = "silu_mul"
 # the op does.
 LAYER_NORMS = {"torch.nn.modules.normalization.LayerNorm", "diffusers.models.normalization.FP32LayerNorm"}
 RMS_NORMS = {"torch.nn.modules.normalization.RMSNorm", "diffusers.models.normalization.RMSNorm"}
-OPS = (LAYER_NORM, GATED, GATED_NORM, QK_NORM_ROPE, GELU_MUL, SILU_MUL)
+OPS = (LAYER_NORM, GATED, GATED_NORM, RMS_SCALE, GATED_RMS, QK_NORM_ROPE, GELU_MUL, SILU_MUL)
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,18 @@ class Replacement:
 
 
 def stands_in(cls: type) -> type:
-    """Class decorator: answer to the name of the class it replaces.
+    """Class decorator: answer to the name of the class it replaces, and be known where that one is.
 
     diffusers and accelerate look layers up by class name (``_no_split_modules``, ``_repeated_blocks``).
-    Pickle goes by the qualified name, which stays.
+    Pickle goes by the qualified name, which stays. diffusers' hooks (FirstBlockCache, layer skipping) find what they
+    have to know of a block or a processor in a registry, by the class itself.
     """
-    cls.__name__ = cls.__bases__[0].__name__
+    original = cls.__bases__[0]
+    cls.__name__ = original.__name__
+    if (hooks := sys.modules.get("diffusers.hooks._helpers")) is not None:
+        for registry in (hooks.TransformerBlockRegistry, hooks.AttentionProcessorRegistry):
+            with suppress(ValueError):  # it has no entry for the original
+                registry.register(cls, copy.copy(registry.get(original)))
     return cls
 
 
@@ -123,6 +134,16 @@ def adaptive_sites(
         yield _unless(_odd_layer_norm(block, norm), LAYER_NORM, norm)
 
 
+def sandwich_sites(block: nn.Module, wanted: frozenset[str], before: str, after: str) -> Iterator[Site | Left]:
+    """The places of an RMS norm and its scale ``before`` a branch, and of x + gate * norm(h) ``after`` it."""
+    if RMS_SCALE in wanted:
+        yield _unless(_odd_rms_norm(block, before), RMS_SCALE, before)
+    if GATED_RMS in wanted:
+        yield _unless(_odd_rms_norm(block, after), GATED_RMS, after)
+    elif GATED in wanted:
+        yield Site(GATED, after)
+
+
 def qk_sites(attention: nn.Module, wanted: frozenset[str], *pairs: tuple[str, str]) -> Iterator[Site | Left]:
     """One place for the whole attention, if every pair of norms in it is of a kind the op computes."""
     if QK_NORM_ROPE not in wanted:
@@ -157,6 +178,16 @@ def _odd_layer_norm(block: nn.Module, name: str) -> str | None:
         return f"{name} has weights, expected elementwise_affine=False"
     if len(norm.normalized_shape) != 1:
         return f"{name} is over {len(norm.normalized_shape)} dimensions, expected the last"
+    return watched(norm, name)
+
+
+def _odd_rms_norm(block: nn.Module, name: str) -> str | None:
+    """Why ``block.<name>`` is not a plain RMS norm, or None."""
+    norm = getattr(block, name)
+    if _full_name(norm) not in RMS_NORMS:
+        return f"{name} is a {type(norm).__name__}, expected RMSNorm"
+    if getattr(norm, "bias", None) is not None or norm.eps is None:
+        return f"{name} has a bias or no eps, the op has no bias and an eps"
     return watched(norm, name)
 
 

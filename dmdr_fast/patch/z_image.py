@@ -17,17 +17,17 @@ from diffusers.models.transformers.transformer_z_image import (
 from torch import Tensor, nn
 
 from dmdr_fast import ops
-from dmdr_fast.patch.adaptive import gated
+from dmdr_fast.patch.adaptive import gated_normed, scaled
 from dmdr_fast.patch.report import Left
 from dmdr_fast.patch.rotations import tables
 from dmdr_fast.patch.structure import (
-    GATED,
-    LAYER_NORM,
+    RMS_SCALE,
     SILU_MUL,
     Replacement,
     Site,
     adaptive_sites,
     qk_sites,
+    sandwich_sites,
     stands_in,
 )
 
@@ -59,10 +59,11 @@ class FusedZImageTransformerBlock(ZImageTransformerBlock):
             tokens = x.shape[1]
             modulation = [select_per_token(noisy[:, 0], clean[:, 0], noise_mask, tokens) for noisy, clean in pairs]
         scale, gate, scale_ff, gate_ff = modulation
-        attended = self.attention(self.attention_norm1(x) * scale, attention_mask=attn_mask, freqs_cis=freqs_cis)
-        x = gated(self.fused_ops, x, self.attention_norm2(attended), gate)
-        h = self.feed_forward(self.ffn_norm1(x) * scale_ff)
-        return gated(self.fused_ops, x, self.ffn_norm2(h), gate_ff)
+        h = scaled(self.fused_ops, self.attention_norm1, x, scale)
+        h = self.attention(h, attention_mask=attn_mask, freqs_cis=freqs_cis)
+        x = gated_normed(self.fused_ops, self.attention_norm2, x, h, gate)
+        h = self.feed_forward(scaled(self.fused_ops, self.ffn_norm1, x, scale_ff))
+        return gated_normed(self.fused_ops, self.ffn_norm2, x, h, gate_ff)
 
     def _modulation(self, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scale and gate of the attention and of the feed-forward, each [B, 1, D]."""
@@ -139,14 +140,12 @@ class FusedZSingleStreamAttnProcessor(ZSingleStreamAttnProcessor):
 
 
 def _block_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
-    if not block.modulation:  # the text refiner has neither scales nor gates
+    if not block.modulation:
+        if RMS_SCALE in wanted:
+            yield Left(RMS_SCALE, "", "the text refiner has neither scales nor gates")
         return
-    if LAYER_NORM in wanted:
-        for name in ("attention_norm1", "ffn_norm1"):
-            yield Left(LAYER_NORM, name, "it is an RMS norm, the op is a layer norm")
-    if GATED in wanted:
-        yield Site(GATED, "attention_norm2")
-        yield Site(GATED, "ffn_norm2")
+    for branch in ("attention", "ffn"):
+        yield from sandwich_sites(block, wanted, f"{branch}_norm1", f"{branch}_norm2")
 
 
 def _final_sites(layer: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:

@@ -61,6 +61,16 @@ CALLS = {
         {},
         ["x", "h", "gate", "shift", "scale"],
     ),
+    "rms_norm_scale": (
+        lambda: {"x": normal(2, 5, 8), "weight": normal(8), "scale": normal(2, 8)},
+        {},
+        ["x", "weight", "scale"],
+    ),
+    "gated_residual_rms_norm": (
+        lambda: {"x": normal(2, 5, 8), "h": normal(2, 5, 8), "gate": normal(2, 8), "weight": normal(8)},
+        {},
+        ["x", "h", "gate", "weight"],
+    ),
     "gelu_mul": (lambda: {"packed": normal(2, 5, 8)}, {}, ["packed"]),
     "silu_mul": (lambda: {"packed": normal(2, 5, 8)}, {}, ["packed"]),
     "multi_lora": (

@@ -163,6 +163,11 @@ def _token_calls(draw: Draw, shape: tuple[int, int, int]) -> Iterator[Call]:
             for gates in (gate, draw(features)):
                 args = (*grads, x, h, gates, scale, mean, rstd, 1e-6, shift.dtype, True, True, True)
                 yield Call("gated_residual_layer_norm_modulate_bwd", label, args)
+        for weight in (draw(features), None):
+            yield Call("rms_norm_scale_fwd", label, (x, weight, scale, 1e-6, h.dtype))
+            yield Call("gated_residual_rms_norm_fwd", label, (x, h, gate, weight, 1e-6))
+            for need in ((True, weight is not None, True), (True, False, False), (False, weight is not None, False)):
+                yield Call("rms_norm_scale_bwd", label, (grad, x, weight, scale, rstd, 1e-6, *need))
 
 
 def _lora_calls(draw: Draw) -> Iterator[Call]:

@@ -53,6 +53,9 @@ def large_calls() -> list[Call]:
             "gated_residual_layer_norm_modulate_bwd",
             (*tokens, gate, scale, mean, rstd, 1e-6, torch.float32, True, True, True),
         ),
+        ("rms_norm_scale_fwd", (tokens[0], shared, scale, 1e-6, torch.float32)),
+        ("gated_residual_rms_norm_fwd", (*tokens[:2], gate, shared, 1e-6)),
+        ("rms_norm_scale_bwd", (tokens[0], tokens[1], shared, scale, rstd, 1e-6, True, True, True)),
         ("qk_norm_rope_bwd", (*heads, weight, weight, *angles, head_rstd, head_rstd, 1e-6, True, True)),
         ("preprocess_reward_fwd", (image, 96, 112, mean3, std3, True, -1.0, 1.0, True)),
         (

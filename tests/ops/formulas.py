@@ -195,5 +195,5 @@ def _of_sample(scalar: Tensor, like: Tensor) -> Tensor:
 
 
 def _of_token(modulation: Tensor, x: Tensor) -> Tensor:
-    """[D], [B, D], [B, 1, D] and [B, T, D] beside x [B, T, D]."""
+    """[D], [B, D], and what broadcasts beside x [B, ..., D] as it is."""
     return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation

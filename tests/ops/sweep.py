@@ -190,6 +190,19 @@ def _gated_residual_layer_norm_modulate(d: Draw) -> Case:
     return d.case("gated_residual_layer_norm_modulate", tensors, "x h gate shift scale")
 
 
+def _rms_norm_scale(d: Draw) -> Case:
+    shape = _token_shape(d)
+    tensors = {"x": d.normal(*shape), "weight": d.normal(shape[2]), "scale": _modulations(d, shape, 1)[0]}
+    return d.case("rms_norm_scale", tensors, "x weight scale")
+
+
+def _gated_residual_rms_norm(d: Draw) -> Case:
+    shape = _token_shape(d)
+    tensors = {"x": d.normal(*shape), "h": d.normal(*shape), "gate": _modulations(d, shape, 1)[0]}
+    tensors["weight"] = d.one_of(None, d.normal(shape[2]))
+    return d.case("gated_residual_rms_norm", tensors, "x h gate weight")
+
+
 def _qk_norm_rope(d: Draw) -> Case:
     batch, tokens, width = d.batch(), d.size(1, 5), 2 * d.size(3, 17)
     tensors = {name: d.normal(batch, tokens, d.size(1, 3), width) for name in ("q", "k")}
@@ -233,6 +246,8 @@ CASES: dict[str, st.SearchStrategy[Case]] = {
     "layer_norm_modulate": _strategy(_layer_norm_modulate),
     "gated_residual": _strategy(_gated_residual),
     "gated_residual_layer_norm_modulate": _strategy(_gated_residual_layer_norm_modulate),
+    "rms_norm_scale": _strategy(_rms_norm_scale),
+    "gated_residual_rms_norm": _strategy(_gated_residual_rms_norm),
     "qk_norm_rope": _strategy(_qk_norm_rope),
     "gelu_mul": _strategy(lambda d: _packed(d, "gelu_mul")),
     "silu_mul": _strategy(lambda d: _packed(d, "silu_mul")),

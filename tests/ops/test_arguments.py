@@ -171,7 +171,15 @@ def cases():
         yield op, {"scale": latent(8)}, "scale: expected one per sample like shift, got one per batch"
         yield from numbers(op, "eps", 0.0, -1.0)
         yield op, {"out_dtype": "bfloat16"}, "out_dtype: expected a float dtype of torch, got 'bfloat16'"
-    for op in ("gated_residual", "gated_residual_layer_norm_modulate"):
+    op = "rms_norm_scale"
+    yield op, {"x": latent(8)}, "x: expected at least 2 dimensions"
+    yield from modulations(op, "scale")
+    yield op, {"out_dtype": "bfloat16"}, "out_dtype: expected a float dtype of torch, got 'bfloat16'"
+    for op in ("rms_norm_scale", "gated_residual_rms_norm"):
+        yield op, {"weight": latent(7)}, r"weight: expected shape \[8\] \(D\), got \[7\]"
+        yield op, {"weight": INTEGERS[0, 0]}, f"weight: {FLOAT_TYPES}"
+        yield from numbers(op, "eps", 0.0, -1.0)
+    for op in ("gated_residual", "gated_residual_layer_norm_modulate", "gated_residual_rms_norm"):
         yield op, {"h": latent(3, 4, 9)}, r"h: expected shape \[3, 4, 8\] like x, got \[3, 4, 9\]"
         yield from modulations(op, "gate")
 

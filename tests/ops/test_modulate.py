@@ -1,4 +1,4 @@
-"""Adaptive layer norm and gated residuals against torch.nn.functional.layer_norm in float64."""
+"""Adaptive norms and gated residuals against torch.nn.functional's norms in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dmdr_fast import ops
+from tests.ops import formulas
 
 BATCH, TOKENS, WIDTH = 3, 5, 8
 LAYOUTS = [(WIDTH,), (BATCH, WIDTH), (BATCH, 1, WIDTH), (BATCH, TOKENS, WIDTH)]
@@ -55,6 +56,69 @@ def test_gated_residual_layer_norm_modulate(layout, gate_layout):
     torch.testing.assert_close(residual, residual_formula(x, h, gate))
     torch.testing.assert_close(modulated, norm_formula(residual_formula(x, h, gate), shift, scale))
     assert torch.autograd.gradcheck(ops.gated_residual_layer_norm_modulate, tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm_scale(layout, weighted):
+    x, scale, weight = draws(X, layout, (WIDTH,))
+    weight = weight if weighted else None
+    truth = F.rms_norm(x, (WIDTH,), weight, eps=1e-6) * over_tokens(scale)
+    torch.testing.assert_close(ops.rms_norm_scale(x, weight, scale), truth)
+    assert torch.autograd.gradcheck(ops.rms_norm_scale, (x, weight, scale))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gated_residual_rms_norm(layout, weighted):
+    x, h, gate, weight = draws(X, X, layout, (WIDTH,))
+    weight = weight if weighted else None
+    truth = residual_formula(x, F.rms_norm(h, (WIDTH,), weight, eps=1e-6), gate)
+    torch.testing.assert_close(ops.gated_residual_rms_norm(x, h, gate, weight), truth)
+    assert torch.autograd.gradcheck(ops.gated_residual_rms_norm, (x, h, gate, weight))
+
+
+def test_the_gated_residual_of_an_rms_norm_that_feeds_itself():
+    x, gate, weight = draws(X, (WIDTH,), (WIDTH,))
+    assert torch.autograd.gradcheck(lambda x, *rest: ops.gated_residual_rms_norm(x, x, *rest), (x, gate, weight))
+
+
+MODULATED = {
+    "layer_norm_modulate": "x shift scale",
+    "gated_residual": "x h gate",
+    "gated_residual_layer_norm_modulate": "x h gate shift scale",
+    "rms_norm_scale": "x weight scale",
+    "gated_residual_rms_norm": "x h gate weight",
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("op", MODULATED)
+def test_modulation_per_frame(op, backend, monkeypatch):
+    """[B, F, 1, D] beside [B, F, S, D]: as the formula broadcasts it, and as frames that are samples of their own."""
+    monkeypatch.setenv("DMDR_FAST_BACKEND", backend)
+    monkeypatch.setenv("DMDR_FAST_STRICT", "1")
+    shapes = {"x": (2, 3, 5, 16), "h": (2, 3, 5, 16), "weight": (16,)}
+    names = MODULATED[op].split()
+    tensors = dict(
+        zip(names, draws(*(shapes.get(name, (2, 3, 1, 16)) for name in names), dtype=torch.float32), strict=True)
+    )
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    samples = {name: tensor.detach().flatten(0, 1) if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+
+    results = results_of(op, **tensors)
+    assert all(map(torch.equal, results_of(op, **samples), (result.flatten(0, 1) for result in results)))
+    truth = getattr(formulas, op)(**exact)
+    torch.testing.assert_close([r.double() for r in results], list(truth), rtol=1e-5, atol=2e-6)
+    incoming = [torch.randn_like(result) for result in results]
+    grads = torch.autograd.grad(results, list(tensors.values()), incoming)
+    expected = torch.autograd.grad(truth, list(exact.values()), [value.double() for value in incoming])
+    torch.testing.assert_close([g.double() for g in grads], list(expected), rtol=1e-5, atol=1e-5)
+
+
+def results_of(op, **tensors):
+    result = getattr(ops, op)(**tensors)
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 @pytest.mark.parametrize("used", [0, 1])

@@ -50,6 +50,17 @@ def test_norm_and_rotation(interleaved, weighted, batch):
         torch.testing.assert_close(ours, formula(x, weight, theta, interleaved))
 
 
+def test_one_norm_over_all_heads():
+    """As Wan has it: RMSNorm over all heads together, then every head is rotated by the same angles."""
+    q, k = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+    weights, theta = torch.randn(2, 24, dtype=torch.float64), angles()
+    as_one = [x.flatten(2).unsqueeze(2) for x in (q, k)]
+    out = ops.qk_norm_rope(*as_one, *weights, *(table.repeat(1, SHAPE[2]) for table in tables(theta, True)))
+    for ours, x, weight in zip(out, (q, k), weights, strict=True):
+        normal = F.rms_norm(x.flatten(2), (24,), weight, 1e-6).view(SHAPE)
+        torch.testing.assert_close(ours.view(SHAPE), rotated(normal, theta, True))
+
+
 def test_without_rotation():
     q, k, weight = torch.randn(SHAPE).double(), torch.randn(SHAPE).double(), torch.randn(7 + 1).double()
     out_q, out_k = ops.qk_norm_rope(q, k, weight, None, eps=1e-5)

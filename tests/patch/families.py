@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -78,6 +79,20 @@ def _flux(depth: int) -> nn.Module:
     )
 
 
+def _flux2(depth: int) -> nn.Module:
+    return Flux2Transformer2DModel(
+        in_channels=4,
+        num_layers=depth,
+        num_single_layers=depth,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+
+
 def _z_image(depth: int) -> nn.Module:
     return ZImageTransformer2DModel(
         in_channels=4,
@@ -145,6 +160,23 @@ FAMILIES = {
         },
         ["attn.to_q", "attn.to_out.0", "norm1.linear", "proj_out"],
     ),
+    "flux2": Family(
+        _flux2,
+        _token_inputs,
+        {
+            "timestep": TIMES,
+            "img_ids": nn.functional.pad(GRID, (0, 1)),
+            "txt_ids": torch.cartesian_prod(*[torch.zeros(1)] * 3, torch.arange(float(TEXT))),
+        },
+        {
+            "layer_norm_modulate": 4,
+            "gated_residual": 3,
+            "gated_residual_layer_norm_modulate": 2,
+            "qk_norm_rope": 2,
+            "silu_mul": 3,
+        },
+        ["attn.to_q", "attn.to_qkv_mlp_proj", "attn.to_out.0", "ff.linear_in"],
+    ),
     "z_image": Family(
         _z_image,
         # 16 image tokens, padded to 32; texts of two lengths, one past 32: attention masks on the way
@@ -153,7 +185,13 @@ FAMILIES = {
             "cap_feats": [torch.randn(5, 16), torch.randn(35, 16)],
         },
         {"t": TIMES},
-        {"layer_norm_modulate": 1, "gated_residual": 4, "qk_norm_rope": 3, "silu_mul": 3},
+        {
+            "layer_norm_modulate": 1,
+            "rms_norm_scale": 4,
+            "gated_residual_rms_norm": 4,
+            "qk_norm_rope": 3,
+            "silu_mul": 3,
+        },
         ["attention.to_q", "attention.to_out.0", "feed_forward.w1", "layers.0.adaLN_modulation.0"],
     ),
     "qwen_image": Family(

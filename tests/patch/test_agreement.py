@@ -69,6 +69,7 @@ def test_every_reported_place_is_one_call():
     expected = {
         "sd3": {"layer_norm_modulate": 1, "qk_norm_rope": 2},
         "flux": {"qk_norm_rope": 1},
+        "flux2": {"qk_norm_rope": 1},
         "z_image": {},
         "qwen_image": {"qk_norm_rope": 1},
         "sit": {},
@@ -135,7 +136,7 @@ def test_z_image_with_clean_and_noisy_tokens():
     angles = torch.polar(torch.ones(2, 5, 8), torch.randn(2, 5, 8))
     block = ZImageTransformerBlock(0, 32, 2, 2, 1e-5, True)
     x = torch.randn(2, 5, 32)
-    check(block, x, None, angles, None, noise_mask, noisy, clean, ops=3)
+    check(block, x, None, angles, None, noise_mask, noisy, clean, ops=5)
     layer = FinalLayer(32, 4)
     check(layer, x, noise_mask=noise_mask, c_noisy=noisy, c_clean=clean, ops=1)
 

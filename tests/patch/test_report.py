@@ -83,8 +83,8 @@ def test_report_of_flux():
 
 def test_report_says_what_does_not_fit():
     report = dmdr_fast.patch(FAMILIES["z_image"].build(1))
-    reason = "it is an RMS norm, the op is a layer norm"
-    assert Left("layer_norm_modulate", "layers.0.ffn_norm1", reason) in report.left
+    reason = "the text refiner has neither scales nor gates"
+    assert Left("rms_norm_scale", "context_refiner.0", reason) in report.left
     assert reason in str(report)
     assert "silu_mul" not in report.counts
     assert "silu_mul: left noise_refiner.*.feed_forward x1, context_refiner" in str(report)
@@ -119,6 +119,11 @@ def test_models_inside_others_are_found():
         ),
         ({"ops": ["gated_residual", "gelu_mul"]}, ValueError, "gelu_mul: found no place for it in SiT"),
         ({"ops": ["qk_norm_rope"]}, ValueError, "qk_norm_rope: found no place for it in SiT"),
+        (
+            {"model": torch.compile(nn.Linear(2, 2))},
+            ValueError,
+            "it is compiled already: patch it first, then torch.compile",
+        ),
     ],
 )
 def test_refusals(arguments, error, message):
@@ -126,6 +131,13 @@ def test_refusals(arguments, error, message):
     with pytest.raises(error, match=message):
         dmdr_fast.patch(**{"model": sit} | arguments)
     assert type(sit.blocks[0]).__module__ == "dmdr_fast.models.sit_layers"
+
+
+def test_a_block_that_is_compiled_is_named():
+    model = FAMILIES["flux"].build(1)
+    model.compile_repeated_blocks(backend="eager")
+    with pytest.raises(ValueError, match=r"model: transformer_blocks\.0 is compiled already: patch it first"):
+        dmdr_fast.patch(model, strict=False)
 
 
 def _subclass(model):

@@ -170,6 +170,22 @@ typedef struct dmdr_gated_residual_args {
 DMDR_EXPORT int dmdr_gated_residual_fwd(const dmdr_gated_residual_args *args, void *stream);
 DMDR_EXPORT int dmdr_gated_residual_bwd(const dmdr_gated_residual_args *args, void *stream);
 
+/* ---- rms_norm_scale: y = x rstd weight scale; with residual y = residual + x rstd weight scale -------------------
+ * Shapes as above; weight is [D] and optional, scale broadcasts like shift and scale. rstd: contiguous [batch, rows],
+ * written by fwd and read by bwd. bwd reads no residual: its gradient is grad_y. */
+typedef struct dmdr_rms_norm_scale_args {
+  int64_t size, num_threads;
+  int64_t shape[DMDR_OUTER + 1];
+  dmdr_tensor x, weight, scale, residual, y;
+  dmdr_tensor grad_y, grad_x, grad_weight, grad_scale; /* bwd; the last three optional */
+  float *rstd;
+  double eps;
+  int64_t gather_weight, gather; /* bwd: dmdr_gather of grad_weight, and of grad_scale */
+  float *workspace;              /* bwd: dmdr_modulation_workspace(batch, rows, D, 2) floats, uninitialised */
+} dmdr_rms_norm_scale_args;
+DMDR_EXPORT int dmdr_rms_norm_scale_fwd(const dmdr_rms_norm_scale_args *args, void *stream);
+DMDR_EXPORT int dmdr_rms_norm_scale_bwd(const dmdr_rms_norm_scale_args *args, void *stream);
+
 /* ---- gated_activation: out = value act(gate) --------------------------------------------------------------------- */
 typedef enum dmdr_activation { DMDR_GELU = 0, DMDR_GELU_TANH = 1, DMDR_SILU = 2 } dmdr_activation;
 typedef struct dmdr_gated_activation_args {

@@ -64,6 +64,14 @@ STRUCTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("int", "gather_gate gather"),
         ("pointer", "workspace"),
     ),
+    "dmdr_rms_norm_scale_args": (
+        ("shape", "shape"),
+        ("tensor", "x weight scale residual y grad_y grad_x grad_weight grad_scale"),
+        ("pointer", "rstd"),
+        ("double", "eps"),
+        ("int", "gather_weight gather"),
+        ("pointer", "workspace"),
+    ),
     "dmdr_gated_activation_args": (
         ("shape", "shape"),
         ("tensor", "value gate out grad grad_value grad_gate"),

@@ -52,8 +52,7 @@ def layer_norm_modulate_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = run.new(a.x.shape if a.need_x else (0,), a.x.dtype)
     grads = [Gradient(g, a.scale, dtype, a.need_modulation) for dtype in (a.shift_dtype, a.scale.dtype)]
     chunks, chunk = chunks_of(g, 512 if grads[0].summed else None)
-    for grad in grads:
-        grad.allocate(run, chunks)
+    allocate(run, g, chunks, *grads)
     run.launch(
         layer_norm_modulate_bwd_kernel, (g.groups * chunks,), rows(g.rows(a.grad)), rows(g.rows(a.x)),
         rows(g.vectors(a.scale)), a.mean.contiguous(), a.rstd.contiguous(), grad_x if a.need_x else None,
@@ -84,7 +83,7 @@ def gated_residual_bwd(run: Launches, a) -> tuple[Tensor, Tensor]:
     chunks, chunk = cdiv(g.tokens, tile["ROWS"]), tile["ROWS"]
     if grad_gate.summed:
         chunks, chunk = chunks_of(g, 512)
-    grad_gate.allocate(run, chunks)
+    allocate(run, g, chunks, grad_gate)
     run.launch(
         gated_residual_bwd_kernel, (g.groups * chunks, cdiv(g.width, tile["BLOCK"])), rows(g.rows(a.grad)),
         rows(g.rows(a.h)), rows(gate), grad_h if a.need_h else None, grad_gate.buffer, g.tokens, g.width, chunks, chunk,
@@ -117,8 +116,7 @@ def gated_residual_layer_norm_modulate_bwd(run: Launches, a) -> tuple[Tensor, Te
     grads = [Gradient(g, a.scale, dtype, through_y) for dtype in (a.shift_dtype, a.scale.dtype)]
     # 3 blocks of 167 registers a multiprocessor
     chunks, chunk = chunks_of(g, 384 if grad_gate.summed or grads[0].summed else None)
-    for grad in (grad_gate, *grads):
-        grad.allocate(run, chunks)
+    allocate(run, g, chunks, grad_gate, *grads)
     run.launch(
         gated_residual_layer_norm_modulate_bwd_kernel, (g.groups * chunks,), rows(g.rows(a.grad_residual)),
         rows(g.rows(a.grad_y)), rows(g.rows(a.residual)), rows(g.rows(a.h)), rows(g.vectors(a.gate)),
@@ -159,13 +157,13 @@ class Gradient:
         self.summed = needed and not self.per_token
         self._lines = groups
 
-    def allocate(self, run: Launches, chunks: int) -> None:
+    def allocate(self, run: Launches, sums: Tensor | None) -> None:
+        """``sums`` [G, C, D]: memory for the partial sums; None if there are none."""
         self.out = run.new(self._shape if self._needed else (0,), self._dtype)
         self.buffer = self.out if self._needed else None
         self.parts = None
-        if self.summed:
-            self.buffer = run.new((self._grouped.groups, chunks, self._grouped.width), torch.float32)
-            self.parts = run.part(self.buffer.view(self._lines, -1, self._grouped.width), self.buffer)
+        if sums is not None:
+            self.buffer, self.parts = sums, run.part(sums.view(self._lines, -1, sums.shape[-1]), sums)
 
     @property
     def target(self) -> Rows | None:
@@ -174,6 +172,15 @@ class Gradient:
             return None
         lines = self._grouped.tokens if self.per_token else self.buffer.shape[1]
         return Rows(self.buffer, lines * self._grouped.width, self._grouped.width)
+
+
+def allocate(run: Launches, g: Grouped, chunks: int, *gradients: Gradient) -> None:
+    """All their tensors; the partial sums lie in one, since an allocation takes 1 us of the host."""
+    count = sum(one.summed for one in gradients)
+    whole = run.new((count, g.groups, chunks, g.width), torch.float32) if count else ()
+    sums = iter(whole)
+    for one in gradients:
+        one.allocate(run, run.part(next(sums), whole) if one.summed else None)
 
 
 def finish(run: Launches, *gradients: Gradient) -> None:

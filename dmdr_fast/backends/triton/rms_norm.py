@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.rows import Grouped
 from dmdr_fast.backends.triton.launch import Launches, implements
-from dmdr_fast.backends.triton.modulation import Gradient, chunks_of, finish, refuses, row_tile, rows
+from dmdr_fast.backends.triton.modulation import Gradient, allocate, chunks_of, finish, refuses, row_tile, rows
 from dmdr_fast.kernels.gated_residual_rms_norm import gated_residual_rms_norm_kernel
 from dmdr_fast.kernels.rms_norm_scale import rms_norm_scale_bwd_kernel, rms_norm_scale_kernel
 
@@ -32,8 +32,7 @@ def rms_norm_scale_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight = Gradient(g, weight, weight.dtype, a.need_weight)
     grad_scale = Gradient(g, a.scale, a.scale.dtype, a.need_scale)
     chunks, chunk = chunks_of(g, 512 if grad_weight.summed or grad_scale.summed else None)
-    for grad in (grad_weight, grad_scale):
-        grad.allocate(run, chunks)
+    allocate(run, g, chunks, grad_weight, grad_scale)
     run.launch(
         rms_norm_scale_bwd_kernel, (g.groups * chunks,), rows(g.rows(a.grad)), rows(g.rows(a.x)),
         rows(g.vectors(a.weight)), rows(g.vectors(a.scale)), a.rstd.contiguous(), grad_x if a.need_x else None,

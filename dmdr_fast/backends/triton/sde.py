@@ -28,9 +28,8 @@ from dmdr_fast.kernels.sde_step import (
 @implements("sde_step_fwd", refuses=too_large("x"))
 def sde_step_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sigma, sigma_next = a.sigma.contiguous(), a.sigma_next.contiguous()
-    drawn, next_sample = run.new((0,), a.x.dtype), a.next_sample
-    if next_sample is None:
-        next_sample = drawn = _draw(run, a, sigma, sigma_next)
+    drawn = _draw(run, a, sigma, sigma_next) if a.next_sample is None else run.new((0,), a.x.dtype)
+    next_sample = drawn if a.next_sample is None else a.next_sample
     mean = run.new(a.x.shape, torch.float32)
     logprob, std = (run.new(sigma.shape, torch.float32) for _ in range(2))
     batch, shape, views = samples(a.x, a.v, next_sample)
