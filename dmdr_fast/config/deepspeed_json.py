@@ -156,6 +156,8 @@ class DeepSpeedJSON(_Group):
     train_micro_batch_size_per_gpu: Elements = 0
     gradient_accumulation_steps: Elements = 0
     gradient_clipping: float = 0.0
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
     communication_data_type: Literal["fp32", "bf16", "fp16"] = "fp32"
     prescale_gradients: bool = False
     gradient_predivide_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
