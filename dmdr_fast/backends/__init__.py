@@ -5,7 +5,9 @@ Every public op lowers to raw functions ``<op>_fwd`` / ``<op>_bwd`` whose argume
 first wants it; one that cannot load raises ImportError with the reason) has those that it registers:
 
     @implements("gated_residual_fwd")
-    def gated_residual_fwd(run: Recorder, a: GatedResidual) -> Tensor: ...
+    def gated_residual_fwd(run: Recorder, a: GatedResidual, out) -> None: ...
+
+``out`` has the results by name, to be written; None in place of one that is not needed or 0.
 
 ``DMDR_FAST_BACKEND=auto|triton|cuda|cpu|reference`` picks one (default auto); ``DMDR_FAST_STRICT=1`` turns a
 fallback to the reference into an error. Without it each reason for a fallback is logged once.
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.backends.plans import Plan, Recorder
+from dmdr_fast.reference.registry import RESULTS, first_tensor
 
 _LOG = logging.getLogger("dmdr_fast")
 _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
@@ -69,7 +72,7 @@ class Choice:
 
 
 class _Implementation(NamedTuple):
-    function: Callable[[Recorder, Any], Outputs]
+    function: Callable[[Recorder, Any, Any], None]
     refuses: Callable[[Any], str | None] | None
 
 
@@ -93,7 +96,7 @@ class Backend:
         self._recorder, self._refuses, self._takes_empty = recorder, refuses, takes_empty
 
     def implements(self, name: str, *, refuses: Callable[[Any], str | None] | None = None) -> Callable:
-        """Register the decorated ``function(run, args)`` as this backend's ``name``.
+        """Register the decorated ``function(run, args, out)`` as this backend's ``name``.
 
         Args:
             refuses: of the arguments: why the function cannot run them, or None.
@@ -109,7 +112,7 @@ class Backend:
         """Why it cannot run ``name(*args)``; None where it can."""
         if name not in self.functions:
             return f"it has no {name}"
-        why = self._refuses(_device(args))
+        why = self._refuses(first_tensor(args).device)
         refuses = self.functions[name].refuses
         return refuses(args) if why is None and refuses is not None else why
 
@@ -117,8 +120,12 @@ class Backend:
         """The results, and how to run such a call again; None where every call has to go this way."""
         if not self._takes_empty and any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
             return reference.run(name, args), None
-        run = self._recorder(args)
-        outputs = self.functions[name].function(run, args)
+        run, results = self._recorder(args), RESULTS[name](args)
+        made = tuple(run.result(result) for result in results)
+        written = [not (result.shape is None or result.zero) for result in results]
+        out = results._make(tensor if wanted else None for tensor, wanted in zip(made, written, strict=True))
+        self.functions[name].function(run, args, out)
+        outputs = made if len(made) > 1 else made[0]
         return outputs, run.plan(outputs)
 
 
@@ -184,11 +191,7 @@ def _select(name: str, args: tuple) -> tuple[str | None, list[tuple[str, str]], 
 def _kernel_device(args: tuple) -> str | None:
     """Device type of the tensors, None where float64 asks for the reference."""
     wide = any(arg is torch.float64 or (isinstance(arg, Tensor) and arg.dtype is torch.float64) for arg in args)
-    return None if wide else _device(args).type
-
-
-def _device(args: tuple) -> torch.device:
-    return next(arg.device for arg in args if isinstance(arg, Tensor))
+    return None if wide else first_tensor(args).device.type
 
 
 def _candidates(wanted: str, device: str | None, name: str) -> tuple[str, ...]:

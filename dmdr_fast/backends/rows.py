@@ -6,7 +6,8 @@ A group is a sample, or the tokens of a frame where vectors are given per frame.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +34,18 @@ def mixed(x: Tensor, *vectors: Tensor | None) -> str | None:
     depths = {depth_of(vector.shape, x.shape) for vector in vectors if vector is not None}
     middle = depths - {0, x.dim() - 1}
     return "it takes vectors per frame beside vectors per sample or token of one kind only" if len(middle) > 1 else None
+
+
+def refuses(longest: float, x: str, *vectors: str) -> Callable[[Any], str | None]:
+    """Why rows of the argument ``x`` are longer than ``longest``, or do not go with the vectors; None where they do."""
+
+    def refusal(a: Any) -> str | None:
+        tensor = getattr(a, x)
+        if tensor.shape[-1] > longest:
+            return f"it takes rows of at most {longest} features, these have {tensor.shape[-1]}"
+        return mixed(tensor, *(getattr(a, name) for name in vectors))
+
+    return refusal
 
 
 class Grouped:

@@ -1,7 +1,8 @@
 """Raw functions: what a public op runs, as ``torch.ops.dmdr_fast.*`` and, in eager mode, past the dispatcher.
 
-The arguments of a raw function are one named tuple. Its annotations make the schema; the fake, the rules of its
-derivative, the reference and every backend take the tuple itself.
+The arguments of a raw function are one named tuple. Its annotations make the schema; the description of the results,
+the rules of the derivative, the reference and every backend take the tuple itself. Fakes and the tensors that a backend
+writes are made from the description.
 
 A call in eager mode costs what it must: one look at each argument makes the call's signature, the signature finds the
 plan (:mod:`dmdr_fast.backends.plans`), the plan allocates and launches. Checks ran when the signature was new. Whatever
@@ -16,8 +17,9 @@ import functools
 import sys
 import types
 import typing
+from collections import namedtuple
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from dmdr_fast import backends, reference
 from dmdr_fast.backends.plans import Live, Plan
 from dmdr_fast.ops import _checks
+from dmdr_fast.reference.registry import RESULTS, Result, first_tensor
 
 _LIBRARY = torch.library.Library("dmdr_fast", "DEF")
 _BELOW_AUTOGRAD = torch._C._AutoDispatchBelowAutograd
@@ -59,7 +62,6 @@ class Raw:
     Attributes:
         name: e.g. ``renoise_fwd``.
         arguments: the named tuple that its arguments are.
-        fake: of the arguments: empty results.
         plans: by the key of a signature.
         live: number of the argument that is :class:`Live`; None without one.
         operator: ``torch.ops.dmdr_fast.<name>.default``.
@@ -69,12 +71,11 @@ class Raw:
         self,
         name: str,
         arguments: type[tuple],
-        fake: Callable[[Any], Any],
         check: Callable[[str, Any], None] | None,
         check_values: Callable[[str, Any], None] | None,
         formula: Callable[[Any], Any] | None,
     ) -> None:
-        self.name, self.arguments, self.fake = name, arguments, fake
+        self.name, self.arguments = name, arguments
         self.operator: Callable = None
         self._check, self._check_values = check, check_values
         self._formula = formula or functools.partial(reference.run, name)
@@ -110,6 +111,12 @@ class Raw:
     def formula(self, *args: Any) -> Any:
         """The same in plain PyTorch, which differentiates it any number of times and in every mode."""
         return self._formula(self.arguments(*args))
+
+    def fake(self, args: tuple) -> Any:
+        """The results, of unspecified contents."""
+        results, like = RESULTS[self.name](args), first_tensor(args)
+        made = [like.new_empty((0,) if one.shape is None else one.shape, dtype=one.dtype) for one in results]
+        return tuple(made) if len(made) > 1 else made[0]
 
     def run(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
         """The results, without a derivative."""
@@ -170,46 +177,66 @@ class Raw:
         return tuple(key), values, grads and graded
 
 
+def gradient(of: type[tuple], fields: str) -> type[tuple]:
+    """The arguments of the gradient of a raw function with the arguments ``of``.
+
+    ``fields`` names them: arguments of the function have the types that they have there, ``need_*`` are bools,
+    ``*dtype`` are dtypes, gradients and results of the function are tensors; ``?`` marks one that may be None.
+    """
+    hints = typing.get_type_hints(of)
+
+    def hint(field: str) -> Any:
+        if field.startswith("need_"):
+            return bool
+        if field.endswith("?"):
+            return Tensor | None
+        return hints.get(field, torch.dtype if field.endswith("dtype") else Tensor)
+
+    return NamedTuple(of.__name__ + "Grad", [(field.removesuffix("?"), hint(field)) for field in fields.split()])
+
+
 def define(
     name: str,
     arguments: type[tuple],
     results: str,
-    fake: Callable[[Any], Any],
+    describe: Callable[[Any], Result | tuple[Result, ...]],
     *,
     check: Callable[[str, Any], None] | None = None,
     check_values: Callable[[str, Any], None] | None = None,
     save: Callable[[Any, Any, Any], None] | None = None,
     backward: Callable[..., dict[str, Tensor | None]] | None = None,
-    constant_results: tuple[int, ...] = (),
+    constants: tuple[int, ...] = (),
     formula: Callable[[Any], Any] | None = None,
     flops: Callable | None = None,
 ) -> Raw:
-    """Register a raw function: its arguments, its fake and its derivative; the backends implement it.
+    """Register a raw function: its arguments, its results and its derivative; the backends implement it.
 
     Args:
         name: of the function, e.g. ``gated_residual_fwd``.
         arguments: a named tuple class; its annotations make the schema.
         results: the names of the results, ``"y mean rstd"``; all are tensors.
-        fake: of the arguments: empty tensors of the results' shapes, dtypes and device.
+        describe: of the arguments: a :class:`Result` for each result.
         check: of the public op's name and the arguments: raises unless they are right; reads no values.
         check_values: likewise, and reads them; called where that costs nothing.
         save: ``save(ctx, arguments, results)`` keeps what ``backward`` reads, as ``setup_context`` does.
         backward: ``backward(ctx, needed, *gradients of the results)``: the gradients by argument name; ``needed`` is
             the named tuple of bools. Without it differentiating goes through the reference.
-        constant_results: numbers of the results that have no gradient.
+        constants: numbers of the results that have no gradient.
         formula: of the arguments: the results in plain PyTorch, for all derivatives but the first in reverse mode. None
             means the reference, whose arguments are then independent of each other: no statistics of others.
         flops: for torch's FlopCounterMode, as ``torch.utils.flop_counter.register_flop_formula`` takes it.
     """
-    raw = Raw(name, arguments, fake, check, check_values, formula)
+    raw = Raw(name, arguments, check, check_values, formula)
     several = len(results.split()) > 1
+    made = namedtuple(name, results)
+    RESULTS[name] = (lambda a: made(*describe(a))) if several else (lambda a: made(describe(a)))
     returned = "(" + ", ".join(f"Tensor {result}" for result in results.split()) + ")" if several else "Tensor"
     _LIBRARY.define(f"{name}({_schema(arguments)}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
     raw.operator = getattr(torch.ops.dmdr_fast, name).default
     RAW[name] = raw
-    torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: fake(arguments(*args)), lib=_LIBRARY)
+    torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: raw.fake(arguments(*args)), lib=_LIBRARY)
     if backward is not None:
-        raw._function = _function(raw, save, backward, constant_results)
+        raw._function = _function(raw, save, backward, constants)
     if flops is not None:
         _flop_formulas[name] = flops
     _LIBRARY.impl(name, _implementation(raw), "CompositeExplicitAutograd")

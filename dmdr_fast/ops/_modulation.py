@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dmdr_fast.backends.rows import depth_of
@@ -30,6 +31,12 @@ def shift_and_scale(op: str, shift: Tensor, scale: Tensor, x: Tensor) -> None:
     if depths[0] != depths[1]:
         what = [_what(depth, x) for depth in depths]
         raise ValueError(f"{op}: scale: expected one per {what[0]} like shift, got one per {what[1]}")
+
+
+def norm_options(op: str, eps: float, out_dtype: torch.dtype | None) -> None:
+    check.number(op, "eps", eps, above=0)
+    if out_dtype is not None:
+        check.dtype(op, "out_dtype", out_dtype)
 
 
 def _what(depth: int, x: Tensor) -> str:

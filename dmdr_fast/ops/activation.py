@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
+from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.reference.registry import Result, like
 
 
 class GatedActivation(NamedTuple):
@@ -16,11 +17,7 @@ class GatedActivation(NamedTuple):
     gate_first: bool
 
 
-class GatedActivationGrad(NamedTuple):
-    grad: Tensor
-    packed: Tensor
-    activation: str
-    gate_first: bool
+GatedActivationGrad = gradient(GatedActivation, "grad packed activation gate_first")
 
 
 def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = False) -> Tensor:
@@ -76,13 +73,9 @@ def _backward(ctx, needed: GatedActivation, grad) -> dict:
     return {"packed": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
-_bwd = define("gated_activation_bwd", GatedActivationGrad, "grad_packed", lambda a: a.packed.new_empty(a.packed.shape))
+_bwd = define("gated_activation_bwd", GatedActivationGrad, "grad_packed", lambda a: like(a.packed))
 _fwd = define(
-    "gated_activation_fwd",
-    GatedActivation,
-    "out",
-    lambda a: a.packed.new_empty((*a.packed.shape[:-1], a.packed.shape[-1] // 2)),
-    check=_check,
-    save=_save,
-    backward=_backward,
-)
+    "gated_activation_fwd", GatedActivation, "out",
+    lambda a: Result((*a.packed.shape[:-1], a.packed.shape[-1] // 2), a.packed.dtype),
+    check=_check, save=_save, backward=_backward,
+)  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+from dmdr_fast.reference.registry import Result, like
 
 
 class DMD(NamedTuple):
@@ -217,22 +218,9 @@ def _run(op, x0, x_t, fake, real, uncond, sigma, alpha, cfg_scale, mask, weight,
     if isinstance(mask, Tensor) and mask.dtype is not torch.bool:
         mask = mask != 0
     return _fwd.checked(
-        op,
-        x0,
-        x_t,
-        fake,
-        real,
-        uncond,
-        sigma,
-        alpha,
-        cfg_tensor,
-        mask,
-        weight,
-        cfg_number,
-        cfg_mode,
-        prediction,
+        op, x0, x_t, fake, real, uncond, sigma, alpha, cfg_tensor, mask, weight, cfg_number, cfg_mode, prediction,
         *options,
-    )
+    )  # fmt: skip
 
 
 def _check(op: str, a: DMD) -> None:
@@ -312,23 +300,14 @@ def _formula(a: DMD):
     return grad, norm, loss + (slope * moved).sum(), loss_scale
 
 
-def _fake(a: DMD):
+def _results(a: DMD):
     compute = check.compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
-    scalar = a.x0.new_empty((), dtype=compute)
-    grad, norm = a.x0.new_empty(a.x0.shape, dtype=a.out_dtype), a.x0.new_empty(a.x0.shape[:1], dtype=compute)
-    return grad, norm, scalar, torch.empty_like(scalar)
+    scalar = Result((), compute)
+    return like(a.x0, a.out_dtype), Result(a.x0.shape[:1], compute), scalar, scalar
 
 
-_bwd = define("dmd_loss_bwd", DMDLossGrad, "grad_x0", lambda a: a.g.new_empty(a.g.shape, dtype=a.dtype))
+_bwd = define("dmd_loss_bwd", DMDLossGrad, "grad_x0", lambda a: like(a.g, a.dtype))
 _fwd = define(
-    "dmd_gradient_fwd",
-    DMD,
-    "grad normalizer loss loss_scale",
-    _fake,
-    check=_check,
-    check_values=_check_values,
-    save=_save,
-    backward=_backward,
-    constant_results=(0, 1, 3),
-    formula=_formula,
-)
+    "dmd_gradient_fwd", DMD, "grad norm loss loss_scale", _results, check=_check, check_values=_check_values,
+    save=_save, backward=_backward, constants=(0, 1, 3), formula=_formula,
+)  # fmt: skip

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
+from dmdr_fast.ops._library import define, gradient
 from dmdr_fast.ops._modulation import modulation
+from dmdr_fast.reference.registry import like
 
 
 class GatedResidual(NamedTuple):
@@ -17,12 +18,7 @@ class GatedResidual(NamedTuple):
     gate: Tensor
 
 
-class GatedResidualGrad(NamedTuple):
-    grad: Tensor
-    h: Tensor
-    gate: Tensor
-    need_h: bool
-    need_gate: bool
+GatedResidualGrad = gradient(GatedResidual, "grad_residual h gate need_h need_gate")
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
@@ -63,17 +59,11 @@ def _backward(ctx, needed: GatedResidual, grad) -> dict:
     return check.wanted(needed, x=grad, h=grad_h, gate=grad_gate)
 
 
-def _fake_bwd(a: GatedResidualGrad):
-    return a.h.new_empty(a.h.shape if a.need_h else (0,)), a.gate.new_empty(a.gate.shape if a.need_gate else (0,))
+def _results_bwd(a: GatedResidualGrad):
+    return like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate)
 
 
-_bwd = define("gated_residual_bwd", GatedResidualGrad, "grad_h grad_gate", _fake_bwd)
+_bwd = define("gated_residual_bwd", GatedResidualGrad, "grad_h grad_gate", _results_bwd)
 _fwd = define(
-    "gated_residual_fwd",
-    GatedResidual,
-    "residual",
-    lambda a: a.x.new_empty(a.x.shape),
-    check=_check,
-    save=_save,
-    backward=_backward,
+    "gated_residual_fwd", GatedResidual, "residual", lambda a: like(a.x), check=_check, save=_save, backward=_backward
 )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
-from dmdr_fast.ops._modulation import modulation, shift_and_scale
+from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._modulation import modulation, norm_options, shift_and_scale
+from dmdr_fast.reference.registry import Result, like
 
 
 class GatedResidualLayerNormModulate(NamedTuple):
@@ -23,20 +24,10 @@ class GatedResidualLayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-class GatedResidualLayerNormModulateGrad(NamedTuple):
-    grad_residual: Tensor | None
-    grad_y: Tensor | None
-    residual: Tensor
-    h: Tensor
-    gate: Tensor
-    scale: Tensor
-    mean: Tensor
-    rstd: Tensor
-    eps: float
-    shift_dtype: torch.dtype
-    need_h: bool
-    need_gate: bool
-    need_modulation: bool
+GatedResidualLayerNormModulateGrad = gradient(
+    GatedResidualLayerNormModulate,
+    "grad_residual? grad_y? residual h gate scale mean rstd eps shift_dtype need_h need_gate need_modulation",
+)
 
 
 def gated_residual_layer_norm_modulate(
@@ -78,9 +69,7 @@ def _check(op: str, a: GatedResidualLayerNormModulate) -> None:
     check.like(op, "h", a.h, a.x, "x")
     modulation(op, "gate", a.gate, a.x)
     shift_and_scale(op, a.shift, a.scale, a.x)
-    check.number(op, "eps", a.eps, above=0)
-    if a.out_dtype is not None:
-        check.dtype(op, "out_dtype", a.out_dtype)
+    norm_options(op, a.eps, a.out_dtype)
 
 
 def _save(ctx, a: GatedResidualLayerNormModulate, results) -> None:
@@ -95,21 +84,17 @@ def _backward(ctx, needed: GatedResidualLayerNormModulate, grad_residual, grad_y
     return check.wanted(needed, **dict(zip(("x", "h", "gate", "shift", "scale"), grads, strict=True)))
 
 
-def _fake_fwd(a: GatedResidualLayerNormModulate):
-    statistic = a.x.new_empty(a.x.shape[:-1], dtype=check.compute_dtype(a.x, a.h, a.gate, a.shift, a.scale))
-    y = a.x.new_empty(a.x.shape, dtype=a.out_dtype)
-    return a.x.new_empty(a.x.shape), y, statistic, torch.empty_like(statistic)
+def _results(a: GatedResidualLayerNormModulate):
+    statistic = Result(a.x.shape[:-1], check.compute_dtype(a.x, a.h, a.gate, a.shift, a.scale))
+    return like(a.x), like(a.x, a.out_dtype), statistic, statistic
 
 
-def _fake_bwd(a: GatedResidualLayerNormModulateGrad):
-    served = a.scale.shape if a.need_modulation else (0,)
+def _results_bwd(a: GatedResidualLayerNormModulateGrad):
+    modulation = {"needed": a.need_modulation, "zero": a.grad_y is None}
     return (
-        a.residual.new_empty(a.residual.shape),
-        a.h.new_empty(a.h.shape if a.need_h else (0,)),
-        a.gate.new_empty(a.gate.shape if a.need_gate else (0,)),
-        a.scale.new_empty(served, dtype=a.shift_dtype),
-        a.scale.new_empty(served),
-    )
+        like(a.residual), like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate),
+        like(a.scale, a.shift_dtype, **modulation), like(a.scale, **modulation),
+    )  # fmt: skip
 
 
 def _formula_bwd(a: GatedResidualLayerNormModulateGrad):
@@ -119,19 +104,10 @@ def _formula_bwd(a: GatedResidualLayerNormModulateGrad):
 
 
 _bwd = define(
-    "gated_residual_layer_norm_modulate_bwd",
-    GatedResidualLayerNormModulateGrad,
-    "grad_x grad_h grad_gate grad_shift grad_scale",
-    _fake_bwd,
-    formula=_formula_bwd,
-)
+    "gated_residual_layer_norm_modulate_bwd", GatedResidualLayerNormModulateGrad,
+    "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd, formula=_formula_bwd,
+)  # fmt: skip
 _fwd = define(
-    "gated_residual_layer_norm_modulate_fwd",
-    GatedResidualLayerNormModulate,
-    "residual y mean rstd",
-    _fake_fwd,
-    check=_check,
-    save=_save,
-    backward=_backward,
-    constant_results=(2, 3),
-)
+    "gated_residual_layer_norm_modulate_fwd", GatedResidualLayerNormModulate, "residual y mean rstd", _results,
+    check=_check, save=_save, backward=_backward, constants=(2, 3),
+)  # fmt: skip

@@ -10,6 +10,7 @@ from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
 from dmdr_fast.ops._modulation import modulation
 from dmdr_fast.ops.rms_norm_scale import check_weight, rms_norm_scale_bwd
+from dmdr_fast.reference.registry import Result, like
 
 
 class GatedResidualRMSNorm(NamedTuple):
@@ -66,18 +67,11 @@ def _backward(ctx, needed: GatedResidualRMSNorm, grad, _) -> dict:
     return check.wanted(needed, **gradients)
 
 
-def _fake(a: GatedResidualRMSNorm):
-    compute = check.compute_dtype(a.x, a.h, a.gate, a.weight)
-    return a.x.new_empty(a.x.shape), a.x.new_empty(a.x.shape[:-1], dtype=compute)
+def _results(a: GatedResidualRMSNorm):
+    return like(a.x), Result(a.x.shape[:-1], check.compute_dtype(a.x, a.h, a.gate, a.weight))
 
 
 _fwd = define(
-    "gated_residual_rms_norm_fwd",
-    GatedResidualRMSNorm,
-    "y rstd",
-    _fake,
-    check=_check,
-    save=_save,
-    backward=_backward,
-    constant_results=(1,),
-)
+    "gated_residual_rms_norm_fwd", GatedResidualRMSNorm, "y rstd", _results,
+    check=_check, save=_save, backward=_backward, constants=(1,),
+)  # fmt: skip

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
-from dmdr_fast.ops._modulation import shift_and_scale
+from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._modulation import norm_options, shift_and_scale
+from dmdr_fast.reference.registry import Result, like
 
 
 class LayerNormModulate(NamedTuple):
@@ -21,16 +22,7 @@ class LayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-class LayerNormModulateGrad(NamedTuple):
-    grad: Tensor
-    x: Tensor
-    scale: Tensor
-    mean: Tensor
-    rstd: Tensor
-    eps: float
-    shift_dtype: torch.dtype
-    need_x: bool
-    need_modulation: bool
+LayerNormModulateGrad = gradient(LayerNormModulate, "grad_y x scale mean rstd eps shift_dtype need_x need_modulation")
 
 
 def layer_norm_modulate(
@@ -61,9 +53,7 @@ def layer_norm_modulate(
 def _check(op: str, a: LayerNormModulate) -> None:
     check.floating(op, "x", a.x, min_dim=2)
     shift_and_scale(op, a.shift, a.scale, a.x)
-    check.number(op, "eps", a.eps, above=0)
-    if a.out_dtype is not None:
-        check.dtype(op, "out_dtype", a.out_dtype)
+    norm_options(op, a.eps, a.out_dtype)
 
 
 def _save(ctx, a: LayerNormModulate, results) -> None:
@@ -77,18 +67,14 @@ def _backward(ctx, needed: LayerNormModulate, grad, *_) -> dict:
     return check.wanted(needed, x=grads[0], shift=grads[1], scale=grads[2])
 
 
-def _fake_fwd(a: LayerNormModulate):
-    statistic = a.x.new_empty(a.x.shape[:-1], dtype=check.compute_dtype(a.x, a.shift, a.scale))
-    return a.x.new_empty(a.x.shape, dtype=a.out_dtype), statistic, torch.empty_like(statistic)
+def _results(a: LayerNormModulate):
+    statistic = Result(a.x.shape[:-1], check.compute_dtype(a.x, a.shift, a.scale))
+    return like(a.x, a.out_dtype), statistic, statistic
 
 
-def _fake_bwd(a: LayerNormModulateGrad):
-    modulation = a.scale.shape if a.need_modulation else (0,)
-    return (
-        a.x.new_empty(a.x.shape if a.need_x else (0,)),
-        a.scale.new_empty(modulation, dtype=a.shift_dtype),
-        a.scale.new_empty(modulation),
-    )
+def _results_bwd(a: LayerNormModulateGrad):
+    grad_shift, grad_scale = (like(a.scale, dtype, needed=a.need_modulation) for dtype in (a.shift_dtype, None))
+    return like(a.x, needed=a.need_x), grad_shift, grad_scale
 
 
 def _formula_bwd(a: LayerNormModulateGrad):
@@ -98,19 +84,9 @@ def _formula_bwd(a: LayerNormModulateGrad):
 
 
 _bwd = define(
-    "layer_norm_modulate_bwd",
-    LayerNormModulateGrad,
-    "grad_x grad_shift grad_scale",
-    _fake_bwd,
-    formula=_formula_bwd,
+    "layer_norm_modulate_bwd", LayerNormModulateGrad, "grad_x grad_shift grad_scale", _results_bwd, formula=_formula_bwd
 )
 _fwd = define(
-    "layer_norm_modulate_fwd",
-    LayerNormModulate,
-    "y mean rstd",
-    _fake_fwd,
-    check=_check,
-    save=_save,
-    backward=_backward,
-    constant_results=(1, 2),
-)
+    "layer_norm_modulate_fwd", LayerNormModulate, "y mean rstd", _results,
+    check=_check, save=_save, backward=_backward, constants=(1, 2),
+)  # fmt: skip

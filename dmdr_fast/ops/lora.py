@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
+from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.reference.registry import Result, like
 
 
 class MultiLora(NamedTuple):
@@ -20,16 +21,7 @@ class MultiLora(NamedTuple):
     scale: Tensor
 
 
-class MultiLoraGrad(NamedTuple):
-    grad: Tensor
-    x: Tensor
-    low_rank: Tensor
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-    need_x: bool
-    need_a: bool
-    need_b: bool
+MultiLoraGrad = gradient(MultiLora, "grad x low_rank A B scale need_x need_a need_b")
 
 
 def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor | float) -> Tensor:
@@ -102,14 +94,13 @@ def _formula_bwd(a: MultiLoraGrad):
     return reference.run("multi_lora_bwd", a._replace(low_rank=reference.low_rank(a.x, a.A, a.scale, a.low_rank.dtype)))
 
 
-def _fake_fwd(a: MultiLora):
+def _results(a: MultiLora):
     dtype = check.compute_dtype(a.x, a.base_out, a.A, a.B)
-    return a.base_out.new_empty(a.base_out.shape), a.x.new_empty((*a.x.shape[:-1], a.A.shape[1]), dtype=dtype)
+    return like(a.base_out), Result((*a.x.shape[:-1], a.A.shape[1]), dtype)
 
 
-def _fake_bwd(a: MultiLoraGrad):
-    needs = (a.x, a.need_x), (a.A, a.need_a), (a.B, a.need_b)
-    return tuple(value.new_empty(value.shape if need else (0,)) for value, need in needs)
+def _results_bwd(a: MultiLoraGrad):
+    return like(a.x, needed=a.need_x), like(a.A, needed=a.need_a), like(a.B, needed=a.need_b)
 
 
 # torch's FlopCounterMode does not look inside an operator. Multiply-adds count 2, as for its own matmuls.
@@ -126,17 +117,10 @@ def _flops_bwd(
 
 
 _bwd = define(
-    "multi_lora_bwd", MultiLoraGrad, "grad_x grad_a grad_b", _fake_bwd, formula=_formula_bwd, flops=_flops_bwd
+    "multi_lora_bwd", MultiLoraGrad, "grad_x grad_a grad_b", _results_bwd, formula=_formula_bwd, flops=_flops_bwd
 )
 _fwd = define(
-    "multi_lora_fwd",
-    MultiLora,
-    "out low_rank",
-    _fake_fwd,
-    check=_check,
-    check_values=lambda op, a: check.values(op, "scale", a.scale),
-    save=_save,
-    backward=_backward,
-    constant_results=(1,),
-    flops=_flops_fwd,
-)
+    "multi_lora_fwd", MultiLora, "out low_rank", _results,
+    check=_check, check_values=lambda op, a: check.values(op, "scale", a.scale),
+    save=_save, backward=_backward, constants=(1,), flops=_flops_fwd,
+)  # fmt: skip

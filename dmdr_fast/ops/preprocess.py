@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+from dmdr_fast.reference.registry import Result
 
 
 class PreprocessReward(NamedTuple):
@@ -117,25 +118,17 @@ def _backward(ctx, needed: PreprocessReward, grad, _) -> dict:
     return {"image": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
-def _fake_fwd(a: PreprocessReward):
+def _results(a: PreprocessReward):
     batch, channels, rows, columns = a.image.shape
-    bits = (batch, channels, rows, (columns + 7) // 8) if a.need_inside else (0,)
-    return a.image.new_empty(batch, channels, a.height, a.width), a.image.new_empty(bits, dtype=torch.uint8)
+    bits = (batch, channels, rows, (columns + 7) // 8) if a.need_inside else None
+    return Result((batch, channels, a.height, a.width), a.image.dtype), Result(bits, torch.uint8)
 
 
 _bwd = define(
-    "preprocess_reward_bwd",
-    PreprocessRewardGrad,
-    "grad_image",
-    lambda a: a.grad.new_empty((*a.inside.shape[:-1], a.in_width), dtype=a.dtype),
-)
+    "preprocess_reward_bwd", PreprocessRewardGrad, "grad_image",
+    lambda a: Result((*a.inside.shape[:-1], a.in_width), a.dtype),
+)  # fmt: skip
 _fwd = define(
-    "preprocess_reward_fwd",
-    PreprocessReward,
-    "out inside",
-    _fake_fwd,
-    check=_check,
-    save=_save,
-    backward=_backward,
-    constant_results=(1,),
-)
+    "preprocess_reward_fwd", PreprocessReward, "out inside", _results,
+    check=_check, save=_save, backward=_backward, constants=(1,),
+)  # fmt: skip

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
+from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.reference.registry import Result, like
 
 
 class QKNormRope(NamedTuple):
@@ -22,20 +23,9 @@ class QKNormRope(NamedTuple):
     interleaved: bool
 
 
-class QKNormRopeGrad(NamedTuple):
-    grad_q: Tensor | None
-    grad_k: Tensor | None
-    q: Tensor
-    k: Tensor
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    q_rstd: Tensor
-    k_rstd: Tensor
-    eps: float
-    interleaved: bool
-    need_weights: bool
+QKNormRopeGrad = gradient(
+    QKNormRope, "grad_q? grad_k? q k q_weight k_weight cos sin q_rstd k_rstd eps interleaved need_weights"
+)
 
 
 def qk_norm_rope(
@@ -130,29 +120,25 @@ def _formula_bwd(a: QKNormRopeGrad):
     return reference.run("qk_norm_rope_bwd", a._replace(q_rstd=q_rstd, k_rstd=k_rstd))
 
 
-def _fake_fwd(a: QKNormRope):
+def _results(a: QKNormRope):
     compute = check.compute_dtype(*a[:6])
-    statistics = (x.new_empty(x.shape[:-1], dtype=compute) for x in (a.q, a.k))
-    return a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape), *statistics
+    return like(a.q), like(a.k), *(Result(x.shape[:-1], compute) for x in (a.q, a.k))
 
 
-def _fake_bwd(a: QKNormRopeGrad):
-    dx, dw = [], []
-    for grad, x, weight in ((a.grad_q, a.q, a.q_weight), (a.grad_k, a.k, a.k_weight)):
-        dx.append(x.new_empty((0,) if grad is None else x.shape))
-        like = x if weight is None else weight
-        dw.append(like.new_empty(weight.shape if a.need_weights and not (weight is None or grad is None) else (0,)))
-    return *dx, *dw
+def _results_bwd(a: QKNormRopeGrad):
+    """What a side that got no gradient would give counts as not needed."""
+    sides = (a.grad_q, a.q, a.q_weight), (a.grad_k, a.k, a.k_weight)
+    weights = (
+        like(x, needed=False) if weight is None else like(weight, needed=a.need_weights and grad is not None)
+        for grad, x, weight in sides
+    )
+    return *(like(x, needed=grad is not None) for grad, x, _ in sides), *weights
 
 
-_bwd = define("qk_norm_rope_bwd", QKNormRopeGrad, "dq dk dq_weight dk_weight", _fake_bwd, formula=_formula_bwd)
-_fwd = define(
-    "qk_norm_rope_fwd",
-    QKNormRope,
-    "q_out k_out q_rstd k_rstd",
-    _fake_fwd,
-    check=_check,
-    save=_save,
-    backward=_backward,
-    constant_results=(2, 3),
+_bwd = define(
+    "qk_norm_rope_bwd", QKNormRopeGrad, "grad_q grad_k grad_q_weight grad_k_weight", _results_bwd, formula=_formula_bwd
 )
+_fwd = define(
+    "qk_norm_rope_fwd", QKNormRope, "q_out k_out q_rstd k_rstd", _results,
+    check=_check, save=_save, backward=_backward, constants=(2, 3),
+)  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
+from dmdr_fast.reference.registry import Result, like
 
 
 class NormalNoise(NamedTuple):
@@ -151,21 +152,13 @@ def _backward(ctx, needed: Renoise, grad) -> dict:
     }
 
 
-_noise = define("normal_noise_fwd", NormalNoise, "noise", lambda a: a.seed.new_empty(a.size, dtype=a.dtype))
-_bwd = define("renoise_bwd", RenoiseGrad, "out", lambda a: a.grad.new_empty(a.grad.shape, dtype=a.dtype))
+_noise = define("normal_noise_fwd", NormalNoise, "out", lambda a: Result(a.size, a.dtype))
+_bwd = define("renoise_bwd", RenoiseGrad, "out", lambda a: like(a.grad, a.dtype))
 _scale_bwd = define(
-    "renoise_scale_bwd",
-    RenoiseScaleGrad,
-    "sums",
-    lambda a: a.grad.new_empty(a.grad.shape[:1], dtype=check.compute_dtype(a.grad, a.factor)),
-)
+    "renoise_scale_bwd", RenoiseScaleGrad, "sample_sum",
+    lambda a: Result(a.grad.shape[:1], check.compute_dtype(a.grad, a.factor)),
+)  # fmt: skip
 _fwd = define(
-    "renoise_fwd",
-    Renoise,
-    "x_t",
-    lambda a: a.x0.new_empty(a.x0.shape),
-    check=_check,
-    check_values=_check_values,
-    save=_save,
-    backward=_backward,
-)
+    "renoise_fwd", Renoise, "out", lambda a: like(a.x0),
+    check=_check, check_values=_check_values, save=_save, backward=_backward,
+)  # fmt: skip

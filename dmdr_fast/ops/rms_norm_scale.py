@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
-from dmdr_fast.ops._modulation import modulation
+from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._modulation import modulation, norm_options
+from dmdr_fast.reference.registry import Result, like
 
 
 class RMSNormScale(NamedTuple):
@@ -21,16 +22,7 @@ class RMSNormScale(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-class RMSNormScaleGrad(NamedTuple):
-    grad: Tensor
-    x: Tensor
-    weight: Tensor | None
-    scale: Tensor
-    rstd: Tensor
-    eps: float
-    need_x: bool
-    need_weight: bool
-    need_scale: bool
+RMSNormScaleGrad = gradient(RMSNormScale, "grad_y x weight scale rstd eps need_x need_weight need_scale")
 
 
 def rms_norm_scale(
@@ -68,9 +60,7 @@ def _check(op: str, a: RMSNormScale) -> None:
     check.floating(op, "x", a.x, min_dim=2)
     check_weight(op, a.weight, a.x)
     modulation(op, "scale", a.scale, a.x)
-    check.number(op, "eps", a.eps, above=0)
-    if a.out_dtype is not None:
-        check.dtype(op, "out_dtype", a.out_dtype)
+    norm_options(op, a.eps, a.out_dtype)
 
 
 def _save(ctx, a: RMSNormScale, results) -> None:
@@ -83,15 +73,13 @@ def _backward(ctx, needed: RMSNormScale, grad, _) -> dict:
     return check.wanted(needed, x=grads[0], weight=grads[1], scale=grads[2])
 
 
-def _fake_fwd(a: RMSNormScale):
-    compute = check.compute_dtype(a.x, a.weight, a.scale)
-    return a.x.new_empty(a.x.shape, dtype=a.out_dtype), a.x.new_empty(a.x.shape[:-1], dtype=compute)
+def _results(a: RMSNormScale):
+    return like(a.x, a.out_dtype), Result(a.x.shape[:-1], check.compute_dtype(a.x, a.weight, a.scale))
 
 
-def _fake_bwd(a: RMSNormScaleGrad):
+def _results_bwd(a: RMSNormScaleGrad):
     weight = a.x if a.weight is None else a.weight
-    needs = (a.x, a.need_x), (weight, a.need_weight), (a.scale, a.need_scale)
-    return tuple(value.new_empty(value.shape if need else (0,)) for value, need in needs)
+    return like(a.x, needed=a.need_x), like(weight, needed=a.need_weight), like(a.scale, needed=a.need_scale)
 
 
 def _formula_bwd(a: RMSNormScaleGrad):
@@ -100,15 +88,9 @@ def _formula_bwd(a: RMSNormScaleGrad):
 
 
 rms_norm_scale_bwd = define(
-    "rms_norm_scale_bwd", RMSNormScaleGrad, "grad_x grad_weight grad_scale", _fake_bwd, formula=_formula_bwd
+    "rms_norm_scale_bwd", RMSNormScaleGrad, "grad_x grad_weight grad_scale", _results_bwd, formula=_formula_bwd
 )
 _fwd = define(
-    "rms_norm_scale_fwd",
-    RMSNormScale,
-    "y rstd",
-    _fake_fwd,
-    check=_check,
-    save=_save,
-    backward=_backward,
-    constant_results=(1,),
-)
+    "rms_norm_scale_fwd", RMSNormScale, "y rstd", _results,
+    check=_check, save=_save, backward=_backward, constants=(1,),
+)  # fmt: skip

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
+from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.reference.registry import Result, like
 
 
 class SDEStepArguments(NamedTuple):
@@ -24,19 +24,10 @@ class SDEStepArguments(NamedTuple):
     eta: float
 
 
-class SDEStepGrad(NamedTuple):
-    grad_next: Tensor | None
-    grad_logprob: Tensor | None
-    grad_mean: Tensor | None
-    x: Tensor
-    v: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-    next_sample: Tensor
-    kind: str
-    eta: float
-    need_x: bool
-    need_v: bool
+SDEStepGrad = gradient(
+    SDEStepArguments,
+    "grad_next? grad_logprob? grad_mean? x v sigma sigma_next next_sample kind eta need_x need_v",
+)
 
 
 class SDEStep(NamedTuple):
@@ -152,33 +143,23 @@ def _save(ctx, a: SDEStepArguments, results) -> None:
 
 
 def _backward(ctx, needed: SDEStepArguments, grad_next, grad_logprob, grad_mean, _) -> dict:
-    if grad_next is None and grad_logprob is None and grad_mean is None:
-        return {}
     needs = needed.x, needed.v
     grad_x, grad_v = _bwd(grad_next, grad_logprob, grad_mean, *ctx.saved_tensors, *ctx.options, *needs)
     return check.wanted(needed, x=grad_x, v=grad_v)
 
 
-def _fake_fwd(a: SDEStepArguments):
+def _results(a: SDEStepArguments):
     compute = check.compute_dtype(a.x, a.v, a.next_sample)
-    per_sample = a.x.new_empty(a.x.shape[:1], dtype=compute)
-    drawn = a.x.new_empty(a.x.shape if a.next_sample is None else (0,))
-    return drawn, per_sample, a.x.new_empty(a.x.shape, dtype=compute), torch.empty_like(per_sample)
+    per_sample = Result(a.x.shape[:1], compute)
+    return like(a.x, needed=a.next_sample is None), per_sample, like(a.x, compute), per_sample
 
 
-def _fake_bwd(a: SDEStepGrad):
-    return a.x.new_empty(a.x.shape if a.need_x else (0,)), a.v.new_empty(a.v.shape if a.need_v else (0,))
+def _results_bwd(a: SDEStepGrad):
+    return like(a.x, needed=a.need_x), like(a.v, needed=a.need_v)
 
 
-_bwd = define("sde_step_bwd", SDEStepGrad, "grad_x grad_v", _fake_bwd)
+_bwd = define("sde_step_bwd", SDEStepGrad, "grad_x grad_v", _results_bwd)
 _fwd = define(
-    "sde_step_fwd",
-    SDEStepArguments,
-    "next_sample_drawn logprob mean std",
-    _fake_fwd,
-    check=_check,
-    check_values=_check_values,
-    save=_save,
-    backward=_backward,
-    constant_results=(3,),
-)
+    "sde_step_fwd", SDEStepArguments, "drawn logprob mean std", _results,
+    check=_check, check_values=_check_values, save=_save, backward=_backward, constants=(3,),
+)  # fmt: skip

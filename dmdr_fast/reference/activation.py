@@ -16,7 +16,7 @@ from dmdr_fast.reference.registry import implements
 def gated_activation_fwd(a) -> Tensor:
     """value * activation(gate) [..., F] of packed = [value | gate] (or [gate | value]) [..., 2F]."""
     value, gate = _halves(a.packed, a.gate_first)
-    return (value * _activation(gate, a.activation)).to(a.packed.dtype).contiguous()
+    return value * _activation(gate, a.activation)
 
 
 @implements("gated_activation_bwd")
@@ -25,8 +25,7 @@ def gated_activation_bwd(a) -> Tensor:
     value, gate = _halves(a.packed, a.gate_first)
     grad = a.grad.to(value.dtype)
     grad_value, grad_gate = grad * _activation(gate, a.activation), grad * value * _derivative(gate, a.activation)
-    halves = (grad_gate, grad_value) if a.gate_first else (grad_value, grad_gate)
-    return torch.cat(halves, -1).to(a.packed.dtype).contiguous()
+    return torch.cat((grad_gate, grad_value) if a.gate_first else (grad_value, grad_gate), -1)
 
 
 def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:

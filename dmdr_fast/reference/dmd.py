@@ -32,22 +32,21 @@ def dmd_gradient_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = g / per_sample(norm, x0)
     if a.weight is not None:
         g = per_sample(a.weight, x0) * g
-    out_dtype = a.out_dtype or a.x0.dtype
-    g = _without_nonfinite(_select(g, a.mask), a.nan_policy, out_dtype)
+    g = _without_nonfinite(_select(g, a.mask), a.nan_policy, a.out_dtype or a.x0.dtype)
 
     count = g.new_full((), g.numel()) if a.mask is None else a.mask.expand_as(g).sum().to(compute)
     loss_scale = 2 * a.factor / count.clamp(min=1) if a.reduction == "mean" else torch.full_like(count, 2 * a.factor)
     loss = g.square().sum() * (0.5 * loss_scale)
     if a.scaled:
         g, loss_scale = loss_scale * g, torch.ones_like(loss_scale)
-    return g.to(out_dtype).contiguous(), norm, loss, loss_scale
+    return g, norm, loss, loss_scale
 
 
 @implements("dmd_loss_bwd")
 def dmd_loss_bwd(a) -> Tensor:
     """grad_loss * loss_scale * g in ``dtype``."""
     compute = a.loss_scale.dtype
-    return ((a.grad_loss * a.loss_scale).to(compute) * a.g.to(compute)).to(a.dtype).contiguous()
+    return (a.grad_loss * a.loss_scale).to(compute) * a.g.to(compute)
 
 
 def _denoiser(prediction: str, sigma: Tensor, alpha: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -81,7 +80,7 @@ def _normalizer(distance: Tensor, mask: Tensor | None, normalizer: str, eps: flo
     mean = total / count.clamp(min=1)
     if eps_mode == "add":
         return mean + eps
-    return mean.clamp(min=eps) if eps_mode == "clamp" else mean.contiguous()
+    return mean.clamp(min=eps) if eps_mode == "clamp" else mean
 
 
 def _without_nonfinite(g: Tensor, nan_policy: str, out_dtype: torch.dtype) -> Tensor:

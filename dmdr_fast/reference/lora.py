@@ -14,25 +14,21 @@ def multi_lora_fwd(a) -> tuple[Tensor, Tensor]:
     """(base_out + low_rank B in base_out's dtype, low_rank = scale_b (x A) in the compute dtype)."""
     compute = compute_dtype(a.x, a.base_out, a.A, a.B)
     projected = low_rank(a.x, a.A, a.scale, compute)
-    out = a.base_out.to(compute) + projected @ a.B.to(compute)
-    return out.to(a.base_out.dtype).contiguous(), projected
+    return a.base_out.to(compute) + projected @ a.B.to(compute), projected
 
 
 @implements("multi_lora_bwd")
 def multi_lora_bwd(a) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, A and B; one that is not needed comes back as an empty [0]."""
+    """Gradients of x, A and B."""
     compute = a.low_rank.dtype
     grad = a.grad.to(compute)
-    grad_x, grad_a, grad_b = a.x.new_empty(0), a.A.new_empty(0), a.B.new_empty(0)
     if a.need_x or a.need_a:
         low_rank_grad = _scaled(grad @ a.B.to(compute).mT, a.scale)
-    if a.need_x:
-        grad_x = (low_rank_grad @ a.A.to(compute).mT).to(a.x.dtype).contiguous()
-    if a.need_a:
-        grad_a = (a.x.to(compute).flatten(0, -2).mT @ low_rank_grad.flatten(0, -2)).to(a.A.dtype).contiguous()
-    if a.need_b:
-        grad_b = (a.low_rank.flatten(0, -2).mT @ grad.flatten(0, -2)).to(a.B.dtype).contiguous()
-    return grad_x, grad_a, grad_b
+    return (
+        low_rank_grad @ a.A.to(compute).mT if a.need_x else None,
+        a.x.to(compute).flatten(0, -2).mT @ low_rank_grad.flatten(0, -2) if a.need_a else None,
+        a.low_rank.flatten(0, -2).mT @ grad.flatten(0, -2) if a.need_b else None,
+    )
 
 
 def low_rank(x: Tensor, A: Tensor, scale: Tensor, compute: torch.dtype) -> Tensor:

@@ -19,33 +19,27 @@ def layer_norm_modulate_fwd(a) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = layer_norm_statistics(a.x, a.eps, compute)
     centered = a.x.to(compute) - mean.unsqueeze(-1)
     scale, shift = (broadcast(vector, a.x).to(compute) for vector in (a.scale, a.shift))
-    y = centered * rstd.unsqueeze(-1) * (1 + scale) + shift
-    return y.to(a.out_dtype or a.x.dtype).contiguous(), mean, rstd
+    return centered * rstd.unsqueeze(-1) * (1 + scale) + shift, mean, rstd
 
 
 @implements("layer_norm_modulate_bwd")
 def layer_norm_modulate_bwd(a) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shift and scale; one that is not needed comes back as an empty [0]."""
-    grad_x, grad_shift, grad_scale = _norm_bwd(a.grad, a.x, a.scale, a.mean, a.rstd)
-    return (
-        grad_x.to(a.x.dtype).contiguous() if a.need_x else a.x.new_empty(0),
-        summed(grad_shift, a.scale, a.shift_dtype, a.need_modulation),
-        summed(grad_scale, a.scale, a.scale.dtype, a.need_modulation),
-    )
+    """Gradients of x, shift and scale."""
+    grad_x, *modulation = _norm_bwd(a.grad_y, a.x, a.scale, a.mean, a.rstd)
+    return grad_x, *(summed(grad, a.scale, a.need_modulation) for grad in modulation)
 
 
 @implements("gated_residual_fwd")
 def gated_residual_fwd(a) -> Tensor:
     """x + gate h in x's dtype."""
     compute = compute_dtype(a.x, a.h, a.gate)
-    residual = a.x.to(compute) + broadcast(a.gate, a.x).to(compute) * a.h.to(compute)
-    return residual.to(a.x.dtype).contiguous()
+    return a.x.to(compute) + broadcast(a.gate, a.x).to(compute) * a.h.to(compute)
 
 
 @implements("gated_residual_bwd")
 def gated_residual_bwd(a) -> tuple[Tensor, Tensor]:
-    """Gradients of h and gate; one that is not needed comes back as an empty [0]."""
-    return _gate_bwd(a.grad.to(compute_dtype(a.grad, a.h, a.gate)), a)
+    """Gradients of h and gate."""
+    return _gate_bwd(a.grad_residual.to(compute_dtype(a.grad_residual, a.h, a.gate)), a)
 
 
 @implements("gated_residual_layer_norm_modulate_fwd")
@@ -54,35 +48,29 @@ def gated_residual_layer_norm_modulate_fwd(a) -> tuple[Tensor, Tensor, Tensor, T
 
     The norm is of the rounded residual, as in two separate ops: the backward sees the same numbers.
     """
-    residual = gated_residual_fwd(a)
+    residual = gated_residual_fwd(a).to(a.x.dtype)
     return residual, *layer_norm_modulate_fwd(a._replace(x=residual))
 
 
 @implements("gated_residual_layer_norm_modulate_bwd")
 def gated_residual_layer_norm_modulate_bwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, h, gate, shift and scale; x's always, others that are not needed as an empty [0]."""
+    """Gradients of x, h, gate, shift and scale."""
     compute = compute_dtype(a.residual, a.h, a.gate, a.scale)
     if a.grad_y is None:
-        total = a.grad_residual.to(compute)
-        grad_shift = grad_scale = torch.zeros_like(total)
-    else:
-        total, grad_shift, grad_scale = _norm_bwd(a.grad_y, a.residual, a.scale, a.mean, a.rstd)
-        if a.grad_residual is not None:
-            total = total + a.grad_residual.to(compute)
-    return (
-        total.to(a.residual.dtype, copy=True).contiguous(),
-        *_gate_bwd(total, a),
-        summed(grad_shift, a.scale, a.shift_dtype, a.need_modulation),
-        summed(grad_scale, a.scale, a.scale.dtype, a.need_modulation),
-    )
+        total = a.grad_residual.to(compute, copy=True)
+        return total, *_gate_bwd(total, a), None, None
+    total, *modulation = _norm_bwd(a.grad_y, a.residual, a.scale, a.mean, a.rstd)
+    if a.grad_residual is not None:
+        total = total + a.grad_residual.to(compute)
+    return total, *_gate_bwd(total, a), *(summed(grad, a.scale, a.need_modulation) for grad in modulation)
 
 
 def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / sqrt(var + eps)) over the last dimension, contiguous, in the compute dtype."""
+    """(mean, 1 / sqrt(var + eps)) over the last dimension, in the compute dtype."""
     x = x.to(compute)
     mean = x.mean(-1)
     rstd = torch.rsqrt((x - mean.unsqueeze(-1)).square().mean(-1) + eps)
-    return mean.contiguous(), rstd.contiguous()
+    return mean, rstd
 
 
 def broadcast(vector: Tensor, x: Tensor) -> Tensor:
@@ -92,12 +80,9 @@ def broadcast(vector: Tensor, x: Tensor) -> Tensor:
     return vector
 
 
-def summed(grad: Tensor, like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
-    """``grad`` of x's shape summed to the shape of ``like``, which was broadcast, in ``dtype``."""
-    if not needed:
-        return like.new_empty(0, dtype=dtype)
-    over = broadcast(like, grad)
-    return grad.sum_to_size(over.shape).reshape(like.shape).to(dtype, copy=True).contiguous()
+def summed(grad: Tensor, like: Tensor, needed: bool) -> Tensor | None:
+    """``grad`` of x's shape summed to the shape of ``like``, which was broadcast: a copy; None if not needed."""
+    return grad.sum_to_size(broadcast(like, grad).shape).reshape(like.shape).clone() if needed else None
 
 
 def _norm_bwd(grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,8 +95,7 @@ def _norm_bwd(grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
     return grad_x, grad, grad * normal
 
 
-def _gate_bwd(grad: Tensor, a) -> tuple[Tensor, Tensor]:
+def _gate_bwd(grad: Tensor, a) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``a.h`` and ``a.gate`` from that of gate h."""
-    gate = broadcast(a.gate, a.h).to(grad.dtype)
-    grad_h = (gate * grad).to(a.h.dtype).contiguous() if a.need_h else a.h.new_empty(0)
-    return grad_h, summed(grad * a.h.to(grad.dtype) if a.need_gate else grad, a.gate, a.gate.dtype, a.need_gate)
+    grad_h = broadcast(a.gate, a.h).to(grad.dtype) * grad if a.need_h else None
+    return grad_h, summed(grad * a.h.to(grad.dtype), a.gate, True) if a.need_gate else None

@@ -37,14 +37,13 @@ def renoise_fwd(a) -> Tensor:
     compute, noise = compute_dtype(a.x0, a.noise), a.noise
     if noise is None:
         noise = seeded_normals(a.x0.shape, a.seed, a.offset, compute)
-    x_t = per_sample(a.alpha, a.x0) * a.x0.to(compute) + per_sample(a.sigma, a.x0) * noise.to(compute)
-    return x_t.to(a.x0.dtype).contiguous()
+    return per_sample(a.alpha, a.x0) * a.x0.to(compute) + per_sample(a.sigma, a.x0) * noise.to(compute)
 
 
 @implements("renoise_bwd")
 def renoise_bwd(a) -> Tensor:
     """scale_b * grad in ``dtype``: the gradient of x0 (scale = alpha) or of the noise (scale = sigma)."""
-    return (per_sample(a.scale, a.grad) * a.grad.to(a.scale.dtype)).to(a.dtype).contiguous()
+    return per_sample(a.scale, a.grad) * a.grad.to(a.scale.dtype)
 
 
 @implements("renoise_scale_bwd")

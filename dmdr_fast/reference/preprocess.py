@@ -15,15 +15,13 @@ def preprocess_reward_fwd(a) -> tuple[Tensor, Tensor]:
     """(prepared image in the image's dtype, bits of where the clamp passes a gradient).
 
     ``inside`` is uint8 [N, C, H, ceil(W / 8)]: bit j of byte k is low <= image[..., 8 k + j] <= high. It
-    takes 1/16 of a bfloat16 image, which need not be kept for the backward. Empty [0] where it is not needed.
+    takes 1/16 of a bfloat16 image, which need not be kept for the backward.
     """
     pixels = a.image.to(compute_dtype(a.image))
     unit = (pixels.clamp(a.low, a.high) - a.low) / (a.high - a.low)
     resized = _resize(unit, (a.height, a.width), a.antialias)
     out = (resized - _channels(a.mean, resized)) / _channels(a.std, resized)
-    passes = (pixels >= a.low) & (pixels <= a.high)
-    inside = _pack(passes) if a.need_inside else a.image.new_empty(0, dtype=torch.uint8)
-    return out.to(a.image.dtype).contiguous(), inside
+    return out, _pack((pixels >= a.low) & (pixels <= a.high)) if a.need_inside else None
 
 
 @implements("preprocess_reward_bwd")
@@ -37,7 +35,7 @@ def preprocess_reward_bwd(a) -> Tensor:
     vertical = _weights(a.inside.shape[-2], grad.shape[-2], a.antialias, grad)
     horizontal = _weights(a.in_width, grad.shape[-1], a.antialias, grad)
     pixels = vertical.mT @ grad @ horizontal / (a.high - a.low)
-    return torch.where(_unpack(a.inside, a.in_width), pixels, 0).to(a.dtype).contiguous()
+    return torch.where(_unpack(a.inside, a.in_width), pixels, 0)
 
 
 def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:

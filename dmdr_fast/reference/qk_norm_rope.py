@@ -24,10 +24,10 @@ def qk_norm_rope_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @implements("qk_norm_rope_bwd")
 def qk_norm_rope_bwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and the weights; an empty [0] for one not needed or whose output got none."""
-    dq, dq_weight = _backward(a, a.grad_q, a.q, a.q_weight, a.q_rstd)
-    dk, dk_weight = _backward(a, a.grad_k, a.k, a.k_weight, a.k_rstd)
-    return dq, dk, dq_weight, dk_weight
+    """Gradients of q, k and the weights."""
+    grad_q, grad_q_weight = _backward(a, a.grad_q, a.q, a.q_weight, a.q_rstd)
+    grad_k, grad_k_weight = _backward(a, a.grad_k, a.k, a.k_weight, a.k_rstd)
+    return grad_q, grad_k, grad_q_weight, grad_k_weight
 
 
 def _forward(a, x: Tensor, weight: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,13 +38,12 @@ def _forward(a, x: Tensor, weight: Tensor | None, compute: torch.dtype) -> tuple
     if a.cos is not None:
         cos, sin = (table.to(compute).unsqueeze(-2) for table in (a.cos, a.sin))
         y = y * cos + _rotate(y, a.interleaved) * sin
-    return y.to(x.dtype).contiguous(), rstd
+    return y.to(x.dtype), rstd
 
 
-def _backward(a, grad: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    no_weight = x.new_empty(0, dtype=x.dtype if weight is None else weight.dtype)
+def _backward(a, grad: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return x.new_empty(0), no_weight
+        return None, None
     compute = rstd.dtype
     grad, rstd = grad.to(compute), rstd.unsqueeze(-1)
     if a.cos is not None:
@@ -53,11 +52,10 @@ def _backward(a, grad: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Te
         grad = grad * cos - _rotate(grad * sin, a.interleaved)
     normal = x.to(compute) * rstd
     summed = a.need_weights and weight is not None
-    weight_grad = (grad * normal).sum((0, 1, 2)).to(weight.dtype) if summed else no_weight
+    weight_grad = (grad * normal).sum((0, 1, 2)) if summed else None
     if weight is not None:
         grad = grad * weight.to(compute)
-    dx = rstd * (grad - normal * (grad * normal).mean(-1, keepdim=True))
-    return dx.to(x.dtype).contiguous(), weight_grad
+    return rstd * (grad - normal * (grad * normal).mean(-1, keepdim=True)), weight_grad
 
 
 def _rotate(y: Tensor, interleaved: bool) -> Tensor:

@@ -18,26 +18,23 @@ def rms_norm_scale_fwd(a) -> tuple[Tensor, Tensor]:
     """(x rstd weight scale in ``out_dtype``, rstd [B, ...])."""
     compute = compute_dtype(a.x, a.weight, a.scale)
     rstd = rms_norm_statistic(a.x, a.eps, compute)
-    y = _weighted(a.x.to(compute) * rstd.unsqueeze(-1), a.weight) * broadcast(a.scale, a.x).to(compute)
-    return y.to(a.out_dtype or a.x.dtype).contiguous(), rstd
+    return _weighted(a.x.to(compute) * rstd.unsqueeze(-1), a.weight) * broadcast(a.scale, a.x).to(compute), rstd
 
 
 @implements("rms_norm_scale_bwd")
 def rms_norm_scale_bwd(a) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and scale; one that is not needed comes back as an empty [0].
+    """Gradients of x, weight and scale.
 
-    With h for x and gate for scale those of ``gated_residual_rms_norm``, whose gradient of x is ``grad``.
+    With h for x and gate for scale those of ``gated_residual_rms_norm``, whose gradient of x is ``grad_y``.
     """
     compute = a.rstd.dtype
-    grad, rstd = a.grad.to(compute), a.rstd.unsqueeze(-1)
+    grad, rstd = a.grad_y.to(compute), a.rstd.unsqueeze(-1)
     normal, scale = a.x.to(compute) * rstd, broadcast(a.scale, a.x).to(compute)
     inner = _weighted(grad * scale, a.weight)
-    grad_x = rstd * (inner - normal * (inner * normal).mean(-1, keepdim=True))
-    weight = a.x.new_empty(0) if a.weight is None else a.weight
     return (
-        grad_x.to(a.x.dtype).contiguous() if a.need_x else a.x.new_empty(0),
-        summed(grad * scale * normal, weight, weight.dtype, a.need_weight),
-        summed(_weighted(grad * normal, a.weight), a.scale, a.scale.dtype, a.need_scale),
+        rstd * (inner - normal * (inner * normal).mean(-1, keepdim=True)),
+        summed(grad * scale * normal, a.weight, a.need_weight),
+        summed(_weighted(grad * normal, a.weight), a.scale, a.need_scale),
     )
 
 
@@ -47,12 +44,12 @@ def gated_residual_rms_norm_fwd(a) -> tuple[Tensor, Tensor]:
     compute = compute_dtype(a.x, a.h, a.gate, a.weight)
     rstd = rms_norm_statistic(a.h, a.eps, compute)
     update = _weighted(a.h.to(compute) * rstd.unsqueeze(-1), a.weight) * broadcast(a.gate, a.x).to(compute)
-    return (a.x.to(compute) + update).to(a.x.dtype).contiguous(), rstd
+    return a.x.to(compute) + update, rstd
 
 
 def rms_norm_statistic(x: Tensor, eps: float, compute: torch.dtype) -> Tensor:
-    """1 / sqrt(mean x^2 + eps) over the last dimension, contiguous, in the compute dtype."""
-    return torch.rsqrt(x.to(compute).square().mean(-1) + eps).contiguous()
+    """1 / sqrt(mean x^2 + eps) over the last dimension, in the compute dtype."""
+    return torch.rsqrt(x.to(compute).square().mean(-1) + eps)
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:

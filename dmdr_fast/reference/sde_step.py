@@ -17,12 +17,12 @@ def sde_step_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(next sample in x's dtype, log-prob [B], mean in the compute dtype, std [B]).
 
     A drawn sample is rounded first and the log-prob is the rounded one's, so a replay gives the same bits.
-    With ``next_sample`` given the first result is an empty [0]. The log-prob takes the next sample as a constant.
+    The log-prob takes the next sample as a constant.
     """
     compute = compute_dtype(a.x, a.v, a.next_sample)
     keep, move, std = sde_coefficients(a.sigma, a.sigma_next, a.kind, a.eta)
     mean = (per_sample(keep, a.x) * a.x.to(compute) + per_sample(move, a.x) * a.v.to(compute)).contiguous()
-    drawn, next_sample = a.x.new_empty(0), a.next_sample
+    drawn, next_sample = None, a.next_sample
     if next_sample is None:
         noise = seeded_normals(a.x.shape, a.seed, a.offset, compute)
         drawn = next_sample = (mean + per_sample(std, a.x) * noise).to(a.x.dtype)
@@ -34,7 +34,7 @@ def sde_step_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @implements("sde_step_bwd")
 def sde_step_bwd(a) -> tuple[Tensor, Tensor]:
-    """Gradients of x and v; one that is not needed comes back as an empty [0].
+    """Gradients of x and v.
 
     The log-prob is that of a fixed next_sample; a drawn one (``grad_next``) depends on the mean with slope 1.
     """
@@ -49,9 +49,7 @@ def sde_step_bwd(a) -> tuple[Tensor, Tensor]:
         slope = torch.full_like(std, 2.0) if a.kind == "cps" else 1 / (std * std)
         slope = a.grad_logprob.to(compute) * slope / max(a.x[:1].numel(), 1)
         grad = grad + per_sample(slope, a.x) * (a.next_sample.detach().to(compute) - mean)
-    grad_x = (per_sample(keep, a.x) * grad).to(a.x.dtype).contiguous() if a.need_x else a.x.new_empty(0)
-    grad_v = (per_sample(move, a.x) * grad).to(a.v.dtype).contiguous() if a.need_v else a.v.new_empty(0)
-    return grad_x, grad_v
+    return per_sample(keep, a.x) * grad, per_sample(move, a.x) * grad
 
 
 def sde_coefficients(sigma: Tensor, sigma_next: Tensor, kind: str, eta: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,7 +87,7 @@ def test_statuses_have_sentences():
 def test_a_refused_call_names_function_and_reason():
     x = torch.zeros(1, 1)
     with pytest.raises(NativeError, match=r"dmdr_multi_lora_fwd: a size, mode or pointer .*status 3"):
-        Calls(LIBRARY, (x,)).call("multi_lora_fwd", "dmdr_multi_lora_args", batch=-1)
+        Calls(LIBRARY, (x,)).call("multi_lora_fwd", "dmdr_multi_lora_args", {"batch": -1})
 
 
 def test_a_wrong_dtype_code_is_refused(monkeypatch):
@@ -95,7 +95,8 @@ def test_a_wrong_dtype_code_is_refused(monkeypatch):
     x = torch.zeros(1, 1)
     view = Strided(x, (1,))
     with pytest.raises(NativeError, match="dtype is none of float32, bfloat16 and float16"):
-        Calls(LIBRARY, (x,)).call("renoise_bwd", "dmdr_renoise_args", shape=(1,) * 6, x0=view, out=view, alpha=x)
+        fields = {"shape": (1,) * 6, "x0": view, "out": view, "alpha": x}
+        Calls(LIBRARY, (x,)).call("renoise_bwd", "dmdr_renoise_args", fields)
 
 
 def test_nothing_else_is_exported():

@@ -112,6 +112,18 @@ STRUCTS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+# What a field "int" is for a choice by name: its place here, as in the header's enums.
+CHOICES = {
+    "cfg_mode": ("standard", "offset"),
+    "prediction": ("flow", "eps", "v", "x0"),
+    "normalizer": ("per_sample", "global", "none"),
+    "eps_mode": ("add", "clamp", "none"),
+    "nan_policy": ("zero", "torch", "zero_sample", "keep"),
+    "activation": ("gelu", "gelu_tanh", "silu"),
+    "kind": ("flow_grpo", "dance", "cps"),
+}
+
+
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 0}
 
 
@@ -128,8 +140,8 @@ def packed(struct_name: str, fields: dict[str, Any]) -> tuple[bytearray, list[Po
 
     Args:
         fields: by name. "shape" takes six ints, "tensor" a :class:`~dmdr_fast.backends.views.Strided` or None,
-            "pointer" a tensor, None or (tensor, bytes from its start), "int" and "double" a number. What is left out
-            is zero.
+            "pointer" a tensor, None or (tensor, bytes from its start), "double" a number, "int" a number or one of
+            :data:`CHOICES`. What is left out is zero.
     """
     data, pointers, fields = bytearray(16), [], dict(fields)
     for kind, names in STRUCTS[struct_name]:
@@ -149,6 +161,8 @@ def packed(struct_name: str, fields: dict[str, Any]) -> tuple[bytearray, list[Po
             elif kind == "shape":
                 struct.pack_into("=6q", data, position, *value)
             else:
+                if isinstance(value, str):
+                    value = CHOICES[name].index(value)
                 if isinstance(value, Live):
                     pointers.append(Pointer(position, value))
                 struct.pack_into("=" + _PACKED[kind], data, position, value)

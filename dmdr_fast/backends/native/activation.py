@@ -5,38 +5,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmdr_fast.backends.native.library import Calls, implements
-from dmdr_fast.backends.views import OUTER, shared_view
+from dmdr_fast.backends.views import OUTER
 
-_ACTIVATION = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
+_STRUCT = "dmdr_gated_activation_args"
 
 
 @implements("gated_activation_fwd")
-def gated_activation_fwd(run: Calls, a) -> Tensor:
-    out = run.new((*a.packed.shape[:-1], a.packed.shape[-1] // 2), a.packed.dtype)
+def gated_activation_fwd(run: Calls, a, out) -> None:
     value, gate = _halves(run, a.packed, a.gate_first)
-    view = shared_view(value, gate, _at_least_2d(run, out))
-    value, gate, result = view.strided()
-    run.call(
-        "gated_activation_fwd", "dmdr_gated_activation_args", shape=view.shape, value=value, gate=gate, out=result,
-        activation=_ACTIVATION[a.activation],
-    )  # fmt: skip
-    return out
+    fields = run.samples(_STRUCT, a, out, value=value, gate=gate, out=_at_least_2d(run, out.out))
+    run.call("gated_activation_fwd", _STRUCT, fields)
 
 
 @implements("gated_activation_bwd")
-def gated_activation_bwd(run: Calls, a) -> Tensor:
-    out = run.new(a.packed.shape, a.packed.dtype)
+def gated_activation_bwd(run: Calls, a, out) -> None:
     grad, packed = a.grad, a.packed
     if packed.dim() > OUTER + 1:  # views of the result, which must not be copied, have to merge
         grad, packed = grad.contiguous(), packed.contiguous()
-    halves = *_halves(run, packed, a.gate_first), *_halves(run, out, a.gate_first)
-    view = shared_view(*halves, _at_least_2d(run, grad))
-    value, gate, grad_value, grad_gate, grad = view.strided()
-    run.call(
-        "gated_activation_bwd", "dmdr_gated_activation_args", shape=view.shape, value=value, gate=gate, grad=grad,
-        grad_value=grad_value, grad_gate=grad_gate, activation=_ACTIVATION[a.activation],
+    (value, gate), written = (_halves(run, both, a.gate_first) for both in (packed, out.grad_packed))
+    fields = run.samples(
+        _STRUCT, a, out, value=value, gate=gate, grad=_at_least_2d(run, grad),
+        grad_value=written[0], grad_gate=written[1],
     )  # fmt: skip
-    return out
+    run.call("gated_activation_bwd", _STRUCT, fields)
 
 
 def _halves(run: Calls, packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ import ctypes
 import functools
 import os
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import dmdr_fast
 from dmdr_fast.backends import Backend
 from dmdr_fast.backends.native import abi
 from dmdr_fast.backends.plans import Live, Recorder
+from dmdr_fast.backends.views import Strided, shared_view
 
 # From here on a fresh output is likely to be new pages of the system, and two huge ones fit in.
 _HUGE = 4 << 20
@@ -152,11 +153,46 @@ class Calls(Recorder):
         """What ``dmdr_<name>_workspace`` asks for."""
         return self.new((self.library.workspace_size(name, *sizes),), dtype)
 
-    def scalars(self, tensor: Tensor | None) -> Tensor | None:
-        """Per-sample scalars as the ABI wants them: contiguous float32."""
-        return None if tensor is None else tensor.to(torch.float32).contiguous()
+    @contextmanager
+    def in_float32(self, *results: Tensor | None) -> Iterator[list[Tensor | None]]:
+        """float32 tensors that the results are rounded from in the end, or the results themselves: sums' kernels write
+        float32. Such rounding is in no plan."""
+        sums = [
+            one if one is None or one.dtype is torch.float32 else self.new(one.shape, torch.float32) for one in results
+        ]
+        yield sums
+        for result, one in zip(results, sums, strict=True):
+            if one is not result:
+                result.copy_(one)
+                self._repeatable = False
 
-    def call(self, name: str, struct_name: str, **fields: Any) -> None:
+    def fields(
+        self, struct_name: str, a: tuple, out: tuple, view: Callable[[Tensor], Strided] | None = None, /, **given: Any
+    ) -> dict[str, Any]:
+        """The fields of an argument struct, see :func:`abi.packed`: as given, or the result or argument of that name.
+
+        Args:
+            view: of a tensor: itself with its strides.
+        """
+        fields = {}
+        for kind, names in abi.STRUCTS[struct_name]:
+            for name in names.split():
+                value = given[name] if name in given else getattr(out, name, getattr(a, name, None))
+                if kind == "tensor" and view is not None and isinstance(value, Tensor):
+                    value = view(value)
+                elif kind == "pointer" and isinstance(value, Tensor) and name != "workspace":
+                    value = (value.to(torch.float32) if value.is_floating_point() else value).contiguous()
+                fields[name] = value
+        return fields
+
+    def samples(self, struct_name: str, a: tuple, out: tuple, /, **given: Any) -> dict[str, Any]:
+        """The same where all tensors have one shape [B, ...]."""
+        fields = self.fields(struct_name, a, out, **given)
+        names = [name for kind, names in abi.STRUCTS[struct_name] if kind == "tensor" for name in names.split()]
+        view = shared_view(*(fields[name] for name in names))
+        return fields | dict(zip(names, view.strided(), strict=True)) | {"shape": view.shape}
+
+    def call(self, name: str, struct_name: str, fields: dict[str, Any]) -> None:
         """``dmdr_<name>`` with the fields of its argument struct by name, see :func:`abi.packed`."""
         entry, (template, pointers) = self.library.entry(name), abi.packed(struct_name, fields)
         places = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from dmdr_fast.backends.native.library import Calls, Library, implements
 from dmdr_fast.backends.views import Strided
+
+_STRUCT = "dmdr_multi_lora_args"
 
 
 def _refuses(library: Library, a) -> str | None:
@@ -17,42 +19,25 @@ def _refuses(library: Library, a) -> str | None:
 
 
 @implements("multi_lora_fwd", refuses=_refuses)
-def multi_lora_fwd(run: Calls, a) -> tuple[Tensor, Tensor]:
-    out = run.new(a.base_out.shape, a.base_out.dtype)
-    low_rank = run.new((*a.x.shape[:-1], a.A.shape[1]), torch.float32)
-    run.call(
-        "multi_lora_fwd", "dmdr_multi_lora_args", **_sizes(a), x=_rows(run, a.x), base=_rows(run, a.base_out),
-        out=_rows(run, out), A=_matrix(a.A), B=_matrix(a.B), scale=_scale(run, a), low_rank=low_rank,
-        workspace=run.workspace("multi_lora", *_sizes(a).values(), 0),
-    )  # fmt: skip
-    return out, low_rank
+def multi_lora_fwd(run: Calls, a, out) -> None:
+    run.call("multi_lora_fwd", _STRUCT, _fields(run, a, out, 0, base=a.base_out))
 
 
 @implements("multi_lora_bwd", refuses=_refuses)
-def multi_lora_bwd(run: Calls, a) -> tuple[Tensor, Tensor, Tensor]:
+def multi_lora_bwd(run: Calls, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
-    grad_x = run.new(a.x.shape if a.need_x else (0,), a.x.dtype)
-    grad_a = run.new(a.A.shape if a.need_a else (0,), torch.float32)
-    grad_b = run.new(a.B.shape if a.need_b else (0,), torch.float32)
-    run.call(
-        "multi_lora_bwd", "dmdr_multi_lora_args", **_sizes(a), x=_rows(run, a.x), A=_matrix(a.A), B=_matrix(a.B),
-        grad=_rows(run, a.grad), grad_x=_rows(run, grad_x) if a.need_x else None, scale=_scale(run, a),
-        low_rank=a.low_rank.contiguous(), grad_a=grad_a if a.need_a else None, grad_b=grad_b if a.need_b else None,
-        workspace=run.workspace("multi_lora", *_sizes(a).values(), 1),
+    with run.in_float32(out.grad_a, out.grad_b) as (grad_a, grad_b):
+        run.call("multi_lora_bwd", _STRUCT, _fields(run, a, out, 1, grad_a=grad_a, grad_b=grad_b))
+
+
+def _fields(run: Calls, a, out, backward: int, /, **given: Any) -> dict[str, Any]:
+    names = ("batch", "rows", "in_features", "rank", "out_features")
+    sizes = dict(zip(names, (a.x.shape[0], math.prod(a.x.shape[1:-1]), *a.A.shape, a.B.shape[1]), strict=True))
+    return run.fields(
+        _STRUCT, a, out, lambda tensor: _rows(run, tensor), A=_matrix(a.A), B=_matrix(a.B),
+        scale=a.scale if a.scale.dim() else a.scale.expand(a.x.shape[0]),
+        workspace=run.workspace("multi_lora", *sizes.values(), backward), **sizes, **given,
     )  # fmt: skip
-    return grad_x, grad_a.to(a.A.dtype), grad_b.to(a.B.dtype)
-
-
-def _sizes(a) -> dict[str, int]:
-    rows = math.prod(a.x.shape[1:-1])
-    (in_features, rank), out_features = a.A.shape, a.B.shape[1]
-    return {
-        "batch": a.x.shape[0], "rows": rows, "in_features": in_features, "rank": rank, "out_features": out_features,
-    }  # fmt: skip
-
-
-def _scale(run: Calls, a) -> Tensor:
-    return run.scalars(a.scale if a.scale.dim() else a.scale.expand(a.x.shape[0]))
 
 
 def _rows(run: Calls, tensor: Tensor) -> Strided:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dmdr_fast.backends.native.library import Calls, Library, implements
 from dmdr_fast.backends.views import Strided
 
+_STRUCT = "dmdr_preprocess_reward_args"
 _MOST_CUDA_CHANNELS = 32
 
 
@@ -32,44 +35,31 @@ def _refuses_bwd(library: Library, a) -> str | None:
 
 
 @implements("preprocess_reward_fwd", refuses=_refuses_fwd)
-def preprocess_reward_fwd(run: Calls, a) -> tuple[Tensor, Tensor]:
-    batch, channels, in_height, in_width = a.image.shape
-    out = run.new((batch, channels, a.height, a.width), a.image.dtype)
-    inside = run.new((batch, channels, in_height, (in_width + 7) // 8) if a.need_inside else (0,), torch.uint8)
+def preprocess_reward_fwd(run: Calls, a, out) -> None:
     # The library reads these on the host, before the launch.
-    statistics = run.kept(torch.tensor((a.mean, a.std), dtype=torch.float64, device="cpu"))
-    run.call(
-        "preprocess_reward_fwd", "dmdr_preprocess_reward_args", batch=batch, channels=channels, height=in_height,
-        width=in_width, out_height=a.height, out_width=a.width, image=_planes(a.image), out=_planes(out),
-        inside=inside if a.need_inside else None, mean=statistics, std=(statistics, 8 * channels), low=a.low,
-        high=a.high, antialias=a.antialias, workspace=_space(run, in_height, in_width, a.height, a.width, a.antialias),
-    )  # fmt: skip
-    return out, inside
+    numbers = run.kept(torch.tensor((a.mean, a.std), dtype=torch.float64, device="cpu"))
+    sizes = *a.image.shape, a.height, a.width
+    _call(run, "preprocess_reward_fwd", a, out, sizes, mean=(numbers, 0), std=(numbers, 8 * a.image.shape[1]))
 
 
 @implements("preprocess_reward_bwd", refuses=_refuses_bwd)
-def preprocess_reward_bwd(run: Calls, a) -> Tensor:
-    batch, channels, in_height, _ = a.inside.shape
-    height, width = a.grad.shape[2:]
-    grad_image = run.new((batch, channels, in_height, a.in_width), a.dtype)
+def preprocess_reward_bwd(run: Calls, a, out) -> None:
     std = run.kept(torch.tensor(a.std, dtype=torch.float64, device="cpu"))
-    run.call(
-        "preprocess_reward_bwd", "dmdr_preprocess_reward_args", batch=batch, channels=channels, height=in_height,
-        width=a.in_width, out_height=height, out_width=width, image=_planes(grad_image), out=_planes(a.grad),
-        inside=a.inside.contiguous(), std=std, low=a.low, high=a.high,
-        antialias=a.antialias, workspace=_space(run, in_height, a.in_width, height, width, a.antialias),
-    )  # fmt: skip
-    return grad_image
+    sizes = *out.grad_image.shape, *a.grad.shape[2:]
+    _call(run, "preprocess_reward_bwd", a, out, sizes, image=out.grad_image, out=a.grad, std=(std, 0))
 
 
-def _space(run: Calls, *sizes: int) -> Tensor:
-    """Per thread, and the number of threads may change from call to call; the CUDA kernels want none."""
+def _call(run: Calls, name: str, a, out, sizes: tuple[int, ...], /, **given: Any) -> None:
+    """``sizes``: batch, channels, those of the image and those of the result."""
 
-    def allocate(device: torch.device) -> Tensor:
-        size = run.library.workspace_size("preprocess_reward", *sizes, torch.get_num_threads())
+    def workspace(device: torch.device) -> Tensor:
+        # Per thread, and the number of threads may change from call to call; the CUDA kernels want none.
+        size = run.library.workspace_size("preprocess_reward", *sizes[2:], a.antialias, torch.get_num_threads())
         return torch.empty(size, dtype=torch.int64, device=device)
 
-    return run.allocate(allocate)
+    names = ("batch", "channels", "height", "width", "out_height", "out_width")
+    given |= {**dict(zip(names, sizes, strict=True)), "workspace": run.allocate(workspace)}
+    run.call(name, _STRUCT, run.fields(_STRUCT, a, out, _planes, **given))
 
 
 def _planes(image: Tensor) -> Strided:

@@ -4,62 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dmdr_fast.backends.native.library import Calls, Library, implements
 from dmdr_fast.backends.views import Strided
 
+_STRUCT = "dmdr_qk_norm_rope_args"
 _MOST_FEATURES = 1024  # DMDR_ROPE_FEATURES
 
 
 def _refuses_bwd(library: Library, a) -> str | None:
     width = a.q.shape[3]
     return (
-        f"its backward takes heads of at most {_MOST_FEATURES} features, got {width}"
-        if width > _MOST_FEATURES
-        else None
+        None
+        if width <= _MOST_FEATURES
+        else f"its backward takes heads of at most {_MOST_FEATURES} features, got {width}"
     )
 
 
 @implements("qk_norm_rope_fwd")
-def qk_norm_rope_fwd(run: Calls, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fields, outs, rstds = {}, [], []
-    for side, x, weight in (("q", a.q, a.q_weight), ("k", a.k, a.k_weight)):
-        outs.append(run.new(x.shape, x.dtype))
-        rstds.append(run.new(x.shape[:3], torch.float32))
-        fields |= _side(side, x, weight, rstds[-1], out=_heads(outs[-1]))
-    run.call("qk_norm_rope_fwd", "dmdr_qk_norm_rope_args", **_common(a), **fields, eps=a.eps)
-    return *outs, *rstds
+def qk_norm_rope_fwd(run: Calls, a, out) -> None:
+    sides = {"q_x": a.q, "q_out": out.q_out, "k_x": a.k, "k_out": out.k_out}
+    _call(run, "qk_norm_rope_fwd", a, out, sides)
 
 
 @implements("qk_norm_rope_bwd", refuses=_refuses_bwd)
-def qk_norm_rope_bwd(run: Calls, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fields, grads, weights = {}, [], []
-    both = ("q", a.grad_q, a.q, a.q_weight, a.q_rstd), ("k", a.grad_k, a.k, a.k_weight, a.k_rstd)
-    for side, grad, x, weight, rstd in both:
-        summed = a.need_weights and grad is not None and weight is not None
-        grads.append(run.new((0,) if grad is None else x.shape, x.dtype))
-        grad_weight = run.new((x.shape[3] if summed else 0,), torch.float32)
-        weights.append((grad_weight, x.dtype if weight is None else weight.dtype))
-        received = {} if grad is None else {"grad": _heads(grad), "grad_x": _heads(grads[-1])}
-        fields |= _side(side, x, weight, rstd.contiguous(), **received, grad_weight=grad_weight if summed else None)
-    space = run.workspace("qk_norm_rope", *a.q.shape[:2], a.q.shape[3])
-    run.call("qk_norm_rope_bwd", "dmdr_qk_norm_rope_args", **_common(a), **fields, workspace=space)
-    return *grads, *(grad_weight.to(dtype) for grad_weight, dtype in weights)
+def qk_norm_rope_bwd(run: Calls, a, out) -> None:
+    with run.in_float32(out.grad_q_weight, out.grad_k_weight) as (grad_q_weight, grad_k_weight):
+        sides = {
+            "q_x": a.q, "q_grad": a.grad_q, "q_grad_x": out.grad_q, "q_grad_weight": grad_q_weight,
+            "k_x": a.k, "k_grad": a.grad_k, "k_grad_x": out.grad_k, "k_grad_weight": grad_k_weight,
+            "workspace": run.workspace("qk_norm_rope", *a.q.shape[:2], a.q.shape[3]),
+        }  # fmt: skip
+        _call(run, "qk_norm_rope_bwd", a, out, sides)
 
 
-def _common(a) -> dict[str, Any]:
-    batch, rows, _, features = a.q.shape
-    tables = {"cos": _table(a.cos), "sin": _table(a.sin)}
-    return {"batch": batch, "rows": rows, "features": features, "interleaved": a.interleaved, **tables}
-
-
-def _side(side: str, x: Tensor, weight: Tensor | None, rstd: Tensor, **others: Any) -> dict[str, Any]:
-    """The fields of queries or of keys."""
-    weight = None if weight is None else Strided(weight.contiguous(), ())
-    fields = {"heads": x.shape[2], "x": _heads(x), "weight": weight, "rstd": rstd, **others}
-    return {f"{side}_{name}": value for name, value in fields.items()}
+def _call(run: Calls, name: str, a, out, sides: dict[str, Any]) -> None:
+    batch, rows, heads, features = a.q.shape
+    weights = {
+        field: None if weight is None else Strided(weight.contiguous(), ())
+        for field, weight in (("q_weight", a.q_weight), ("k_weight", a.k_weight))
+    }
+    fields = run.fields(
+        _STRUCT, a, out, _heads, batch=batch, rows=rows, features=features, q_heads=heads, k_heads=a.k.shape[2],
+        cos=_table(a.cos), sin=_table(a.sin), **weights, **sides,
+    )  # fmt: skip
+    run.call(name, _STRUCT, fields)
 
 
 def _heads(tensor: Tensor) -> Strided:

@@ -11,32 +11,26 @@ from dmdr_fast.kernels.gated_activation import gated_activation_bwd_kernel, gate
 
 
 @implements("gated_activation_fwd")
-def gated_activation_fwd(run: Launches, a) -> Tensor:
-    width = a.packed.shape[-1] // 2
-    out = run.new((*a.packed.shape[:-1], width), a.packed.dtype)
+def gated_activation_fwd(run: Launches, a, out) -> None:
     packed = _matrix(run, a.packed)
-    rows = packed.shape[0]
+    rows, width = packed.shape[0], packed.shape[1] // 2
     grid, tile = _tiles(rows, width)
     run.launch(
-        gated_activation_kernel, grid, *_halves(run, packed, a.gate_first), out, rows, packed.stride(0), width,
+        gated_activation_kernel, grid, *_halves(run, packed, a.gate_first), out.out, rows, packed.stride(0), width,
         ACTIVATION=a.activation, **tile,
     )  # fmt: skip
-    return out
 
 
 @implements("gated_activation_bwd")
-def gated_activation_bwd(run: Launches, a) -> Tensor:
-    width = a.grad.shape[-1]
-    out = run.new(a.packed.shape, a.packed.dtype)
+def gated_activation_bwd(run: Launches, a, out) -> None:
     grad, packed = _matrix(run, a.grad), _matrix(run, a.packed)
-    rows = packed.shape[0]
+    rows, width = grad.shape
     grid, tile = _tiles(rows, width)
     run.launch(
         gated_activation_bwd_kernel, grid, grad, *_halves(run, packed, a.gate_first),
-        *_halves(run, _matrix(run, out), a.gate_first), rows, packed.stride(0), grad.stride(0), width,
+        *_halves(run, _matrix(run, out.grad_packed), a.gate_first), rows, packed.stride(0), grad.stride(0), width,
         ACTIVATION=a.activation, **tile,
     )  # fmt: skip
-    return out
 
 
 def _matrix(run: Launches, tensor: Tensor) -> Tensor:

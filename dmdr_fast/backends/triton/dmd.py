@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends.triton.counters import counters
-from dmdr_fast.backends.triton.launch import (
-    Launches,
-    Samples,
-    block_and_warps,
-    cdiv,
-    implements,
-    samples,
-    too_large,
-)
+from dmdr_fast.backends.triton.launch import Launches, Samples, block_and_warps, cdiv, implements, samples, too_large
 from dmdr_fast.kernels.dmd_gradient import (
     Latents,
     Options,
@@ -33,9 +25,7 @@ _MOST_PARTS = 256
 
 
 @implements("dmd_gradient_fwd", refuses=too_large("x0"))
-def dmd_gradient_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out_dtype = a.out_dtype or a.x0.dtype
-    grad = run.new(a.x0.shape, out_dtype)
+def dmd_gradient_fwd(run: Launches, a, out) -> None:
     mask = None if a.mask is None else run.part(a.mask.expand(a.x0.shape), a.mask)
     view = samples(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond, mask)
     per_sample = (None if s is None else s.contiguous() for s in (a.sigma, a.alpha, a.cfg_tensor, a.weight))
@@ -43,16 +33,12 @@ def dmd_gradient_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if a.scaled:
         written = 2 * a.factor / max(a.x0.numel(), 1) if a.reduction == "mean" else 2 * a.factor
     scalars = Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
-    largest = torch.finfo(out_dtype).max
-    options = Options(
-        a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest
-    )  # fmt: skip
-    norms, loss, loss_scale = (run.new(shape, torch.float32) for shape in (a.x0.shape[:1], (), ()))
+    largest = torch.finfo(out.grad.dtype).max
+    options = Options(a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest)
     arrived = run.allocate(counters, 1 + a.x0.shape[0])
-    totals = Totals(norms, loss, loss_scale, arrived, float(a.x0.numel()), float(a.factor))
+    totals = Totals(out.norm, out.loss, out.loss_scale, arrived, float(a.x0.numel()), float(a.factor))
     fits = a.normalizer != "global" and view.shape.count <= _LARGEST_BLOCK
-    (_one_reading if fits else _two_readings)(run, view, scalars, grad, totals, options)
-    return grad, norms, loss, loss_scale
+    (_one_reading if fits else _two_readings)(run, view, scalars, out.grad, totals, options)
 
 
 def _one_reading(
@@ -87,10 +73,10 @@ def _two_readings(
 
 
 @implements("dmd_loss_bwd", refuses=too_large("g"))
-def dmd_loss_bwd(run: Launches, a) -> Tensor:
-    out = run.new(a.g.shape, a.dtype)
+def dmd_loss_bwd(run: Launches, a, out) -> None:
     batch, shape, (view,) = samples(a.g)
     block, warps = block_and_warps(shape.count, 8, 2048)
     grid = batch, cdiv(shape.count, block)
-    run.launch(dmd_loss_bwd_kernel, grid, a.grad_loss, view, a.loss_scale, out, shape, BLOCK=block, num_warps=warps)
-    return out
+    run.launch(
+        dmd_loss_bwd_kernel, grid, a.grad_loss, view, a.loss_scale, out.grad_x0, shape, BLOCK=block, num_warps=warps
+    )

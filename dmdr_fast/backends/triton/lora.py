@@ -17,50 +17,38 @@ _PROGRAMS = 384
 
 
 @implements("multi_lora_fwd")
-def multi_lora_fwd(run: Launches, a) -> tuple[Tensor, Tensor]:
-    low_rank = _project(run, a.x, a.A, a.scale)
-    out = run.new(a.base_out.shape, a.base_out.dtype)
-    _expand(run, low_rank, a.B, a.scale, a.base_out, out)
-    return out, low_rank
+def multi_lora_fwd(run: Launches, a, out) -> None:
+    _project(run, a.x, a.A, a.scale, out.low_rank)
+    _expand(run, out.low_rank, a.B, a.scale, a.base_out, out.out)
 
 
 @implements("multi_lora_bwd")
-def multi_lora_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor]:
+def multi_lora_bwd(run: Launches, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
-    grad_x, grad_a, grad_b = (
-        run.new(value.shape if need else (0,), value.dtype)
-        for value, need in ((a.x, a.need_x), (a.A, a.need_a), (a.B, a.need_b))
-    )
     if a.need_x or a.need_a:
-        low_rank_grad = _project(run, a.grad, run.part(a.B.mT, a.B), a.scale)
+        low_rank_grad = run.new(a.low_rank.shape, torch.float32)
+        _project(run, a.grad, run.part(a.B.mT, a.B), a.scale, low_rank_grad)
     if a.need_x:
-        _expand(run, low_rank_grad, run.part(a.A.mT, a.A), a.scale, None, grad_x)
+        _expand(run, low_rank_grad, run.part(a.A.mT, a.A), a.scale, None, out.grad_x)
     products, (rank, out_features) = [], a.B.shape
     if a.need_a:
-        products.append((a.x, low_rank_grad, grad_a, (rank, 1)))
+        products.append((a.x, low_rank_grad, out.grad_a, (rank, 1)))
     if a.need_b:
-        products.append((a.grad, a.low_rank, grad_b, (1, out_features)))
+        products.append((a.grad, a.low_rank, out.grad_b, (1, out_features)))
     if products:
         _outer_sums(run, products, a.scale)
-    return grad_x, grad_a, grad_b
 
 
-def _project(run: Launches, x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
-    """scale_b (x matrix) [B, ..., r] in float32."""
+def _project(run: Launches, x: Tensor, matrix: Tensor, scale: Tensor, low_rank: Tensor) -> None:
+    """Write scale_b (x matrix) to the float32 ``low_rank`` [B, ..., r]."""
     x_rows, count = _tokens(run, x)
     features, rank = matrix.shape
-    low_rank = run.new((*x.shape[:-1], rank), torch.float32)
-    tile = {
-        "ROWS": _side(count, 64),
-        "FEATURES": 64 if x.element_size() == 2 else 32,
-        "RANK": _side(rank, 64),
-    }
+    tile = {"ROWS": _side(count, 64), "FEATURES": 64 if x.element_size() == 2 else 32, "RANK": _side(rank, 64)}
     run.launch(
         project_kernel, (cdiv(count, tile["ROWS"]), cdiv(rank, tile["RANK"])), rows(x_rows), matrix,
         *_strided(scale), low_rank, count, x_rows.shape[1], features, rank, *matrix.stride(), PRECISION="ieee",
         WIDE=INTERPRETED, **tile,
     )  # fmt: skip
-    return low_rank
 
 
 def _expand(run: Launches, low_rank: Tensor, matrix: Tensor, scale: Tensor, base: Tensor | None, out: Tensor) -> None:

@@ -40,45 +40,38 @@ class _Filter(NamedTuple):
 def _refuses(name: str):
     def refusal(a) -> str | None:
         channels = getattr(a, name).shape[1]
-        return (
-            f"it takes images of at most {_MOST_CHANNELS} channels, these have {channels}"
-            if channels > _MOST_CHANNELS
-            else None
-        )
+        if channels <= _MOST_CHANNELS:
+            return None
+        return f"it takes images of at most {_MOST_CHANNELS} channels, these have {channels}"
 
     return refusal
 
 
 @implements("preprocess_reward_fwd", refuses=_refuses("image"))
-def preprocess_reward_fwd(run: Launches, a) -> tuple[Tensor, Tensor]:
+def preprocess_reward_fwd(run: Launches, a, out) -> None:
     batch, channels, in_height, in_width = a.image.shape
     planes = batch * channels
-    out = run.new((batch, channels, a.height, a.width), a.image.dtype)
-    bits = (batch, channels, in_height, cdiv(in_width, 8)) if a.need_inside else (0,)
-    inside = run.new(bits, torch.uint8)
     vertical, horizontal = _filters(run, (in_height, in_width), (a.height, a.width), a.antialias)
 
     mid = run.new((planes, a.height, in_width), torch.float32)
     block = _columns(in_width, a.image)
     run.launch(
         resize_rows_kernel, (planes * cdiv(a.height, 4), cdiv(in_width, block)), a.image, vertical.table,
-        mid, inside if a.need_inside else None, channels, in_height, in_width, a.height, a.low, a.high,
+        mid, out.inside, channels, in_height, in_width, a.height, a.low, a.high,
         *a.image.stride(), TAPS=vertical.taps, ROWS=4, BLOCK=block,
     )  # fmt: skip
     lines = planes * a.height
     run.launch(
-        resize_columns_kernel, (cdiv(lines, 8), cdiv(a.width, 128)), mid, horizontal.table, out,
+        resize_columns_kernel, (cdiv(lines, 8), cdiv(a.width, 128)), mid, horizontal.table, out.out,
         tuple(a.mean), tuple(a.std), lines, channels, in_width, a.height, a.width, a.high - a.low,
         TAPS=horizontal.taps, ROWS=8, BLOCK=128,
     )  # fmt: skip
-    return out, inside
 
 
 @implements("preprocess_reward_bwd", refuses=_refuses("grad"))
-def preprocess_reward_bwd(run: Launches, a) -> Tensor:
+def preprocess_reward_bwd(run: Launches, a, out) -> None:
     batch, channels, height, width = a.grad.shape
     planes, in_height, in_width = batch * channels, a.inside.shape[2], a.in_width
-    out = run.new((batch, channels, in_height, in_width), a.dtype)
     vertical, horizontal = _filters(run, (in_height, in_width), (height, width), a.antialias)
 
     mid = run.new((planes, height, in_width), torch.float32)
@@ -89,13 +82,12 @@ def preprocess_reward_bwd(run: Launches, a) -> Tensor:
         mid, tuple(a.std), lines, channels, in_width, height, width, *a.grad.stride(), horizontal.scale,
         horizontal.reach, a.high - a.low, TAPS=horizontal.taps, OUTPUTS=outputs, ROWS=8, BLOCK=128,
     )  # fmt: skip
-    block = _columns(in_width, out)
+    block = _columns(in_width, out.grad_image)
     run.launch(
         resize_rows_bwd_kernel, (planes * cdiv(in_height, 8), cdiv(in_width, block)), mid, vertical.table,
-        a.inside.contiguous(), out, in_height, in_width, height, vertical.scale, vertical.reach,
+        a.inside.contiguous(), out.grad_image, in_height, in_width, height, vertical.scale, vertical.reach,
         TAPS=vertical.taps, ROWS=8, BLOCK=block,
     )  # fmt: skip
-    return out
 
 
 def _filters(

@@ -22,43 +22,36 @@ def _refuses(a) -> str | None:
 
 
 @implements("qk_norm_rope_fwd", refuses=_refuses)
-def qk_norm_rope_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qk_norm_rope_fwd(run: Launches, a, out) -> None:
     batch, tokens, _, width = a.q.shape
-    outs = [run.new(x.shape, x.dtype) for x in (a.q, a.k)]
-    rstds = [run.new(x.shape[:-1], torch.float32) for x in (a.q, a.k)]
-    sides = [
-        Side(_heads(x), None, _vector(weight), out, rstd, None, x.shape[2])
-        for x, weight, out, rstd in zip((a.q, a.k), (a.q_weight, a.k_weight), outs, rstds, strict=True)
-    ]
+    both = (a.q, a.q_weight, out.q_out, out.q_rstd), (a.k, a.k_weight, out.k_out, out.k_rstd)
+    sides = [Side(_heads(x), None, _vector(weight), y, rstd, None, x.shape[2]) for x, weight, y, rstd in both]
     tile = _tile(width, a.interleaved, a.cos)
     blocks = [cdiv(x.shape[2], tile["HEADS"]) for x in (a.q, a.k)]
     run.launch(
         qk_norm_rope_kernel, (batch * tokens, sum(blocks)), *sides, _table(a.cos), _table(a.sin), tokens, width,
         cdiv(width, 2), blocks[0], float(a.eps), num_warps=1, **tile,
     )  # fmt: skip
-    return *outs, *rstds
 
 
 @implements("qk_norm_rope_bwd", refuses=_refuses)
-def qk_norm_rope_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qk_norm_rope_bwd(run: Launches, a, out) -> None:
     batch, tokens, _, width = a.q.shape
     rows = batch * tokens
     chunk = cdiv(rows, _PROGRAMS) if a.need_weights else 1
     programs = cdiv(rows, chunk)
     tile = _tile(width, a.interleaved, a.cos)
-    sides, blocks, grads, sums = [], [], [], []
-    both = (a.grad_q, a.q, a.q_weight, a.q_rstd), (a.grad_k, a.k, a.k_weight, a.k_rstd)
-    for grad, x, weight, rstd in both:
+    sides, blocks, sums = [], [], []
+    for grad, x, weight, rstd, grad_x, grad_weight in (
+        (a.grad_q, a.q, a.q_weight, a.q_rstd, out.grad_q, out.grad_q_weight),
+        (a.grad_k, a.k, a.k_weight, a.k_rstd, out.grad_k, out.grad_k_weight),
+    ):
         count = 0 if grad is None else cdiv(x.shape[2], tile["HEADS"])
-        summed = a.need_weights and grad is not None and weight is not None
-        out = run.new((0,) if grad is None else x.shape, x.dtype)
-        weight_grad = run.new((width if summed else 0,), (x if weight is None else weight).dtype)
-        parts = run.new((1, programs * count, width), torch.float32) if summed else None
-        if summed:
-            sums.append((parts, weight_grad))
-        sides.append(Side(_heads(x), _heads(grad), _vector(weight), out, rstd.contiguous(), parts, x.shape[2]))
+        parts = None if grad_weight is None else run.new((1, programs * count, width), torch.float32)
+        if grad_weight is not None:
+            sums.append((parts, grad_weight))
+        sides.append(Side(_heads(x), _heads(grad), _vector(weight), grad_x, rstd.contiguous(), parts, x.shape[2]))
         blocks.append(count)
-        grads.append((out, weight_grad))
     # A side without a gradient has no blocks; what is compiled for it reads the other side's.
     sides = [side if count else sides[1 - index] for index, (side, count) in enumerate(zip(sides, blocks, strict=True))]
     run.launch(
@@ -66,8 +59,6 @@ def qk_norm_rope_bwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cdiv(width, 2), *blocks, rows, chunk, num_warps=2, **tile,
     )  # fmt: skip
     sum_chunks(run, *sums)
-    (dq, dq_weight), (dk, dk_weight) = grads
-    return dq, dk, dq_weight, dk_weight
 
 
 def _heads(x: Tensor | None) -> Heads | None:

@@ -5,17 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import (
-    Launches,
-    block_and_warps,
-    cdiv,
-    group_of,
-    implements,
-    samples,
-    too_large,
-)
+from dmdr_fast.backends.triton.launch import Launches, block_and_warps, cdiv, group_of, implements, samples, too_large
 from dmdr_fast.backends.triton.sums import sum_rows
 from dmdr_fast.kernels.renoise import (
     normal_noise_kernel,
@@ -27,52 +18,46 @@ from dmdr_fast.kernels.renoise import (
 
 
 @implements("normal_noise_fwd")
-def normal_noise_fwd(run: Launches, a) -> Tensor:
-    noise = run.new(a.size, a.dtype)
+def normal_noise_fwd(run: Launches, a, out) -> None:
     count = math.prod(a.size)
     block, warps = seeded_block(count)
     run.launch(
-        normal_noise_kernel, (cdiv(a.offset % block + count, block),), a.seed.contiguous(), noise, count, a.offset,
+        normal_noise_kernel, (cdiv(a.offset % block + count, block),), a.seed.contiguous(), *out, count, a.offset,
         BLOCK=block, GROUP=group_of(a.dtype), num_warps=warps,
     )  # fmt: skip
-    return noise
 
 
 @implements("renoise_fwd", refuses=too_large("x0"))
-def renoise_fwd(run: Launches, a) -> Tensor:
-    out = run.new(a.x0.shape, a.x0.dtype)
+def renoise_fwd(run: Launches, a, out) -> None:
     alpha, sigma = a.alpha.contiguous(), a.sigma.contiguous()
     batch, shape, views = samples(a.x0, a.noise)
     if a.noise is not None:
         block, warps = block_and_warps(shape.count, 8, 2048)
         grid = batch, cdiv(shape.count, block)
-        run.launch(renoise_kernel, grid, *views, alpha, sigma, out, shape, BLOCK=block, num_warps=warps)
-        return out
+        run.launch(renoise_kernel, grid, *views, alpha, sigma, *out, shape, BLOCK=block, num_warps=warps)
+        return
     block, warps = seeded_block(shape.count)
     run.launch(
         seeded_renoise_kernel, (batch, windows(shape.count, a.offset, block)), views[0], a.seed.contiguous(),
-        alpha, sigma, out, shape, a.offset, BLOCK=block, GROUP=group_of(a.x0.dtype), num_warps=warps,
+        alpha, sigma, *out, shape, a.offset, BLOCK=block, GROUP=group_of(a.x0.dtype), num_warps=warps,
     )  # fmt: skip
-    return out
 
 
 @implements("renoise_bwd", refuses=too_large("grad"))
-def renoise_bwd(run: Launches, a) -> Tensor:
-    out = run.new(a.grad.shape, a.dtype)
+def renoise_bwd(run: Launches, a, out) -> None:
     batch, shape, (view,) = samples(a.grad)
     block, warps = block_and_warps(shape.count, 8, 2048)
     grid = batch, cdiv(shape.count, block)
-    run.launch(scaled_kernel, grid, view, a.scale.contiguous(), out, shape, BLOCK=block, num_warps=warps)
-    return out
+    run.launch(scaled_kernel, grid, view, a.scale.contiguous(), *out, shape, BLOCK=block, num_warps=warps)
 
 
 @implements("renoise_scale_bwd", refuses=too_large("grad"))
-def renoise_scale_bwd(run: Launches, a) -> Tensor:
+def renoise_scale_bwd(run: Launches, a, out) -> None:
     batch, shape, views = samples(a.grad, a.factor)
     block, warps = block_and_warps(shape.count, 16, 4096)
     parts = run.new((batch, cdiv(shape.count, block)), torch.float32)
     run.launch(product_sums_kernel, tuple(parts.shape), *views, parts, shape, BLOCK=block, num_warps=warps)
-    return sum_rows(run, parts, torch.float32)
+    sum_rows(run, parts, out.sample_sum)
 
 
 def seeded_block(count: int) -> tuple[int, int]:

@@ -7,64 +7,44 @@ import math
 import torch
 from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import (
-    Launches,
-    block_and_warps,
-    cdiv,
-    group_of,
-    implements,
-    samples,
-    too_large,
-)
+from dmdr_fast.backends.triton.launch import Launches, block_and_warps, cdiv, group_of, implements, samples, too_large
 from dmdr_fast.backends.triton.renoise import seeded_block, windows
-from dmdr_fast.kernels.sde_step import (
-    sde_draw_kernel,
-    sde_logprob_kernel,
-    sde_square_kernel,
-    sde_step_bwd_kernel,
-)
+from dmdr_fast.kernels.sde_step import sde_draw_kernel, sde_logprob_kernel, sde_square_kernel, sde_step_bwd_kernel
 
 
 @implements("sde_step_fwd", refuses=too_large("x"))
-def sde_step_fwd(run: Launches, a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sde_step_fwd(run: Launches, a, out) -> None:
     sigma, sigma_next = a.sigma.contiguous(), a.sigma_next.contiguous()
-    drawn = _draw(run, a, sigma, sigma_next) if a.next_sample is None else run.new((0,), a.x.dtype)
-    next_sample = drawn if a.next_sample is None else a.next_sample
-    mean = run.new(a.x.shape, torch.float32)
-    logprob, std = (run.new(sigma.shape, torch.float32) for _ in range(2))
-    batch, shape, views = samples(a.x, a.v, next_sample)
+    if a.next_sample is None:
+        _draw(run, a, sigma, sigma_next, out.drawn)
+    batch, shape, views = samples(a.x, a.v, out.drawn if a.next_sample is None else a.next_sample)
     block, warps = block_and_warps(shape.count, 8, 2048)
     blocks = cdiv(shape.count, block)
     parts = run.new((batch, blocks), torch.float64)
     run.launch(
-        sde_square_kernel, (batch, blocks), *views, sigma, sigma_next, mean, parts, shape, *_angles(a.eta),
+        sde_square_kernel, (batch, blocks), *views, sigma, sigma_next, out.mean, parts, shape, *_angles(a.eta),
         KIND=a.kind, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     run.launch(
-        sde_logprob_kernel, (batch,), parts, sigma, sigma_next, logprob, std, blocks, shape.count, *_angles(a.eta),
-        KIND=a.kind, BLOCK=256,
+        sde_logprob_kernel, (batch,), parts, sigma, sigma_next, out.logprob, out.std, blocks, shape.count,
+        *_angles(a.eta), KIND=a.kind, BLOCK=256,
     )  # fmt: skip
-    return drawn, logprob, mean, std
 
 
 @implements("sde_step_bwd", refuses=too_large("x"))
-def sde_step_bwd(run: Launches, a) -> tuple[Tensor, Tensor]:
-    grad_x = run.new(a.x.shape if a.need_x else (0,), a.x.dtype)
-    grad_v = run.new(a.v.shape if a.need_v else (0,), a.v.dtype)
+def sde_step_bwd(run: Launches, a, out) -> None:
     batch, shape, (x, v, next_sample, *grads) = samples(a.x, a.v, a.next_sample, a.grad_next, a.grad_mean)
     block, warps = block_and_warps(shape.count, 8, 2048)
     run.launch(
         sde_step_bwd_kernel, (batch, cdiv(shape.count, block)), grads[0],
         None if a.grad_logprob is None else a.grad_logprob.contiguous(), grads[1], x, v, next_sample,
-        a.sigma.contiguous(), a.sigma_next.contiguous(), grad_x if a.need_x else None, grad_v if a.need_v else None,
-        shape, float(shape.count), *_angles(a.eta), KIND=a.kind, BLOCK=block, num_warps=warps,
+        a.sigma.contiguous(), a.sigma_next.contiguous(), *out, shape, float(shape.count),
+        *_angles(a.eta), KIND=a.kind, BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    return grad_x, grad_v
 
 
-def _draw(run: Launches, a, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """The next sample in x's dtype."""
-    drawn = run.new(a.x.shape, a.x.dtype)
+def _draw(run: Launches, a, sigma: Tensor, sigma_next: Tensor, drawn: Tensor) -> None:
+    """Write the next sample."""
     batch, shape, views = samples(a.x, a.v)
     block, warps = seeded_block(shape.count)
     run.launch(
@@ -72,7 +52,6 @@ def _draw(run: Launches, a, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         a.seed.contiguous(), drawn, shape, a.offset, *_angles(a.eta), KIND=a.kind, BLOCK=block,
         GROUP=group_of(a.x.dtype), num_warps=warps,
     )  # fmt: skip
-    return drawn
 
 
 def _angles(eta: float) -> tuple[float, float, float]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dmdr_fast.backends.triton.launch import Launches, cdiv, next_power_of_2
 from dmdr_fast.kernels.sums import Chunks, sum_chunks_kernel, sum_rows_kernel
 
 
-def sum_rows(run: Launches, parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R] of contiguous parts [R, C], in ``dtype``."""
+def sum_rows(run: Launches, parts: Tensor, out: Tensor) -> None:
+    """Write ``out`` [R], the sums of contiguous parts [R, C]."""
     rows, count = parts.shape
-    out = run.new((rows,), dtype)
     block = min(1024, max(32, next_power_of_2(count)))
     run.launch(sum_rows_kernel, (rows,), parts, out, count, BLOCK=block, num_warps=max(1, block // 256))
-    return out
 
 
 def sum_chunks(run: Launches, *sums: tuple[Tensor, Tensor]) -> None:
