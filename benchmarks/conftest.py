@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, plot, records, report, resources
+from benchmarks import host, machine, plot, records, report, resources
 from benchmarks.case import Case
 from benchmarks.measure import Row, run_case
 
@@ -64,6 +64,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     stash, option = session.config.stash, session.config.getoption
     if not stash[ROWS]:
         return
+    stash[ROWS] = host.added(stash[ROWS])
     if option("bench_json") is not None:
         records.save(option("bench_json"), stash[ROWS], stash[MACHINE])
     if option("bench_plot") is not None:

@@ -33,6 +33,7 @@ class Row:
         traffic: bytes of the floor; 0 where there is no byte model.
         copy_rate: bytes per second of the copy measured in the same rounds.
         peak: bytes at most held at once above the inputs; launches: kernels on a GPU.
+        host: of a GPU, in multiples of ``a + b`` of two small tensors (:mod:`benchmarks.host`); None if not measured.
         errors: what the gate measured.
         missing: why an alternative is not in ``times``.
     """
@@ -49,6 +50,7 @@ class Row:
     copy_rate: float = 0.0
     peak: dict[str, int] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
+    host: float | None = None
     errors: dict[str, gate.GateError] = field(default_factory=dict)
     missing: str = ""
     note: str = ""

@@ -21,6 +21,7 @@ _HEAD = (
     "x eager",
     "x compile",
     "peak MiB",
+    "host",
 )
 _GPU_HEAD = (*_HEAD, "launches")
 _LEFT = 5  # columns of words; numbers follow
@@ -42,6 +43,8 @@ def legend() -> list[str]:
         "the rounds' own ratios; under 1 the fused op is the slower one. GB/s: the floor's bytes (each large tensor",
         "read once and written once) over the median. % copy: that against a copy timed in the same rounds. peak MiB:",
         "held at most above the inputs, fused / eager / torch.compile. Every line passed the float64 gate first.",
+        "host: what the call takes of the host on a GPU, in multiples of a + b of two small tensors, measured over a",
+        "driver that runs nothing (tests/kernels/host).",
         "On a CPU a call starts with freed memory given back to the system, and takes what it needs anew.",
     ]
 
@@ -92,6 +95,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _times(row.eager_ratio),
         _times(row.compile_ratio),
         " / ".join(_mebibytes(row.peak[name]) for name in ("fused", "eager", "compile") if name in row.peak),
+        "" if row.host is None else f"{row.host:.0f}",
         " / ".join(str(row.launches[name]) for name in ("fused", "eager", "compile") if name in row.launches),
     )
 

@@ -26,8 +26,6 @@ REFUSED = {
     "tensorboard": "the run writes run_dir/tensorboard by itself; leave it out",
     "wandb": "set log.wandb",
     "csv_monitor": "the run writes run_dir/log.jsonl by itself; leave it out",
-    "zero_allow_untested_optimizer": "it is always true here; leave it out",
-    "zero_force_ds_cpu_optimizer": 'it is always false here; ask for DeepSpeed\'s with "optimizer", or leave it out',
 }
 
 
@@ -133,7 +131,9 @@ def _owned(config: Config) -> dict[str, tuple[list[Any], str]]:
         "gradient_accumulation_steps": ([train.gradient_accumulation], "train.gradient_accumulation"),
         "gradient_clipping": ([config.optimizer.clip], "optimizer.clip"),
         "bf16.enabled": ([config.deepspeed.dtype == "bf16"], "deepspeed.dtype"),
-        "fp16.enabled": ([False], "deepspeed.dtype"),
+        "fp16.enabled": ([config.deepspeed.dtype == "fp16"], "deepspeed.dtype"),
+        "zero_allow_untested_optimizer": ([True], "optimizer.kind"),
+        "zero_force_ds_cpu_optimizer": ([False], "optimizer.kind"),
         "zero_optimization.stage": ([config.deepspeed.stage], "deepspeed.stage"),
         "optimizer.params.betas": (
             [[*role.betas] for role in roles],

@@ -59,7 +59,7 @@ def _activation(x, ACTIVATION: tl.constexpr):
             z = 1.5957691216057308 * x * tl.fma(square, 0.044715, 1.0)
             z_slope = 1.5957691216057308 * tl.fma(square, 0.134145, 1.0)
         # The small one of sigmoid and 1 - sigmoid as a product: a difference would lose its digits.
-        decay = tl.exp(-tl.abs(z))
+        decay = tl.exp(-1.0 * tl.abs(z))
         large = 1.0 / (1.0 + decay)
         small = decay * large
         sigmoid, rest = tl.where(z < 0, small, large), tl.where(z < 0, large, small)

@@ -99,7 +99,7 @@ def _forward(
     if cos is not None:
         cos_a, cos_b = _load_table(cos, batch, token, width, half, PAIRS, INTERLEAVED)
         sin_a, sin_b = _load_table(sin, batch, token, width, half, PAIRS, INTERLEAVED)
-        a, b = tl.fma(a, cos_a, -b * sin_a), tl.fma(b, cos_b, a * sin_b)
+        a, b = tl.fma(a, cos_a, -1.0 * b * sin_a), tl.fma(b, cos_b, a * sin_b)
     _store_heads(side.out, row, inside, width, half, a, b, PAIRS, INTERLEAVED)
 
 
@@ -122,7 +122,7 @@ def _backward(
         if cos is not None:
             cos_a, cos_b = _load_table(cos, batch, token, width, half, PAIRS, INTERLEAVED)
             sin_a, sin_b = _load_table(sin, batch, token, width, half, PAIRS, INTERLEAVED)
-            grad_a, grad_b = tl.fma(grad_a, cos_a, grad_b * sin_b), tl.fma(grad_b, cos_b, -grad_a * sin_a)
+            grad_a, grad_b = tl.fma(grad_a, cos_a, grad_b * sin_b), tl.fma(grad_b, cos_b, -1.0 * grad_a * sin_a)
         a, b = _load_heads(side.x, batch, token, head, inside, width, half, PAIRS, INTERLEAVED)
         rstd = tl.load(side.rstd + row, mask=inside, other=0)[:, None]
         a, b = a * rstd, b * rstd

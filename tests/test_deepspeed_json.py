@@ -51,6 +51,7 @@ ADAMW = {"optimizer": {"type": "AdamW"}}
         (zero(reduce_bucket_size=-1), (), ["reduce_bucket_size: expected int > 0; got -1"]),
         (zero(reduce_bucket_size=1.5), (), ["reduce_bucket_size: expected int > 0; got 1.5"]),
         (zero(overlap_comm="yes"), (), ["overlap_comm: expected true | false; got \"yes\""]),
+        ({"zero_allow_untested_optimizer": False}, (), ["zero_allow_untested_optimizer: false"]),
         ({"gradient_clipping": 0.5}, (), ["gradient_clipping: 0.5", "set optimizer.clip"]),
         ({"gradient_clipping": True}, (), ["gradient_clipping: expected float; got true"]),
         ({"train_batch_size": 64}, (), ["train_batch_size: 64", "set train.micro_batch_size and train.gradient_acc"]),
@@ -79,6 +80,7 @@ def test_what_cannot_be_is_one_line_that_says_what_to_set(read, content, flags, 
         assert word in line
 
 
+FP16 = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
 AUTO = {
     "bf16": {"enabled": "auto"},
     "gradient_clipping": "auto",
@@ -97,7 +99,9 @@ OPTIMIZER_AUTO = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas
         (OPTIMIZER_AUTO, (), {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}),
         ({"optimizer": {"type": "auto"}}, (), {}),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, BF16, {"bf16": {}, "fp16": {}}),
-        ({"gradient_clipping": 1}, (), {}),
+        ({"gradient_clipping": 1, "zero_allow_untested_optimizer": True}, (), {}),
+        ({"fp16": FP16}, (), {"fp16": {name: value for name, value in FP16.items() if name != "enabled"}}),
+        ({"fp16": {"enabled": True}}, ("--deepspeed.dtype", "fp16"), {"fp16": {}}),
         (zero(reduce_bucket_size=5e8), (), zero(reduce_bucket_size=500_000_000)),
         (zero(offload_param={"device": "cpu"}), STAGE3, zero(offload_param={"device": "cpu"})),
     ],

@@ -100,6 +100,17 @@ class Enabled(_Group):
     enabled: bool = False
 
 
+class LossScale(Enabled):
+    """fp16: the scale of the losses; ``loss_scale`` 0 is a dynamic one."""
+
+    loss_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    initial_scale_power: Elements = 16
+    loss_scale_window: Positive = 1000
+    hysteresis: Positive = 1
+    consecutive_hysteresis: bool = False
+    min_loss_scale: Positive = 1
+
+
 class AsyncIO(_Group):
     """Reading and writing NVMe."""
 
@@ -136,7 +147,7 @@ class DeepSpeedJSON(_Group):
     zero_optimization: Zero = Zero()
     optimizer: DeepSpeedOptimizer | None = None
     bf16: Enabled = Enabled()
-    fp16: Enabled = Enabled()
+    fp16: LossScale = LossScale()
     aio: AsyncIO = AsyncIO()
     data_types: DataTypes = DataTypes()
     flops_profiler: FlopsProfiler = FlopsProfiler()
@@ -145,6 +156,8 @@ class DeepSpeedJSON(_Group):
     train_micro_batch_size_per_gpu: Elements = 0
     gradient_accumulation_steps: Elements = 0
     gradient_clipping: float = 0.0
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
     communication_data_type: Literal["fp32", "bf16", "fp16"] = "fp32"
     prescale_gradients: bool = False
     gradient_predivide_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0

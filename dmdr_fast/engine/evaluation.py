@@ -63,7 +63,7 @@ class Evaluator:
         }
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
-        table, pictures = {}, {"labels": self._rows()[:GRID_SAMPLES]}
+        table, pictures = {}, {"labels": self._rows()[: min(GRID_SAMPLES, self.config.eval.samples)]}
         for name, (draw, nfe) in rows.items():
             images = self._images(draw)
             if self.runtime.is_main:

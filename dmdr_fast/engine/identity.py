@@ -10,9 +10,9 @@ from typing import Any
 
 from dmdr_fast import cache
 from dmdr_fast.config import Config
+from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.runtime import Runtime
-from dmdr_fast.preflight import read_deepspeed_json
 
 # Sections and keys whose change makes another run; the teacher's content is added.
 IDENTITY = (
@@ -53,8 +53,7 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     if config.data.prompts is not None and config.data.prompts.is_file():
         noted["data.prompts (content)"] = f"sha256 {cache.file_hash(config.data.prompts)[:16]}"
-    json_file = config.deepspeed.config
-    optimizer = {} if json_file is None else read_deepspeed_json(json_file).get("optimizer", {})
+    optimizer = read_deepspeed_json(config).get("optimizer") or {}
     noted["optimizer (deepspeed.config)"] = optimizer.get("type")
     return json.loads(json.dumps(noted))
 

@@ -23,7 +23,7 @@ WINDOW = 100  # updates at the end of the cold start: one update's loss depends 
 
 
 class RewardWeight:
-    """w = (mean DMD loss of the last ``WINDOW`` cold-start updates) / |mean RL loss of the first RL batch|.
+    """w = (mean DMD loss of the last ``WINDOW`` cold-start updates) / |mean RL loss of a batch as RL starts|.
 
     A function of the updates before it, the same on every number of ranks; a checkpoint keeps what it needs.
     """
@@ -77,8 +77,10 @@ def first_rl_loss(
     shards: Sequence[Shard],
     device: torch.device,
 ) -> Tensor:
-    """ReFL's loss on the samples of update ``step``, 0-d, the mean of this rank's micro-batches; the generator is still
-    that of ``step``. All ranks must call."""
+    """ReFL's loss on a batch of the generator's samples at ``step``, 0-d, the mean of this rank's micro-batches.
+
+    Conditions and noise are drawn as for a rollout of that update. All ranks must call.
+    """
     losses = []
     for shard in shards:
         sample = simulate(generator, data, recipe, streams, (step, recipe.fake_updates - 1), shard, device)

@@ -252,7 +252,7 @@ class Run:
         self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates))
 
     def _match_reward_weight(self, data: Data, shards: Sequence[Shard]) -> None:
-        """``reward.weight: auto`` as RL starts, on the samples that its first update will see."""
+        """``reward.weight: auto``, once, as RL starts."""
         if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
             return
         if self.weight.value is None:

@@ -9,6 +9,8 @@ from torch import nn
 from dmdr_fast.models.families import Denoiser
 from dmdr_fast.models.partitioned import whole_shape
 
+WITHOUT_FUSED = {"flux2", "sdxl"}  # families that `dmdr_fast.patch` does not know
+
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """Every repeated block of a SiT or of a family's ``Denoiser``, in the model's order."""

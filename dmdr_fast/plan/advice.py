@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from dmdr_fast.models.blocks import WITHOUT_FUSED
 from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.plan import Plan, make_plan, phase_bytes
 from dmdr_fast.plan.workload import Adapter, Hardware, Workload
@@ -27,8 +28,13 @@ class Change:
 
 def changes(work: Workload) -> Iterator[Change]:
     """Every single lever that takes less memory than ``work`` does now."""
+    compiled = work.blocks == "compiled"
+    if compiled and work.activation in ("none", "selective") and work.shape.family not in WITHOUT_FUSED:
+        keys = "compute.blocks: fused, memory.activation: selective"
+        yield Change(keys, replace(work, blocks="fused", activation="selective"), 0)
     for mode in FEWER.get(work.activation, ()):
-        yield Change(f"memory.activation: {mode}", replace(work, activation=mode), 0)
+        if not (compiled and mode == "selective"):  # to the compiler the same as none
+            yield Change(f"memory.activation: {mode}", replace(work, activation=mode), 0)
     if work.zero.stage < 3:
         yield Change("deepspeed.stage: 3", replace(work, zero=replace(work.zero, stage=3)), 0)
     engines = work.zero.stage and work.sharing != "shared_all"  # whose adapters have neither buckets nor shards

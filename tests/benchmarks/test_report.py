@@ -23,6 +23,12 @@ def test_gpu_lines_have_launches():
     assert head.endswith("launches") and line.endswith("1 / 20 / 3")
 
 
+def test_the_hosts_share_stands_before_the_launches():
+    row = replace(ROW, launches={"fused": 1}, host=12.3)
+    head, line = report.table([row])
+    assert head.split()[-2:] == ["host", "launches"] and line.split()[-2:] == ["12", "1"]
+
+
 def test_what_is_slower_is_said_with_its_reason():
     row = replace(ROW, compile_ratio=Spread(0.8, 0.7, 0.9), note="one core computes")
     assert report.slower([ROW]) == []

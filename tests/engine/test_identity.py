@@ -66,13 +66,13 @@ def repeat(run, finished, tmp_path):
         (["--sharing", "separate"], ["sharing 'shared_score', this run has 'separate'"]),
         (["--student.rollout", "same_step"], ["student.rollout 'backward_simulation', this run has 'same_step'"]),
         (["--student.steps", "2", "--train.generator_steps", "12"], ["student.steps 1, this run has 2"]),
-        (["--deepspeed.config", "lion"], ["optimizer (deepspeed.config) None, this run has 'Lion'"]),
+        (["--deepspeed.config", "json"], ["optimizer (deepspeed.config) None, this run has 'AdamW'"]),
     ],
     ids=lambda v: v[0].strip("-") if v and str(v[0]).startswith("--") else "",
 )
 def test_another_run_in_the_same_folder_is_refused(repeat, finished, tmp_path, arguments, words):
-    (tmp_path / "lion.json").write_text(json.dumps({"optimizer": {"type": "Lion", "params": {"lr": 1e-5}}}))
-    files = {"two": finished / "two.safetensors", "lion": tmp_path / "lion.json"}
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
+    files = {"two": finished / "two.safetensors", "json": tmp_path / "ds.json"}
     line = refused(*repeat([files.get(word, word) for word in arguments])[::2])
     assert "was written with" in line and "another run_dir" in line
     for word in words:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder
+from dmdr_fast.models.vae import IdentityDecoder, LatentDecoder, decoder_dtype, speed_up_convolutions
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -75,3 +75,23 @@ def test_latent_of_another_model_is_refused(folder):
 def test_identity_decoder_is_the_identity():
     latent = torch.randn(2, 1, 8, 8)
     assert IdentityDecoder().decode(latent) is latent
+
+
+@pytest.mark.parametrize(("name", "device", "dtype"), [
+    ("auto", "cuda", torch.bfloat16), ("auto", "cpu", torch.float32), ("fp32", "cuda", torch.float32),
+    ("bf16", "cpu", torch.bfloat16),
+])  # fmt: skip
+def test_the_type_of_the_decoding(name, device, dtype):
+    assert decoder_dtype(name, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_convolutions_on_cuda_have_their_channels_last(folder, monkeypatch, device):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    decoder, latent = LatentDecoder.from_pretrained(folder[0]), torch.randn(2, 4, 6, 6)
+    want = decoder.decode(latent)
+    speed_up_convolutions(decoder.vae, torch.device(device))  # the weights themselves are on the CPU
+    weight = decoder.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (device == "cuda")
+    assert torch.backends.cudnn.benchmark == (device == "cuda")
+    torch.testing.assert_close(decoder.decode(latent), want)

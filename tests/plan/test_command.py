@@ -33,7 +33,8 @@ def test_the_answer_for_a_recipe(capsys):
     assert "SiT at 256 px, sharing shared_score" in said and "fits: " in said
     peak = float(re.search(r"fits: ([\d.]+) of 80 GB", said)[1])
     assert f"{peak} |" in next(line for line in said.splitlines() if "(peak)" in line)
-    assert re.search(r"one update +\| +26 \|", said)  # 20 and the recomputation of 6 graded forwards
+    assert re.search(r"one update +\| +20 \|", said)
+    assert "(by convolutions 198, half of it in fp32: assumed, not measured)" in said
     assert main(["--config", str(CONFIGS / "sit_xl_256.yaml"), "--gpu-memory", "2.6"]) == 1
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said and "no three of the levers" in said
@@ -42,7 +43,8 @@ def test_the_answer_for_a_recipe(capsys):
 def test_the_configuration_reaches_the_workload():
     work = workload(load(CONFIGS / "sit_xl_256.yaml"))
     assert (work.batch, work.student_steps, work.fake_updates, work.cfg) == (64, 1, 5, False)
-    assert (work.zero.stage, work.dtype, work.activation, work.ema) == (2, "bf16", "full", False)
+    assert (work.zero.stage, work.dtype, work.activation, work.ema) == (2, "bf16", "none", False)
+    assert work.blocks == "compiled" and work.reward.dtype == "bf16"
     assert work.fake_lora == Adapter(32, ("attn.qkv",), "post_projection") and work.student_lora is None
     assert work.reward.models == (("classifier", "fp32"),) and work.reward.graded
 
