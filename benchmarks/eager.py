@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmdr_fast.ops import GRPOLoss, RatioStats, SDEStep
+from dmdr_fast.ops import SDEStep
 
 
 def renoise(
@@ -92,27 +92,6 @@ def sde_step_logprob(
         -((next_sample.detach().float() - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     )
     return SDEStep(next_sample, logprob.mean(dim=tuple(range(1, x.dim()))), mean, std.flatten())
-
-
-def grpo_loss(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    adv_clip: float = 5.0,
-) -> GRPOLoss:
-    """PPO's clipped loss with the statistics that trainers log."""
-    advantage = advantage.clamp(-adv_clip, adv_clip)
-    ratio = torch.exp(logprob - old_logprob)
-    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)).mean()
-    with torch.no_grad():
-        off = (ratio - 1).abs()
-        outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-        kl = 0.5 * ((logprob - old_logprob) ** 2).mean()
-        stats = RatioStats(ratio.mean(), off.max(), outside.float().mean(), kl)
-    return GRPOLoss(loss, stats)
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

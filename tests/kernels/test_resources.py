@@ -23,7 +23,7 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from tests.kernels import ahead_of_time  # noqa: E402
-from tests.kernels.resource_cases import cases  # noqa: E402
+from tests.kernels.resource_cases import MOST_INSTRUCTIONS, cases  # noqa: E402
 
 RECORD = Path(__file__).parents[1] / "resources.json"
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -35,21 +35,6 @@ _WRITES_ONLY = {"normal_noise_kernel"}
 _SUMS_ONLY = {"product_sums_kernel", "dmd_distance_kernel"}
 LOADS_NOTHING_WIDE = _BY_COLUMN | _WRITES_ONLY
 STORES_NOTHING_WIDE = _BY_COLUMN | _SUMS_ONLY
-
-# Instructions per element that a kernel may take: an H100 has 9.5 for each byte at 3 TB/s, an H200 6.6 at 4.3 TB/s.
-MOST_INSTRUCTIONS = {
-    "seeded_renoise_kernel": 38,
-    "renoise_kernel": 57,
-    "scaled_kernel": 38,
-    "normal_noise_kernel": 34,
-    "layer_norm_modulate_kernel": 26,
-    "layer_norm_modulate_bwd_kernel": 48,
-    "gated_residual_layer_norm_modulate_kernel": 32,
-    "gated_residual_layer_norm_modulate_bwd_kernel": 70,
-    "rms_norm_scale_kernel": 20,
-    "rms_norm_scale_bwd_kernel": 45,
-    "gated_residual_rms_norm_kernel": 24,
-}
 
 
 @lru_cache(maxsize=1)

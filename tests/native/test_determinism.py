@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends.cpu import BACKEND
-from tests.native.calls import Call, calls
+from tests.native.calls import calls, large_calls
 from tests.raw import RawFunctions, as_tuple
 
 cpu = RawFunctions(BACKEND)
@@ -18,56 +18,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def large_calls() -> list[Call]:
-    """Calls with more elements than a kernel runs on one thread."""
-    sigma = torch.rand(2) * 0.5 + 0.3
-    latents = [torch.randn(2, 4, 71, 173) for _ in range(5)]
-    tokens = [torch.randn(2, 200, 160) for _ in range(4)]
-    shift, scale, gate = (torch.randn(2, 1, 160) for _ in range(3))
-    shared = torch.randn(160)
-    mean, rstd = torch.randn(2, 200), torch.rand(2, 200)
-    heads = [torch.randn(2, 200, 4, 64) for _ in range(4)]
-    angles, weight = (torch.randn(1, 200, 64), torch.randn(1, 200, 64)), torch.randn(64)
-    head_rstd = torch.rand(2, 200, 4)
-    A, B = torch.randn(160, 12), torch.randn(12, 160)
-    low_rank = torch.randn(2, 200, 12)
-    seed = torch.tensor([1, 2])
-    image, inside = torch.randn(2, 3, 150, 130), torch.randint(0, 256, (2, 3, 150, 17), dtype=torch.uint8)
-    mean3, std3 = [0.5] * 3, [0.5] * 3
-    dmd = (1.0, "standard", "flow", "per_sample", 1e-8, "add", "zero", torch.float32, "mean", 0.5, True)
-    steps = [
-        ("renoise_fwd", (latents[0], sigma, sigma, None, seed, 3)),
-        ("renoise_scale_bwd", (latents[0], latents[1])),
-        ("dmd_gradient_fwd", (*latents, sigma, None, None, None, None, *dmd)),
-        ("sde_step_fwd", (*latents[:2], sigma, sigma * 0.9, None, seed, 0, "flow_grpo", 0.7)),
-        ("multi_lora_fwd", (tokens[0], tokens[1], A, B, sigma)),
-        ("multi_lora_bwd", (tokens[0], tokens[1], low_rank, A, B, sigma, True, True, True)),
-        ("multi_lora_fwd", (*_bfloat16(tokens[0], tokens[1], A, B), sigma)),
-        ("multi_lora_bwd", (*_bfloat16(*tokens[:2]), low_rank, *_bfloat16(A, B), sigma, True, True, True)),
-        ("layer_norm_modulate_fwd", (tokens[0], shift, scale, 1e-6, torch.float32)),
-        ("layer_norm_modulate_bwd", (tokens[0], tokens[1], scale, mean, rstd, 1e-6, torch.float32, True, True)),
-        ("layer_norm_modulate_bwd", (tokens[0], tokens[1], shared, mean, rstd, 1e-6, torch.float32, True, True)),
-        (
-            "gated_residual_layer_norm_modulate_bwd",
-            (*tokens, gate, scale, mean, rstd, 1e-6, torch.float32, True, True, True),
-        ),
-        ("rms_norm_scale_fwd", (tokens[0], shared, scale, 1e-6, torch.float32)),
-        ("gated_residual_rms_norm_fwd", (*tokens[:2], gate, shared, 1e-6)),
-        ("rms_norm_scale_bwd", (tokens[0], tokens[1], shared, scale, rstd, 1e-6, True, True, True)),
-        ("qk_norm_rope_bwd", (*heads, weight, weight, *angles, head_rstd, head_rstd, 1e-6, True, True)),
-        ("preprocess_reward_fwd", (image, 96, 112, mean3, std3, True, -1.0, 1.0, True)),
-        (
-            "preprocess_reward_bwd",
-            (torch.randn(2, 3, 96, 112), inside, 130, std3, True, -1.0, 1.0, torch.float32),
-        ),
-    ]
-    return [Call(name, "large", args) for name, args in steps]
-
-
-def _bfloat16(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.bfloat16() for tensor in tensors]
 
 
 def test_thread_counts_give_the_same_bits(threads):

@@ -9,6 +9,23 @@ import torch
 BATCH = 3
 LATENT = (BATCH, 4, 5)
 SEED = torch.tensor([1, 2])
+# The arguments with a derivative.
+WRT = {
+    "renoise": "x0 alpha sigma noise",
+    "dmd_loss": "x0",
+    "preprocess_reward": "image",
+    "sde_step_logprob": "x v",
+    "grpo_loss": "logprob",
+    "layer_norm_modulate": "x shift scale",
+    "gated_residual": "x h gate",
+    "gated_residual_layer_norm_modulate": "x h gate shift scale",
+    "rms_norm_scale": "x weight scale",
+    "gated_residual_rms_norm": "x h gate weight",
+    "qk_norm_rope": "q k q_weight k_weight",
+    "gelu_mul": "packed",
+    "silu_mul": "packed",
+    "multi_lora": "x base_out A B",
+}
 
 
 def latent(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

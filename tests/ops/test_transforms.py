@@ -17,24 +17,8 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 from dmdr_fast import ops
 from dmdr_fast.ops._library import Raw
 from tests.ops import formulas
-from tests.ops.calls import SEED, valid_calls
+from tests.ops.calls import SEED, WRT, valid_calls
 
-WRT = {
-    "renoise": "x0 alpha sigma noise",
-    "dmd_loss": "x0",
-    "preprocess_reward": "image",
-    "sde_step_logprob": "x v",
-    "grpo_loss": "logprob",
-    "layer_norm_modulate": "x shift scale",
-    "gated_residual": "x h gate",
-    "gated_residual_layer_norm_modulate": "x h gate shift scale",
-    "rms_norm_scale": "x weight scale",
-    "gated_residual_rms_norm": "x h gate weight",
-    "qk_norm_rope": "q k q_weight k_weight",
-    "gelu_mul": "packed",
-    "silu_mul": "packed",
-    "multi_lora": "x base_out A B",
-}
 VARIANTS = {
     "renoise, seeded": ("renoise", {"noise": None, "seed": SEED}),
     "dmd_loss, masked": ("dmd_loss", {"mask": torch.arange(20).view(1, 4, 5) % 3 > 0, "normalizer": "global"}),

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, implements
 from dmdr_fast.backends.views import OUTER
 
-_STRUCT = "dmdr_gated_activation_args"
+_STRUCT = struct_of(
+    "dmdr_gated_activation_args",
+    ("shape", "shape"),
+    ("tensor", "value gate out grad grad_value grad_gate"),
+    (("gelu", "gelu_tanh", "silu"), "activation"),
+)
 
 
 @implements("gated_activation_fwd")

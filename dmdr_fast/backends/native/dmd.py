@@ -7,9 +7,23 @@ import math
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, implements
 
-_STRUCT = "dmdr_dmd_gradient_args"
+_STRUCT = struct_of(
+    "dmdr_dmd_gradient_args",
+    ("shape", "shape"),
+    ("tensor", "x0 x_t pred_fake pred_real pred_real_uncond mask grad"),
+    ("pointer", "sigma alpha cfg weight"),
+    ("double", "cfg_scale eps factor"),
+    (("standard", "offset"), "cfg_mode"),
+    (("flow", "eps", "v", "x0"), "prediction"),
+    (("per_sample", "global", "none"), "normalizer"),
+    (("add", "clamp", "none"), "eps_mode"),
+    (("zero", "torch", "zero_sample", "keep"), "nan_policy"),
+    ("int", "reduction_sum scaled"),
+    ("pointer", "norm loss loss_scale grad_loss workspace"),
+)
 
 # One per device and stream. Its first eight bytes count the blocks that have finished: 0 before and after a call.
 _counting: dict[tuple[int | None, int], Tensor] = {}

@@ -7,10 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
 from dmdr_fast.backends.views import Strided
 
-_STRUCT = "dmdr_multi_lora_args"
+_STRUCT = struct_of(
+    "dmdr_multi_lora_args",
+    ("int", "batch rows in_features rank out_features"),
+    ("tensor", "x base out A B grad grad_x"),
+    ("pointer", "scale low_rank grad_a grad_b workspace"),
+)
 
 
 def _refuses(library: Library, a) -> str | None:

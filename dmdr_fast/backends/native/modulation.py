@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dmdr_fast.backends import rows
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
 from dmdr_fast.backends.rows import Grouped
 from dmdr_fast.backends.views import Strided
@@ -19,7 +20,24 @@ _LONGEST_CUDA_ROW = 8192
 # dmdr_gather
 _NONE, _PER_ROW, _SAMPLE, _ALL = range(4)
 
-_NORM, _GATED = "dmdr_layer_norm_modulate_args", "dmdr_gated_residual_args"
+_NORM = struct_of(
+    "dmdr_layer_norm_modulate_args",
+    ("shape", "shape"),
+    ("tensor", "x shift scale y grad_y grad_x grad_shift grad_scale"),
+    ("pointer", "mean rstd"),
+    ("double", "eps"),
+    ("int", "gather"),
+    ("pointer", "workspace"),
+)
+_GATED = struct_of(
+    "dmdr_gated_residual_args",
+    ("shape", "shape"),
+    ("tensor", "x h gate shift scale residual y grad_residual grad_y grad_x grad_h grad_gate grad_shift grad_scale"),
+    ("pointer", "mean rstd"),
+    ("double", "eps"),
+    ("int", "gather_gate gather"),
+    ("pointer", "workspace"),
+)
 
 
 def refuses(x: str, *vectors: str) -> Callable[[Library, Any], str | None]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, implements
 from dmdr_fast.backends.views import Strided
 
-_STRUCT = "dmdr_renoise_args"
+_STRUCT = struct_of(
+    "dmdr_renoise_args",
+    ("shape", "shape"),
+    ("tensor", "x0 noise out"),
+    ("pointer", "alpha sigma seed"),
+    ("int", "offset"),
+    ("pointer", "sample_sum"),
+)
 
 
 @implements("normal_noise_fwd", entry="renoise_fwd")

@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
 from dmdr_fast.backends.views import Strided
 
-_STRUCT = "dmdr_preprocess_reward_args"
+_STRUCT = struct_of(
+    "dmdr_preprocess_reward_args",
+    ("int", "batch channels height width out_height out_width"),
+    ("tensor", "image out"),
+    ("pointer", "inside mean std"),
+    ("double", "low high"),
+    ("int", "antialias"),
+    ("pointer", "workspace"),
+)
 _MOST_CUDA_CHANNELS = 32
 
 

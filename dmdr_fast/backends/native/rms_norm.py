@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, implements
 from dmdr_fast.backends.native.modulation import call, gather, refuses
 from dmdr_fast.backends.rows import Grouped
 
-_STRUCT = "dmdr_rms_norm_scale_args"
+_STRUCT = struct_of(
+    "dmdr_rms_norm_scale_args",
+    ("shape", "shape"),
+    ("tensor", "x weight scale residual y grad_y grad_x grad_weight grad_scale"),
+    ("pointer", "rstd"),
+    ("double", "eps"),
+    ("int", "gather_weight gather"),
+    ("pointer", "workspace"),
+)
 
 
 @implements("rms_norm_scale_fwd", refuses=refuses("x", "scale"))

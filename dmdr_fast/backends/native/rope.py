@@ -6,10 +6,27 @@ from typing import Any
 
 from torch import Tensor
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
 from dmdr_fast.backends.views import Strided
 
-_STRUCT = "dmdr_qk_norm_rope_args"
+_STRUCT = struct_of(
+    "dmdr_qk_norm_rope_args",
+    ("int", "batch rows features"),
+    *(
+        field
+        for side in "qk"
+        for field in (
+            ("int", f"{side}_heads"),
+            ("tensor", " ".join(f"{side}_{name}" for name in ("x", "weight", "out", "grad", "grad_x"))),
+            ("pointer", f"{side}_rstd {side}_grad_weight"),
+        )
+    ),
+    ("tensor", "cos sin"),
+    ("double", "eps"),
+    ("int", "interleaved"),
+    ("pointer", "workspace"),
+)
 _MOST_FEATURES = 1024  # DMDR_ROPE_FEATURES
 
 

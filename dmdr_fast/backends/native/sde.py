@@ -6,9 +6,19 @@ import math
 
 import torch
 
+from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, implements
 
-_STRUCT = "dmdr_sde_step_args"
+_STRUCT = struct_of(
+    "dmdr_sde_step_args",
+    ("shape", "shape"),
+    ("tensor", "x v next_sample mean grad_next grad_mean grad_x grad_v"),
+    ("pointer", "sigma sigma_next seed"),
+    ("int", "offset"),
+    (("flow_grpo", "dance", "cps"), "kind"),
+    ("double", "eta"),
+    ("pointer", "logprob std grad_logprob workspace"),
+)
 
 
 @implements("sde_step_fwd")
