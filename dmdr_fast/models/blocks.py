@@ -9,7 +9,7 @@ from torch import nn
 from dmdr_fast.models.families import Denoiser
 from dmdr_fast.models.partitioned import whole_shape
 
-WITHOUT_FUSED = {"flux2", "sdxl"}  # families that `dmdr_fast.patch` does not know
+WITHOUT_FUSED = {"sdxl"}  # families that `dmdr_fast.patch` does not know
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
