@@ -155,11 +155,13 @@ class Calls(Recorder):
 
     @contextmanager
     def in_float32(self, *results: Tensor | None) -> Iterator[list[Tensor | None]]:
-        """float32 tensors that the results are rounded from in the end, or the results themselves: sums' kernels write
-        float32. Such rounding is in no plan."""
-        sums = [
-            one if one is None or one.dtype is torch.float32 else self.new(one.shape, torch.float32) for one in results
-        ]
+        """The results where they are float32, and float32 tensors in place of others, which are rounded at the end.
+
+        A call that rounds leaves no plan.
+        """
+        sums = []
+        for one in results:
+            sums.append(one if one is None or one.dtype is torch.float32 else self.new(one.shape, torch.float32))
         yield sums
         for result, one in zip(results, sums, strict=True):
             if one is not result:
@@ -169,10 +171,10 @@ class Calls(Recorder):
     def fields(
         self, struct_name: str, a: tuple, out: tuple, view: Callable[[Tensor], Strided] | None = None, /, **given: Any
     ) -> dict[str, Any]:
-        """The fields of an argument struct, see :func:`abi.packed`: as given, or the result or argument of that name.
+        """The fields of an argument struct, see :func:`abi.packed`: as given, else the result or argument of that name.
 
         Args:
-            view: of a tensor: itself with its strides.
+            view: gives a tensor its strides. Pointers are made contiguous, and float32 where they are floats.
         """
         fields = {}
         for kind, names in abi.STRUCTS[struct_name]:

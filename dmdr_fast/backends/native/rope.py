@@ -32,11 +32,9 @@ _MOST_FEATURES = 1024  # DMDR_ROPE_FEATURES
 
 def _refuses_bwd(library: Library, a) -> str | None:
     width = a.q.shape[3]
-    return (
-        None
-        if width <= _MOST_FEATURES
-        else f"its backward takes heads of at most {_MOST_FEATURES} features, got {width}"
-    )
+    if width <= _MOST_FEATURES:
+        return None
+    return f"its backward takes heads of at most {_MOST_FEATURES} features, got {width}"
 
 
 @implements("qk_norm_rope_fwd")
