@@ -30,7 +30,7 @@ malformed: install  ## hundreds of malformed inputs: each is one line, or right
 # What an image with torch, Triton, CUDA, transformers and the usual scientific packages lacks; versions are the lock's.
 GPU_WHEELS := gpu-wheels
 GPU_PACKAGES := diffusers pydantic pydantic-core annotated-types typing-inspection hjson importlib-metadata \
-  hypothesis sortedcontainers pytest pluggy iniconfig pytest-timeout
+  hypothesis sortedcontainers pytest pluggy iniconfig pytest-timeout pytest-xdist execnet
 gpu-wheels: install  ## wheels for gpu-check on a machine without network: Python 3.12, x86-64
 	rm -rf $(GPU_WHEELS)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \

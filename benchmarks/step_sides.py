@@ -46,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True)
 class ComputePath:
-    """How the networks of this package's side run: ``compute.blocks`` and ``compute.attention`` of a configuration."""
+    """How the networks of this package's side run: ``compute.blocks`` and ``memory.attention`` of a configuration."""
 
     blocks: str
     attention: str
@@ -98,7 +98,7 @@ class Eager:
     def __init__(self, size: Size, recipe: Recipe, device: torch.device, steps: Iterable[int]):
         generator, base, adapter = _networks(size, device)
         layers = zip(*[iter(adapter.parameters())] * 4, strict=True)
-        plain = _network(size).to(device, size.dtype)
+        plain = _network(size, device).to(device, size.dtype)
         plain.load_state_dict({name: value for name, value in base.state_dict().items() if "lora" not in name})
         lora = DenseLora(plain, [tuple(tensor.detach() for tensor in layer) for layer in layers])
         self.optimizers = _optimizers(generator.parameters(), lora.parameters())
@@ -152,14 +152,15 @@ class _Trained:
         return True
 
 
-def _network(size: Size) -> SiT:
-    return SiT(input_size=LATENT[1], in_channels=LATENT[0], **size.network)
+def _network(size: Size, device: torch.device) -> SiT:
+    with device:  # drawing a SiT-XL/2 on a CPU takes seconds
+        return SiT(input_size=LATENT[1], in_channels=LATENT[0], **size.network)
 
 
 def _networks(size: Size, device: torch.device) -> tuple[SiT, SiT, LoraAdapter]:
     """(generator, base, the base's adapter) from one seed; what starts at zero is drawn, so every gradient is alive."""
     torch.manual_seed(0)
-    generator, base = _network(size), _network(size)
+    generator, base = _network(size, device), _network(size, device)
     for module in itertools.chain(generator.modules(), base.modules()):
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)
