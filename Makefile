@@ -9,7 +9,7 @@ export DMDR_CUDA ?= OFF
 MODULES := $(shell find dmdr_fast kernels -name '*.py' -o -name '*.j2' | LC_ALL=C sort)
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/modules
 
-.PHONY: quickstart test bench claims malformed lint install
+.PHONY: quickstart test bench claims malformed gpu-wheels gpu-check lint install
 
 # On CPUs one thread suits the digits model best (a teacher step: 35 ms, 42 with two).
 quickstart: install  ## train a digits teacher, distil it, draw the report: runs/digits/report.html
@@ -26,6 +26,31 @@ claims: install  ## put the paper's claims to the test on digits: docs/claims.md
 
 malformed: install  ## hundreds of malformed inputs: each is one line, or right
 	$(BIN)/python -m tests.malformed
+
+# What an image with torch, Triton, CUDA, transformers and the usual scientific packages lacks; versions are the lock's.
+GPU_WHEELS := gpu-wheels
+GPU_PACKAGES := diffusers pydantic pydantic-core annotated-types typing-inspection hjson importlib-metadata \
+  hypothesis sortedcontainers pytest pluggy iniconfig pytest-timeout pytest-xdist execnet
+gpu-wheels: install  ## wheels for gpu-check on a machine without network: Python 3.12, x86-64
+	rm -rf $(GPU_WHEELS)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	  --platform manylinux2014_x86_64 -c requirements.lock -d $(GPU_WHEELS) $(GPU_PACKAGES)
+	@# DeepSpeed is published as source; without its ops compiled a wheel of it serves every Python.
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  -c requirements.lock -w $(GPU_WHEELS) deepspeed
+	@size=$$(du -sm $(GPU_WHEELS) | cut -f1); echo "$(GPU_WHEELS): $$size MiB"; \
+	  [ $$size -lt 64 ] || { echo "$(GPU_WHEELS): expected less than 64 MiB" >&2; exit 1; }
+
+# On a GPU it runs in the Python of PyTorch and installs nothing there; DRY=1 needs no GPU and runs in .venv.
+OUT ?= gpu-check
+ifdef DRY
+gpu-check: install  ## each stage in small, without a GPU
+	$(BIN)/python -m benchmarks.gpu_check --dry "$(OUT)"
+else
+gpu-check:  ## tests, sanitizers and benchmarks of a GPU in at most 570 s, into OUT
+	$(PYTHON) -m benchmarks.gpu_check "$(OUT)"
+endif
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.gate import GateError, GateFailure, relative_error
 from benchmarks.measure import Row, ratio
 from benchmarks.memory import peak_bytes
-from benchmarks.step_sides import FAKE_UPDATES, LATENT, REAL_SCALE, Eager, Fused, Size, balanced_steps
+from benchmarks.step_sides import FAKE_UPDATES, LATENT, REAL_SCALE, ComputePath, Eager, Fused, Size, balanced_steps
 from benchmarks.timing import Run, Spread, interleave
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions
@@ -32,8 +32,11 @@ from dmdr_fast.models.sit import SIT_CONFIGS
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
-def size_for(device: torch.device) -> Size:
-    """SiT-XL/2 where there is a GPU; on a CPU what a few updates of fit in a minute on two cores."""
+def size_for(device: torch.device, small: bool) -> Size:
+    """SiT-XL/2 where there is a GPU; on a CPU what a few updates of fit in a minute on two cores; or a few seconds."""
+    if small:
+        network = {"hidden_size": 64, "depth": 2, "num_heads": 2, "patch_size": 2}
+        return Size("SiT 64x2, 2x256 tokens", network, 2, torch.float32, decoder_width=8)
     if device.type == "cuda":
         return Size("SiT-XL/2, 16x256 tokens", SIT_CONFIGS["SiT-XL/2"], 16, torch.bfloat16, decoder_width=128)
     network = {"hidden_size": 256, "depth": 6, "num_heads": 4, "patch_size": 2}
@@ -41,8 +44,15 @@ def size_for(device: torch.device) -> Size:
 
 
 @pytest.mark.parametrize(("steps", "cfg_scale"), [(1, 1.0), (4, 4.0)], ids=["N=1", "N=4, CFG 4"])
-def test_update(record, device, steps, cfg_scale):
-    size = size_for(device)
+def test_update(record, device, request, steps, cfg_scale):
+    option = request.config.getoption
+    size = size_for(device, option("bench_small"))
+    path = ComputePath(option("bench_blocks"), option("bench_attention"))
+    record(lambda: [measured(size, path, device, steps, cfg_scale)])
+
+
+def measured(size: Size, path: ComputePath, device: torch.device, steps: int, cfg_scale: float) -> Row:
+    """The row of an update of ``steps`` sampling steps, after its gate."""
     recipe = Recipe(
         grid=timestep_grid(steps),
         latent_shape=LATENT,
@@ -56,12 +66,13 @@ def test_update(record, device, steps, cfg_scale):
         rl=RLOptions(refl=ReFLOptions(chunk=max(1, size.batch // 4))),
     )
     counters = balanced_steps(steps)
-    sides = {"fused": Fused(size, recipe, device), "eager": Eager(size, recipe, device, counters)}
+    sides = {"fused": Fused(size, recipe, device, path), "eager": Eager(size, recipe, device, counters)}
     peak, error = _first_update(sides, counters[0], size.dtype, device)
     runs = {name: _run(side, counters, device) for name, side in sides.items()}
     readings = interleave(runs, seconds=0, least=4 if device.type == "cuda" else 2)
-    row = Row(
-        op=f"dmdr_update (N={steps}, CFG {cfg_scale:g})" if recipe.dmd.uses_cfg else f"dmdr_update (N={steps})",
+    guided = f", CFG {cfg_scale:g}" if recipe.dmd.uses_cfg else ""
+    return Row(
+        op=f"dmdr_update (N={steps}{guided}{path})",
         size=size.name,
         dtype=str(size.dtype).removeprefix("torch."),
         backend=ops.explain("gelu_mul", torch.empty(2, device=device)).backend,
@@ -72,7 +83,6 @@ def test_update(record, device, steps, cfg_scale):
         errors={"grad of the generator": error},
         note="at N = 1 without CFG both structures make the same passes: what is gained is the memory",
     )
-    record([row])
 
 
 def _first_update(

@@ -23,9 +23,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bench-compare",
         type=Path,
         metavar="FILE",
-        help="fail where a line is more than 5 %% slower than in FILE",
+        help="fail where a line is more than 5 %% slower than in FILE, twice",
     )
     group.addoption("--bench-plot", type=Path, metavar="FILE", help="draw the speed-ups to FILE (.png, .svg, .pdf)")
+    group.addoption("--bench-lines", type=Path, metavar="FILE", help="add each row to FILE at once, as a JSON line")
+    group.addoption("--bench-no-compile", action="store_true", help="time the ops without torch.compile beside them")
+    group.addoption("--bench-resources", action="store_true", help="print what the kernels need, compiled for sm_90")
+    group.addoption("--bench-small", action="store_true", help="bench_step: networks so small that they show no speed")
+    group.addoption("--bench-blocks", choices=("eager", "fused", "compiled"), default="eager", help="bench_step's")
+    group.addoption(
+        "--bench-attention",
+        choices=("sdpa", "cudnn", "flash_attn", "flash_attn_3"),
+        default="sdpa",
+        help="bench_step's",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,15 +60,24 @@ def device():
 
 
 @pytest.fixture
-def record(request) -> Callable[[list[Row]], None]:
-    """Add rows to the table."""
-    return request.config.stash[ROWS].extend
+def record(request) -> Callable[[Callable[[], list[Row]]], None]:
+    """Add the rows that a measurement returns to the table; it is repeated where a line got slower."""
+    stash, lines = request.config.stash, request.config.getoption("bench_lines")
+
+    def add(measure: Callable[[], list[Row]]) -> None:
+        rows = records.settled(measure, stash.get(BEFORE, []))
+        stash[ROWS].extend(rows)
+        if lines is not None:
+            records.append(lines, rows)
+
+    return add
 
 
 @pytest.fixture
-def bench(record, device) -> Callable[[Case], None]:
+def bench(record, device, request) -> Callable[[Case], None]:
     """Gate, time and record a case. A gate that fails is a failed test, and nothing is timed."""
-    return lambda case: record(run_case(case, device))
+    compiled = not request.config.getoption("bench_no_compile")
+    return lambda case: record(lambda: run_case(case, device, compiled))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -81,10 +101,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     lines = [*report.heading(config.stash[MACHINE]), "", *report.table(rows), "", *report.legend()]
     for line in [*lines, *report.slower(rows), *report.missing(rows)]:
         terminalreporter.write_line(line)
-    ahead_of_time = resources.table()
-    if ahead_of_time and config.stash[MACHINE]["device"]["kind"] == "cpu":
+    if config.getoption("bench_resources"):
         terminalreporter.section("kernels compiled ahead of time for sm_90")
-        for line in ahead_of_time:
+        for line in resources.table():
             terminalreporter.write_line(line)
     if BEFORE in config.stash:
         _summarise_comparison(terminalreporter, config)

@@ -61,14 +61,17 @@ class Row:
         return self.op, self.size, self.dtype, self.backend, self.what
 
 
-def run_case(case: Case, device: torch.device) -> list[Row]:
-    """Gate and time ``case`` on every backend of ``device``: a row for the forward and one with the backward."""
+def run_case(case: Case, device: torch.device, compiled: bool = True) -> list[Row]:
+    """Gate and time ``case`` on every backend of ``device``: a row for the forward and one with the backward.
+
+    ``compiled``: beside torch.compile too, whose compilation takes most of a case's time on a GPU.
+    """
     rows = []
     for backend in backends(case, device):
         with forced(backend):
             errors = gate.check(case, device)
             label = _backend_that_runs(case, device)
-        rows += [replace(row, backend=label, errors=errors) for row in _timed(case, backend, device)]
+        rows += [replace(row, backend=label, errors=errors) for row in _timed(case, backend, device, compiled)]
     return rows
 
 
@@ -104,11 +107,11 @@ def _backend_that_runs(case: Case, device: torch.device) -> str:
     return ops.explain(case.op, **tensors, **case.options).backend
 
 
-def _timed(case: Case, backend: str, device: torch.device) -> list[Row]:
+def _timed(case: Case, backend: str, device: torch.device, with_compile: bool) -> list[Row]:
     machine = cuda if device.type == "cuda" else cpu
     sets, incoming = _rotated_inputs(case, device)
     functions: dict[str, Callable] = {"fused": case.fused, "eager": case.plain}
-    compiled, missing = _compiled(case, sets[0], incoming[0])
+    compiled, missing = _compiled(case, sets[0], incoming[0]) if with_compile else (None, "")
     if compiled is not None:
         functions["compile"] = compiled
     traffic = case.forward_bytes + case.backward_bytes

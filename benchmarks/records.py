@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,13 @@ def save(path: Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:
     record = {"format": FORMAT, **machine, "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Add a JSON line per row: what a run that is cut short has measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
 def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -72,6 +79,12 @@ def regressions(rows: Sequence[Row], before: Sequence[Row]) -> tuple[list[str], 
             notes.append(f"{line}: within the noise of the rounds")
     notes += [f"{', '.join(key)}: in the file, not in this run" for key in known]
     return slower, notes
+
+
+def settled(measure: Callable[[], list[Row]], before: Sequence[Row]) -> list[Row]:
+    """What ``measure`` returns; a second time where a line of the first got slower: a busy moment passes."""
+    rows = measure()
+    return measure() if regressions(rows, before)[0] else rows
 
 
 def _row(entry: dict[str, Any]) -> Row:

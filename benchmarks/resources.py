@@ -1,4 +1,4 @@
-"""What the GPU kernels need, found by compiling them ahead of time: tests/resources.json, beside CPU results."""
+"""What the GPU kernels need, found by compiling them ahead of time: tests/resources.json."""
 
 from __future__ import annotations
 

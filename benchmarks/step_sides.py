@@ -18,8 +18,11 @@ from dmdr_fast.algorithm.rollout import draw_stop_step
 from dmdr_fast.algorithm.score_pass import shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.models.attention import Choice, set_attention
+from dmdr_fast.models.blocks import repeated_blocks
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.sit import SiT
+from dmdr_fast.patch import patch
 
 FAKE_UPDATES, FAKE_SCALE, REAL_SCALE, RANK = 5, 2.0, 0.75, 32
 CLIP, LR = 1.0, 2e-5
@@ -41,11 +44,33 @@ class Size:
     decoder_width: int
 
 
+@dataclass(frozen=True)
+class ComputePath:
+    """How the networks of this package's side run: ``compute.blocks`` and ``memory.attention`` of a configuration."""
+
+    blocks: str
+    attention: str
+
+    def __str__(self) -> str:
+        """What differs from plain layers over torch's own attention, for the name of a row."""
+        return "".join(f", {taken}" for taken in (self.blocks, self.attention) if taken not in ("eager", "sdpa"))
+
+    def apply(self, network: nn.Module) -> None:
+        set_attention(network, Choice(self.attention))
+        if self.blocks == "fused":
+            patch(network)
+        if self.blocks == "compiled":
+            from dmdr_fast.engine.compute import compile_blocks  # which needs pydantic
+
+            compile_blocks(repeated_blocks(network))
+
+
 class Fused:
     """This package's update: ``Fused(...)(step)``."""
 
-    def __init__(self, size: Size, recipe: Recipe, device: torch.device):
+    def __init__(self, size: Size, recipe: Recipe, device: torch.device, path: ComputePath):
         generator, base, adapter = _networks(size, device)
+        path.apply(generator), path.apply(base)
         self.optimizers = _optimizers(generator.parameters(), adapter.parameters())
         fake = _Trained(base, self.optimizers[1], before=lambda: adapter.set_scale(FAKE_SCALE))
         scores = shared_scores(base, adapter.set_scale, fake_scale=FAKE_SCALE)
@@ -73,7 +98,7 @@ class Eager:
     def __init__(self, size: Size, recipe: Recipe, device: torch.device, steps: Iterable[int]):
         generator, base, adapter = _networks(size, device)
         layers = zip(*[iter(adapter.parameters())] * 4, strict=True)
-        plain = _network(size).to(device, size.dtype)
+        plain = _network(size, device).to(device, size.dtype)
         plain.load_state_dict({name: value for name, value in base.state_dict().items() if "lora" not in name})
         lora = DenseLora(plain, [tuple(tensor.detach() for tensor in layer) for layer in layers])
         self.optimizers = _optimizers(generator.parameters(), lora.parameters())
@@ -127,14 +152,15 @@ class _Trained:
         return True
 
 
-def _network(size: Size) -> SiT:
-    return SiT(input_size=LATENT[1], in_channels=LATENT[0], **size.network)
+def _network(size: Size, device: torch.device) -> SiT:
+    with device:  # drawing a SiT-XL/2 on a CPU takes seconds
+        return SiT(input_size=LATENT[1], in_channels=LATENT[0], **size.network)
 
 
 def _networks(size: Size, device: torch.device) -> tuple[SiT, SiT, LoraAdapter]:
     """(generator, base, the base's adapter) from one seed; what starts at zero is drawn, so every gradient is alive."""
     torch.manual_seed(0)
-    generator, base = _network(size), _network(size)
+    generator, base = _network(size, device), _network(size, device)
     for module in itertools.chain(generator.modules(), base.modules()):
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)

@@ -76,3 +76,22 @@ def test_files_that_are_no_results_are_refused(tmp_path, text):
         records.load(path)
     with pytest.raises(records.RecordError, match="not a file of results"):
         records.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("second", "fails"), [(2.0, False), (1.5, True)])
+def test_a_line_that_got_slower_is_measured_again(second, fails):
+    ratios = iter([1.5, second])
+
+    def measure():
+        ratio = next(ratios)
+        return [with_ratio(ratio, ratio - 0.01, ratio + 0.01)]
+
+    rows = records.settled(measure, [ROW])
+    assert rows[0].eager_ratio.median == second
+    assert bool(records.regressions(rows, [ROW])[0]) is fails
+
+
+def test_a_line_as_fast_as_before_is_measured_once():
+    runs = []
+    records.settled(lambda: runs.append(0) or [ROW], [ROW])
+    assert runs == [0]

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import bench_step
 from benchmarks.gate import GateFailure
-from benchmarks.step_sides import FAKE_UPDATES, REAL_SCALE, Eager, Fused, Size, _stops, balanced_steps
+from benchmarks.step_sides import FAKE_UPDATES, REAL_SCALE, ComputePath, Eager, Fused, Size, _stops, balanced_steps
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.recipe import Recipe
 from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
@@ -21,7 +21,7 @@ SMALL = Size(
 )
 
 
-def sides(steps, cfg_scale, **changes):
+def sides(steps, cfg_scale, blocks="eager", **changes):
     recipe = Recipe(
         grid=timestep_grid(steps),
         latent_shape=(4, 32, 32),
@@ -34,13 +34,13 @@ def sides(steps, cfg_scale, **changes):
         **({"reward_weight": 0.05, "rl": RLOptions(refl=ReFLOptions(chunk=1))} | changes),
     )
     counters = balanced_steps(steps)
-    fused = Fused(SMALL, recipe, CPU)
+    fused = Fused(SMALL, recipe, CPU, ComputePath(blocks, "sdpa"))
     return {"fused": fused, "eager": Eager(SMALL, recipe, CPU, counters)}, counters[0], recipe
 
 
-@pytest.mark.parametrize(("steps", "cfg_scale"), [(1, 1.0), (4, 4.0)])
-def test_same_generator_gradient(steps, cfg_scale):
-    both, step, _ = sides(steps, cfg_scale)
+@pytest.mark.parametrize(("steps", "cfg_scale", "blocks"), [(1, 1.0, "eager"), (4, 4.0, "eager"), (1, 1.0, "fused")])
+def test_same_generator_gradient(steps, cfg_scale, blocks):
+    both, step, _ = sides(steps, cfg_scale, blocks)
     peak, error = bench_step._first_update(both, step, torch.float32, CPU)
     assert 0 < error.fused <= error.bound == 1e-3
     assert peak["fused"] < peak["eager"]

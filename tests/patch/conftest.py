@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("diffusers")
+
 from tests.patch.families import FAMILIES
 
 

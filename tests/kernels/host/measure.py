@@ -33,12 +33,12 @@ def main(names: list[str]) -> dict[str, Any]:
 
     unit, found = _Unit(), {"ops": {}, "operators": {}}
     run, arguments = backends.run, {}
-    for name, (forward, wrt) in _calls().items():
+    for name, (forward, wrt) in calls().items():
         if names and name not in names:
             continue
         ran = {}
         backends.run = lambda raw, args, ran=ran: ran.setdefault(raw, args) and run(raw, args)
-        both = _with_backward(forward, wrt)
+        both = with_backward(forward, wrt)
         both()
         backends.run = run
         arguments |= ran
@@ -85,7 +85,9 @@ def _microseconds(call: Callable[[], object]) -> float:
     return (time.thread_time_ns() - start) / _CALLS / 1e3
 
 
-def _with_backward(forward: Callable[[], Any], wrt: list[Tensor]) -> Callable[[], object]:
+def with_backward(forward: Callable[[], Any], wrt: list[Tensor]) -> Callable[[], object]:
+    """``forward`` and the backward from ones to ``wrt``, where there are any."""
+
     def graded() -> list[Tensor]:
         out = forward()
         return [part for part in ((out,) if isinstance(out, Tensor) else out) if part.requires_grad]
@@ -101,7 +103,7 @@ def _own(arg: object) -> object:
     return int(arg) if isinstance(arg, int) and not isinstance(arg, bool) else arg
 
 
-def _calls() -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
+def calls() -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
     """Name to (call, what gets a gradient); sizes are small, the host does not see them."""
     from dmdr_fast import ops
 

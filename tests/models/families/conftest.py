@@ -4,6 +4,9 @@ from functools import cached_property
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+
 from diffusers import DiffusionPipeline
 
 from dmdr_fast.models.families import TextEncoder, open_family
