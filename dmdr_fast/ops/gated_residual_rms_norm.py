@@ -29,7 +29,7 @@ def gated_residual_rms_norm(
     Args:
         x: [B, ..., D], at least 2-D: the residual stream. Any float dtype, as all tensors here.
         h: x's shape: a branch's output.
-        gate: shapes as ``shift`` of :func:`layer_norm_modulate`.
+        gate: shapes as ``shift`` of ``layer_norm_modulate``.
         weight: [D], the norm's; None means 1.
         eps: > 0.
 

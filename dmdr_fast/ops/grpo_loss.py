@@ -27,7 +27,7 @@ class RatioStats(NamedTuple):
 
 
 class GRPOLoss(NamedTuple):
-    """What :func:`grpo_loss` returns: the 0-d loss and the :class:`RatioStats`."""
+    """What ``grpo_loss`` returns: the 0-d loss and the ``RatioStats``."""
 
     loss: Tensor
     stats: RatioStats
@@ -55,7 +55,7 @@ def grpo_loss(
         adv_clip: > 0.
 
     Returns:
-        :class:`GRPOLoss` (loss, stats). 0 for no samples. Plain PyTorch: a
+        ``GRPOLoss`` (loss, stats). 0 for no samples. Plain PyTorch: a
         vector [B] is no work for a kernel.
 
     Differentiable in logprob.

@@ -53,7 +53,7 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, *, strict: bool = 
         strict: raise where something is not as known; otherwise it is left as it is and reported.
 
     Returns:
-        :class:`PatchReport`: ``replaced``, ``left`` (with reasons), ``counts``, ``undo()``; a context manager
+        ``PatchReport``: ``replaced``, ``left`` (with reasons), ``counts``, ``undo()``; a context manager
         that undoes on exit.
 
     Raises:
