@@ -109,7 +109,7 @@ def dmd_gradient(
         cfg_mode: "standard" or "offset".
         prediction: "flow", "eps", "v" or "x0": what the three predictions are.
         normalizer: "per_sample", "global" or "none". "global" is over this tensor, not over ranks.
-        eps: >= 0; see ``eps_mode``. Unused with normalizer "none".
+        eps: at least 0; see ``eps_mode``. Unused with normalizer "none".
         eps_mode: "add": n + eps; "clamp": max(n, eps); "none": n as it is.
         nan_policy: for elements of g that are not finite in the output dtype.
             "keep": they stay, so that whoever steps can see them and skip, as the trainer does. "zero": NaN and

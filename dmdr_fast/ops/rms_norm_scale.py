@@ -34,7 +34,7 @@ def rms_norm_scale(
         x: [B, ..., D], at least 2-D, any float dtype, as all tensors here.
         weight: [D], the norm's; None means 1.
         scale: shapes as ``scale`` of ``layer_norm_modulate``; the factor itself, not what 1 is added to.
-        eps: > 0.
+        eps: above 0.
         out_dtype: dtype of the result; None means x's.
 
     Returns:

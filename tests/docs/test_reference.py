@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dmdr_fast import ops
+from dmdr_fast import ops, patch
 from dmdr_fast.placement import LAUNCHERS
 
 ROOT = Path(__file__).parents[2]
@@ -60,19 +60,35 @@ def test_a_variable_that_is_new_is_found():
     assert literals("os.environ.get('NEW_ONE', 'x'); os.environ.update(RANK='0')") == {"NEW_ONE", "RANK"}
 
 
-def test_every_public_op_has_its_docstring_on_the_api_page():
-    modules = [f"nn.{name}" for name, got in vars(ops.nn).items() if getattr(got, "__module__", "") == ops.nn.__name__]
-    public = {f"dmdr_fast.ops.{name}" for name in [*ops.__all__, *modules]} - {"dmdr_fast.ops.nn"}
-    patch = {f"dmdr_fast.patch.{name}" for name in ("patch", "PatchReport", "Replaced", "Left")}
+def public() -> dict[str, object]:
+    """Everything that the API page documents, by the path where it is defined: a module may have the op's own name."""
+    modules = [got for got in vars(ops.nn).values() if getattr(got, "__module__", "") == ops.nn.__name__]
+    found = [getattr(ops, name) for name in ops.__all__ if name != "nn"] + modules
+    found += [getattr(patch, name) for name in patch.__all__ if name != "OPS"]
+    return {f"{got.__module__}.{got.__qualname__}": got for got in found}
+
+
+PUBLIC = public()
+
+
+def test_every_public_op_is_on_the_api_page_once():
     shown = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.M)
-    assert len(shown) == len(set(shown)) and set(shown) == public | patch
+    assert sorted(shown) == sorted(PUBLIC)
 
 
-@pytest.mark.parametrize("name", sorted(set(ops.__all__) - {"nn"}))
-def test_a_public_op_says_what_it_is(name):
-    assert (inspect.getdoc(getattr(ops, name)) or "").strip()
-    if inspect.isfunction(getattr(ops, name)):
-        assert {"Args", "Returns", "Raises"} <= set(re.findall(r"^(\w+):$", inspect.getdoc(getattr(ops, name)), re.M))
+@pytest.mark.parametrize("path", sorted(PUBLIC))
+def test_markdown_shows_a_docstring_as_it_is_meant(path):
+    """An argument's text that begins with > would be a quotation; roles are of another markup."""
+    text = inspect.getdoc(PUBLIC[path])
+    assert not re.search(r"^\s*(?:\w+(?:, \w+)*: )?>(?!>> )", text, re.M)
+    assert not re.search(r":(?:func|class|meth|mod|data):`", text)
+    assert not re.search(r"^Returns:\n    [^:\n]*: ", text, re.M), "the words before a colon would be the type"
+
+
+@pytest.mark.parametrize("path", sorted(path for path, got in PUBLIC.items() if inspect.isfunction(got)))
+def test_a_public_op_names_its_arguments_results_and_errors(path):
+    sections = set(re.findall(r"^(\w+):$", inspect.getdoc(PUBLIC[path]), re.M))
+    assert {"Args", "Returns", "Raises"} <= sections
 
 
 def test_every_console_script_is_on_a_page_and_in_the_readme():
