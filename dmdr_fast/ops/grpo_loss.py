@@ -55,7 +55,7 @@ def grpo_loss(
         adv_clip: above 0.
 
     Returns:
-        ``GRPOLoss`` (loss, stats). 0 for no samples. In plain PyTorch, as a
+        ``GRPOLoss`` (loss, stats). 0 for no samples. It is plain PyTorch, since a
         vector [B] is no work for a kernel.
 
     Differentiable in logprob.
