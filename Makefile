@@ -9,7 +9,7 @@ export DMDR_CUDA ?= OFF
 MODULES := $(shell find dmdr_fast kernels -name '*.py' -o -name '*.j2' | LC_ALL=C sort)
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/modules
 
-.PHONY: quickstart test bench claims malformed gpu-wheels gpu-check lint install
+.PHONY: quickstart test bench claims malformed gpu-wheels gpu-check lint docs install
 
 # On CPUs one thread suits the digits model best (a teacher step: 35 ms, 42 with two).
 quickstart: install  ## train a digits teacher, distil it, draw the report: runs/digits/report.html
@@ -56,6 +56,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/docs  ## the site: build/site/index.html; a warning is an error
+	$(BIN)/mkdocs build --quiet
+
 install: $(VENV)/installed
 
 # Touched when the list of modules differs from that of the last install.
@@ -77,4 +80,10 @@ $(VENV)/locked: requirements.lock
 $(VENV)/installed: $(VENV)/locked $(BUILD_INPUTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# The site's tools are not in the lock: nothing else needs them.
+$(VENV)/docs: $(VENV)/installed pyproject.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --editable '.[docs]'
 	@touch $@

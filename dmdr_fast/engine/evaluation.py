@@ -58,7 +58,7 @@ class Evaluator:
         """
         many, student_steps = self.config.eval.teacher_steps, self.config.student.steps
         rows = {
-            "teacher_50": (self._teacher(teacher, many), self._teacher_nfe(many)),
+            "teacher": (self._teacher(teacher, many), self._teacher_nfe(many)),
             "teacher_n": (self._teacher(teacher, student_steps), self._teacher_nfe(student_steps)),
         }
         for name, weights in generators.items():

@@ -156,14 +156,13 @@ def _rl_words(config: Config) -> str:
     return f"{rl.method} on {names} x {weight}{final}, {holds[rl.regularizer]}"
 
 
-def table_text(table: dict[str, dict[str, float]]) -> str:
-    """metrics.json as aligned text."""
-    if not table:
-        return ""
-    names = list(next(iter(table.values())))
-    lines = ["            " + "".join(f"{n:>11}" for n in names)]
-    lines += [
-        f"{row:<12}" + "".join(f"{values[n]:>11.4g}" for n in names if values[n] is not None)
-        for row, values in table.items()
-    ]
-    return "\n".join(lines)
+def table_text(table: dict[str, dict[str, float | None]]) -> str:
+    """metrics.json as aligned text: a column per metric that some row has; - where another row lacks it."""
+    names = list(dict.fromkeys(n for values in table.values() for n, value in values.items() if value is not None))
+    cells = [["", *names]]
+    for row, values in table.items():
+        found = [values.get(name) for name in names]
+        cells.append([row, *("-" if value is None else f"{value:.4g}" for value in found)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ([f"{row:<{widths[0]}}", *map(str.rjust, values, widths[1:])] for row, *values in cells)
+    return "\n".join("  ".join(line) for line in lines)

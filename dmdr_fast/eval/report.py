@@ -19,7 +19,7 @@ from dmdr_fast.eval import figures
 
 # The generators that are compared, in order. {steps} and {n} come from the run's configuration.
 _GENERATORS = {
-    "teacher_50": "Teacher, {steps} steps",
+    "teacher": "Teacher, {steps} steps",
     "teacher_n": "Teacher, {n}",
     "cold_start": "Cold start, {n}",
     "dmdr": "DMDR, {n}",
@@ -190,7 +190,7 @@ def _headlines(run: Run) -> list[tuple[str, str, str]]:
     last = next((name for name in ("dmdr", "cold_start") if name in run.metrics), None)
     if last is None:
         return []
-    mine, teacher = run.metrics[last], run.metrics.get("teacher_50", {})
+    mine, teacher = run.metrics[last], run.metrics.get("teacher", {})
     tiles = []
     for metric, what, digits in (
         ("fd", "Fréchet distance", 2),
@@ -201,7 +201,7 @@ def _headlines(run: Run) -> list[tuple[str, str, str]]:
         if mine.get(metric) is None:
             continue
         reference = teacher.get(metric)
-        beside = "" if reference is None else f"{run.title('teacher_50').lower()}: {reference:.{digits}f}"
+        beside = "" if reference is None else f"{run.title('teacher').lower()}: {reference:.{digits}f}"
         tiles.append((f"{mine[metric]:.{digits}f}", what, beside))
     return tiles
 
@@ -220,8 +220,8 @@ def _curves(run: Run) -> list[figures.Curve]:
     for title, unit, pattern, factor in _PANELS:
         matched = [key for key in keys if re.fullmatch(pattern, key)]
         keys = [key for key in keys if key not in matched]
-        level = run.metrics.get("teacher_50", {}).get("reward") if pattern == "reward" else None
-        reference = None if level is None else (run.title("teacher_50").lower(), level)
+        level = run.metrics.get("teacher", {}).get("reward") if pattern == "reward" else None
+        reference = None if level is None else (run.title("teacher").lower(), level)
         if series := _series(run, matched, factor):
             curves.append(figures.Curve(title, unit, series, reference))
     for key in keys:

@@ -37,7 +37,7 @@ def explain(name: str, *args, **kwargs) -> Choice:
         name: a public op, e.g. ``"renoise"``; the other arguments are the call's own and are checked.
 
     Returns:
-        :class:`Choice` (function, backend, reason, refused) for the forward; ``str()`` of it is one line.
+        ``Choice`` (function, backend, reason, refused) for the forward; ``str()`` of it is one line.
 
     Raises:
         ValueError: there is no such op. Otherwise as the op.

@@ -49,7 +49,7 @@ class DMDLossGrad(NamedTuple):
 
 
 class DMDGradient(NamedTuple):
-    """What :func:`dmd_gradient` returns, all on x0's device.
+    """What ``dmd_gradient`` returns, all on x0's device.
 
     Attributes:
         grad: x0's shape, contiguous: the normalised g, in x0's dtype or ``out_dtype``.
@@ -94,7 +94,7 @@ def dmd_gradient(
     float32, never as a difference of large denoised samples and never through a pseudo-target x0 - g.
 
     Nothing here is differentiable: all inputs are constants. Feed ``grad`` to ``x0.backward``, or take
-    :func:`dmd_loss`.
+    ``dmd_loss``.
 
     Args:
         x0: the generator's sample [B, ...], at least 2-D. Any float dtype, as all latents here; dtypes may be
@@ -109,7 +109,7 @@ def dmd_gradient(
         cfg_mode: "standard" or "offset".
         prediction: "flow", "eps", "v" or "x0": what the three predictions are.
         normalizer: "per_sample", "global" or "none". "global" is over this tensor, not over ranks.
-        eps: >= 0; see ``eps_mode``. Unused with normalizer "none".
+        eps: at least 0; see ``eps_mode``. Unused with normalizer "none".
         eps_mode: "add": n + eps; "clamp": max(n, eps); "none": n as it is.
         nan_policy: for elements of g that are not finite in the output dtype.
             "keep": they stay, so that whoever steps can see them and skip, as the trainer does. "zero": NaN and
@@ -121,7 +121,7 @@ def dmd_gradient(
         out_dtype: dtype of ``grad``; None means x0's.
 
     Returns:
-        :class:`DMDGradient` (grad, weight, loss). The loss is the (masked) mean of g^2 / 2 after
+        ``DMDGradient`` (grad, weight, loss). The loss is the (masked) mean of g^2 / 2 after
         ``nan_policy``; 0 for an empty batch.
 
     Raises:
@@ -171,7 +171,7 @@ def dmd_loss(
     gradient 1, graph not retained).
 
     Args:
-        x0, x_t, ..., weight: as in :func:`dmd_gradient`.
+        x0, x_t, ..., weight: as in ``dmd_gradient``.
         out_dtype: dtype in which the gradient is kept for the backward; None means x0's. The result has x0's.
         reduction: "mean" (numel counts what the mask selects) or "sum".
         factor: finite; 0.5 in DMD and most trainers, rCM has 1 with "sum".
@@ -180,7 +180,7 @@ def dmd_loss(
         0-d float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: as :func:`dmd_gradient`.
+        TypeError, ValueError: as ``dmd_gradient``.
 
     Source: DMD2 (arXiv 2405.14867), the loss of its public trainer; docs/drop-in.md.
     """

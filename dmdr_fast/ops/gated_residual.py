@@ -27,7 +27,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     Args:
         x: [B, ..., D], at least 2-D: the residual stream. Any float dtype, as h and gate.
         h: x's shape: a branch's output.
-        gate: shapes as ``shift`` of :func:`layer_norm_modulate`.
+        gate: shapes as ``shift`` of ``layer_norm_modulate``.
 
     Returns:
         x's shape and dtype, contiguous; computed in float32 (float64 where any tensor is float64).

@@ -42,12 +42,12 @@ def gated_residual_layer_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """(r, LN(r) (1 + scale) + shift) with r = x + gate h: the end of one branch and the start of the next.
 
-    The norm is of r as rounded to x's dtype, so the result is that of :func:`gated_residual` followed by
-    :func:`layer_norm_modulate`, read and written once.
+    The norm is of r as rounded to x's dtype, so the result is that of ``gated_residual`` followed by
+    ``layer_norm_modulate``, read and written once.
 
     Args:
-        x, h, gate: as in :func:`gated_residual`.
-        shift, scale, eps, out_dtype: as in :func:`layer_norm_modulate`; out_dtype is that of the second
+        x, h, gate: as in ``gated_residual``.
+        shift, scale, eps, out_dtype: as in ``layer_norm_modulate``; out_dtype is that of the second
             result.
 
     Returns:

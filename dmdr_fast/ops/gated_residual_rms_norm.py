@@ -29,9 +29,9 @@ def gated_residual_rms_norm(
     Args:
         x: [B, ..., D], at least 2-D: the residual stream. Any float dtype, as all tensors here.
         h: x's shape: a branch's output.
-        gate: shapes as ``shift`` of :func:`layer_norm_modulate`.
+        gate: shapes as ``shift`` of ``layer_norm_modulate``.
         weight: [D], the norm's; None means 1.
-        eps: > 0.
+        eps: above 0.
 
     Returns:
         x's shape and dtype, contiguous. Rounded once; arithmetic in float32 (float64 where any tensor is float64).

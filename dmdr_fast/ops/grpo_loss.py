@@ -27,7 +27,7 @@ class RatioStats(NamedTuple):
 
 
 class GRPOLoss(NamedTuple):
-    """What :func:`grpo_loss` returns: the 0-d loss and the :class:`RatioStats`."""
+    """What ``grpo_loss`` returns: the 0-d loss and the ``RatioStats``."""
 
     loss: Tensor
     stats: RatioStats
@@ -51,11 +51,11 @@ def grpo_loss(
             ratios of 1 +- 1e-4 away and is refused.
         old_logprob: its shape and kind: under the policy that sampled; a constant.
         advantage: its shape, any float dtype; a constant.
-        clip_low, clip_high: >= 0; usual 1e-4 (1e-5 for cps).
-        adv_clip: > 0.
+        clip_low, clip_high: at least 0; usual 1e-4 (1e-5 for cps).
+        adv_clip: above 0.
 
     Returns:
-        :class:`GRPOLoss` (loss, stats). 0 for no samples. Plain PyTorch: a
+        ``GRPOLoss`` (loss, stats). 0 for no samples. It is plain PyTorch, since a
         vector [B] is no work for a kernel.
 
     Differentiable in logprob.

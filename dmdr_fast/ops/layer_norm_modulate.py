@@ -34,7 +34,7 @@ def layer_norm_modulate(
         x: [B, ..., D], at least 2-D, any float dtype.
         shift, scale: [D], [B, D], [B, 1, ..., D] (one per sample), x's shape, or between them: x's sizes followed by
             ones before D, such as [B, T, 1, D] for x [B, T, S, D] (one per frame). Alike for both. Any float dtype.
-        eps: > 0, added to the (biased) variance.
+        eps: above 0, added to the (biased) variance.
         out_dtype: dtype of the result; None means x's.
 
     Returns:

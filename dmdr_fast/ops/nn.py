@@ -14,7 +14,7 @@ from dmdr_fast.ops.qk_norm_rope import qk_norm_rope
 
 
 class LayerNormModulate(nn.LayerNorm):
-    """``modulate(LayerNorm(x), shift, scale)``: see :func:`dmdr_fast.ops.layer_norm_modulate`.
+    """``modulate(LayerNorm(x), shift, scale)``: see ``layer_norm_modulate``.
 
     Stands in for ``nn.LayerNorm(dim, elementwise_affine=False)``; has no parameters.
     """
@@ -27,7 +27,7 @@ class LayerNormModulate(nn.LayerNorm):
 
 
 class GatedResidualLayerNormModulate(nn.LayerNorm):
-    """(x + gate h, its modulated norm): see :func:`dmdr_fast.ops.gated_residual_layer_norm_modulate`.
+    """(x + gate h, its modulated norm): see ``gated_residual_layer_norm_modulate``.
 
     Stands in for the ``nn.LayerNorm(dim, elementwise_affine=False)`` after a gated branch; has no parameters.
     """
@@ -40,7 +40,7 @@ class GatedResidualLayerNormModulate(nn.LayerNorm):
 
 
 class QKNormRope(nn.Module):
-    """RMS norm of q and k and their rotation: see :func:`dmdr_fast.ops.qk_norm_rope`.
+    """RMS norm of q and k and their rotation: see ``qk_norm_rope``.
 
     ``q_norm`` and ``k_norm`` are ``nn.RMSNorm`` (``q_norm.weight``, ``k_norm.weight``); given ones are used.
     """
@@ -91,7 +91,7 @@ class SwiGLU(nn.Module):
 
 
 class PreprocessReward(nn.Module):
-    """A reward model's input from images: see :func:`dmdr_fast.ops.preprocess_reward`."""
+    """A reward model's input from images: see ``preprocess_reward``."""
 
     def __init__(
         self,

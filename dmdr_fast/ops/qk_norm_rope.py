@@ -54,7 +54,7 @@ def qk_norm_rope(
         k: [B, T, Hk, D]; Hk may differ from Hq.
         q_weight, k_weight: [D], or None for 1.
         cos, sin: [T, D] or [B, T, D], constants; both or neither (then no rotation). D is then even.
-        eps: > 0.
+        eps: above 0.
         interleaved: see above.
 
     Returns:

@@ -33,8 +33,8 @@ def rms_norm_scale(
     Args:
         x: [B, ..., D], at least 2-D, any float dtype, as all tensors here.
         weight: [D], the norm's; None means 1.
-        scale: shapes as ``scale`` of :func:`layer_norm_modulate`; the factor itself, not what 1 is added to.
-        eps: > 0.
+        scale: shapes as ``scale`` of ``layer_norm_modulate``; the factor itself, not what 1 is added to.
+        eps: above 0.
         out_dtype: dtype of the result; None means x's.
 
     Returns:

@@ -31,7 +31,7 @@ SDEStepGrad = gradient(
 
 
 class SDEStep(NamedTuple):
-    """What :func:`sde_step_logprob` returns.
+    """What ``sde_step_logprob`` returns.
 
     Attributes:
         next_sample: x's shape: the given one itself, or the drawn one in x's dtype.
@@ -87,7 +87,7 @@ def sde_step_logprob(
         offset: index of x's first element in the seeded stream.
 
     Returns:
-        :class:`SDEStep` (next_sample, logprob, mean, std). flow_grpo's own ``std_dev_t`` is
+        ``SDEStep`` (next_sample, logprob, mean, std). flow_grpo's own ``std_dev_t`` is
         std / sqrt(sigma - sigma_next).
 
     Differentiable in v and x through logprob, mean and a drawn next_sample. The log-prob treats x' as fixed,

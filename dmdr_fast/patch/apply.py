@@ -43,17 +43,18 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, *, strict: bool = 
             model that contains one.
         ops: which ops, by name; None is all that fit and pay (Z-Image's SwiGLU has to be named).
 
-            ``layer_norm_modulate``                 adaptive layer norms
-            ``gated_residual``                      x + gate * branch
-            ``gated_residual_layer_norm_modulate``  the latter where an adaptive norm follows, as one
-            ``rms_norm_scale``                      an RMS norm and the scale after it
-            ``gated_residual_rms_norm``             x + gate * RMS norm of a branch
-            ``qk_norm_rope``                        RMS norm of queries and keys, and their rotation
-            ``gelu_mul``, ``silu_mul``              GEGLU, SwiGLU
+                layer_norm_modulate                 adaptive layer norms
+                gated_residual                      x + gate * branch
+                gated_residual_layer_norm_modulate  the latter where an adaptive norm follows, as one
+                rms_norm_scale                      an RMS norm and the scale after it
+                gated_residual_rms_norm             x + gate * RMS norm of a branch
+                qk_norm_rope                        RMS norm of queries and keys, and their rotation
+                gelu_mul, silu_mul                  GEGLU, SwiGLU
+
         strict: raise where something is not as known; otherwise it is left as it is and reported.
 
     Returns:
-        :class:`PatchReport`: ``replaced``, ``left`` (with reasons), ``counts``, ``undo()``; a context manager
+        ``PatchReport`` with ``replaced``, ``left`` (with reasons), ``counts`` and ``undo()``; a context manager
         that undoes on exit.
 
     Raises:

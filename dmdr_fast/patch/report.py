@@ -58,8 +58,8 @@ class PatchReport:
     """The result of ``dmdr_fast.patch``: readable, and a context manager that undoes on exit.
 
     Attributes:
-        replaced: tuple of :class:`Replaced`, in the model's order.
-        left: tuple of :class:`Left`.
+        replaced: tuple of ``Replaced``, in the model's order.
+        left: tuple of ``Left``.
     """
 
     def __init__(self, replaced: Iterable[Replaced], left: Iterable[Left], edits: Iterable[Edit]):

@@ -47,6 +47,10 @@ def test_every_page_is_in_the_nav_once():
     assert sorted(nav(config["nav"])) == sorted(NAMES)
 
 
+def test_the_first_page_leads_to_every_other():
+    assert set(NAMES) - {"index.md"} <= set(LINK.findall((DOCS / "index.md").read_text()))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_link_leads_somewhere(name):
     page = DOCS / name

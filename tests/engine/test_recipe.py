@@ -6,7 +6,7 @@ import pytest
 
 from dmdr_fast import cli
 from dmdr_fast.config import AdamW
-from dmdr_fast.engine.recipe import learning_rates, recipe_of
+from dmdr_fast.engine.recipe import learning_rates, recipe_of, table_text
 from dmdr_fast.engine.sit_model import SiTModel
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -82,3 +82,17 @@ def test_the_warm_up_counts_each_role_s_own_updates_and_then_ends():
     assert [learning_rates(settings, step, 6, 9, updates=2) for step in range(4)] == [
         pytest.approx(pair) for pair in ([0.2, 0.4], [0.6, 0.8], [1.0, 1.0], [1.0, 1.0])
     ]
+
+
+def test_the_console_s_table_keeps_values_under_their_headings():
+    """A text-to-image run's rows: no accuracy, a reward that one row lacks, a heading longer than its numbers."""
+    rows = {
+        "teacher": {"fd": None, "reward": 0.25, "held_out_reward": 0.5, "accuracy": None, "nfe": 100.0},
+        "dmdr": {"fd": None, "reward": None, "held_out_reward": 12.3456, "accuracy": None, "nfe": 4.0},
+    }
+    assert table_text(rows).split("\n") == [
+        "         reward  held_out_reward  nfe",
+        "teacher    0.25              0.5  100",
+        "dmdr          -            12.35    4",
+    ]
+    assert table_text({}) == ""

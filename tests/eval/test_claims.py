@@ -42,7 +42,7 @@ def record(name, seed):
     final = {"fd": fd, "precision": 0.8, "recall": recall, "reward": reward, "held_out_reward": held_out}
     rows = {"dmdr": final | {"diversity": 0.4}}
     if name == "cold_start":
-        rows |= {"teacher_50": TEACHER, "teacher_n": TEACHER | {"fd": 5.0}}
+        rows |= {"teacher": TEACHER, "teacher_n": TEACHER | {"fd": 5.0}}
     variant = next(v for v in runs.VARIANTS if v.name == name)
     steps = range(50, 501 if variant.phases == "cold_start" else 701, 50)
     evaluations = [final | {"diversity": 0.4, "step": step, "fd": fd * 500 / step} for step in steps]
@@ -252,7 +252,7 @@ while step < total:
     if asked:
         sys.exit(0)
 row = {"fd": step / int(words["--seed"] or 1)}
-(folder / "metrics.json").write_text(json.dumps({"dmdr": row, "teacher_50": row}))
+(folder / "metrics.json").write_text(json.dumps({"dmdr": row, "teacher": row}))
 """
 
 

@@ -14,7 +14,7 @@ from dmdr_fast.errors import UserError
 from dmdr_fast.eval.report import load_run, write_overview, write_report
 
 METRICS = {
-    "teacher_50": {
+    "teacher": {
         "fd": 1.47,
         "precision": 0.97,
         "recall": 0.95,
@@ -134,7 +134,7 @@ def test_any_generator_may_be_missing(tmp_path, missing):
 
 def test_a_run_without_rl_or_reward_has_no_boundary_and_dashes(tmp_path):
     without_reward = {name: row | {"reward": None} for name, row in METRICS.items()}
-    run = make_run(tmp_path / "run", ["teacher_50", "cold_start"], ["cold_start"], without_reward)
+    run = make_run(tmp_path / "run", ["teacher", "cold_start"], ["cold_start"], without_reward)
     page = Page(write_report(run))
     assert [text for text, _ in page.cells].count("–") == 2
     assert "mean reward" not in page.text and "Fréchet distance" in page.text

@@ -76,9 +76,9 @@ def _against_updates(
 
 
 def _teacher_level(axis: Axes, records: Sequence[Record], measure: str) -> None:
-    level = spread_of(records, "teacher_50", measure)
+    level = spread_of(records, "teacher", measure)
     if level is not None:
-        axis.axhline(level.mean, color=_INK, linewidth=1, linestyle=":", label=TITLES["teacher_50"])
+        axis.axhline(level.mean, color=_INK, linewidth=1, linestyle=":", label=TITLES["teacher"])
 
 
 def _one_against_other(axis: Axes, records: Sequence[Record], names: Sequence[str], x: str, y: str) -> None:
@@ -91,9 +91,9 @@ def _one_against_other(axis: Axes, records: Sequence[Record], names: Sequence[st
         if mine:
             label = TITLES[name]
             axis.scatter([r.final[x] for r in mine], [r.final[y] for r in mine], s=22, color=colour, label=label)
-    teacher = [spread_of(records, "teacher_50", m) for m in (x, y)]
+    teacher = [spread_of(records, "teacher", m) for m in (x, y)]
     if None not in teacher:
-        axis.scatter([teacher[0].mean], [teacher[1].mean], s=60, color=_INK, marker="*", label=TITLES["teacher_50"])
+        axis.scatter([teacher[0].mean], [teacher[1].mean], s=60, color=_INK, marker="*", label=TITLES["teacher"])
     if x == "fd":
         axis.set_xscale("log")
         _plain_ticks(axis.xaxis)

@@ -76,7 +76,7 @@ def _page(made: dict[str, Any], records: Sequence[Record], verdicts: Sequence[Ve
         _made(made, records),
         "## In short\n\n" + table.markdown(["claim", "verdict"], [[_link(v), f"**{v.says}**"] for v in verdicts]),
         _RULE.format(errors=ERRORS, seeds=len(made["seeds"]), cold=made["cold_start_steps"], rest=made["rl_steps"]),
-        "## All runs\n\n" + table.results(records, ["teacher_50", "teacher_n", *ran]),
+        "## All runs\n\n" + table.results(records, ["teacher", "teacher_n", *ran]),
         "## DMDR with each method, beside the 50-step teacher\n\n"
         f"The goal: a mean reward above the teacher's at an FD under {FD_BOUND:g} times its.\n\n"
         + table.goals(goals(records)),

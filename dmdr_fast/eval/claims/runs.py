@@ -121,7 +121,7 @@ VARIANTS = (
         longer=REUSE_TIME,
     ),
 )
-TITLES = {v.name: v.title for v in VARIANTS} | {"teacher_50": "Teacher, 50 steps", "teacher_n": "Teacher, 1 step"}
+TITLES = {v.name: v.title for v in VARIANTS} | {"teacher": "Teacher, 50 steps", "teacher_n": "Teacher, 1 step"}
 
 
 def settings_of(variant: Variant, seed: int, budget: Budget) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def difference(a: Spread, b: Spread) -> Difference:
 
 
 def values_of(records: Sequence[Record], name: str, measure: str) -> list[float]:
-    """One value per seed of a variant, or of ``teacher_50``/``teacher_n``; seeds without one are left out."""
+    """One value per seed of a variant, or of ``teacher``/``teacher_n``; seeds without one are left out."""
     if name.startswith("teacher"):
         found = [r.rows[name].get(measure) for r in records if r.name == "cold_start" and name in r.rows]
     else:

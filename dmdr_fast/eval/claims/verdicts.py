@@ -119,16 +119,16 @@ CLAIMS = (
         "teacher_reward",
         "The one-step student beats the 50-step teacher: in reward",
         "DMDR (ReFL): the optimised reward and the held-out one must both be higher than the teacher's.",
-        (Test("dmdr_refl", "teacher_50", "reward"), Test("dmdr_refl", "teacher_50", "held_out_reward")),
-        ("dmdr_refl", "teacher_50", "teacher_n"),
+        (Test("dmdr_refl", "teacher", "reward"), Test("dmdr_refl", "teacher", "held_out_reward")),
+        ("dmdr_refl", "teacher", "teacher_n"),
         "teacher",
     ),
     Claim(
         "teacher_fd",
         "The one-step student beats the 50-step teacher: in distance to the data",
         "DMDR (ReFL): FD must be lower than the teacher's.",
-        (Test("dmdr_refl", "teacher_50", "fd"),),
-        ("dmdr_refl", "teacher_50", "teacher_n"),
+        (Test("dmdr_refl", "teacher", "fd"),),
+        ("dmdr_refl", "teacher", "teacher_n"),
         "teacher",
     ),
     Claim(
@@ -191,7 +191,7 @@ def goals(records: Sequence[Record]) -> list[Goal]:
     found = []
     for name in _METHODS:
         mine = {m: spread_of(records, name, m) for m in ("reward", "fd")}
-        teacher = {m: spread_of(records, "teacher_50", m) for m in ("reward", "fd")}
+        teacher = {m: spread_of(records, "teacher", m) for m in ("reward", "fd")}
         if None in (*mine.values(), *teacher.values()):
             continue
         gain = mine["reward"].mean - teacher["reward"].mean
