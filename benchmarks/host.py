@@ -1,4 +1,4 @@
-"""The host's share of a call on a GPU, measured on any machine: tests/kernels/host has a driver that runs nothing."""
+"""The host's share of a call on a GPU, on a machine without one: tests/kernels/host has a driver that runs nothing."""
 
 from __future__ import annotations
 

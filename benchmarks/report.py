@@ -44,7 +44,7 @@ def legend() -> list[str]:
         "read once and written once) over the median. % copy: that against a copy timed in the same rounds. peak MiB:",
         "held at most above the inputs, fused / eager / torch.compile. Every line passed the float64 gate first.",
         "host: what the call takes of the host on a GPU, in multiples of a + b of two small tensors, measured over a",
-        "driver that runs nothing (tests/kernels/host).",
+        "driver that runs nothing (tests/kernels/host); on a GPU make gpu-check measures it.",
         "On a CPU a call starts with freed memory given back to the system, and takes what it needs anew.",
     ]
 

@@ -68,10 +68,17 @@ def _skip(stage: Stage, dry: bool, limit: float) -> str:
         return "skipped: no time is left"
     if stage.name == "wheels" and not list((ROOT / WHEELS).glob("*.whl")):
         return f"skipped: no wheels in {WHEELS}/; make gpu-wheels"
-    missing = [name for name in (stage.dry_programs if dry else stage.programs) if shutil.which(name) is None]
+    missing = [
+        name for name in (stage.dry_programs if dry else stage.programs) if shutil.which(name, path=_path()) is None
+    ]
     importlib.invalidate_caches()  # the wheels were installed in the meantime
     missing += [name for name in stage.modules if not _importable(name)]
     return f"skipped: needs {', '.join(missing)}" if missing else ""
+
+
+def _path() -> str:
+    """Where programs are: last those beside Python, as CMake's and ninja's wheels have them."""
+    return os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
 
 
 def _importable(module: str) -> bool:
@@ -126,12 +133,14 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _environment(out: Path, dry: bool) -> dict[str, str]:
-    """This process's, with its Python first, the wheels importable, and caches inside the checkout."""
+    """This process's, with the wheels importable, and caches inside the checkout."""
     environment = {name: value for name, value in os.environ.items() if name not in ("DMDR_FAST_BACKEND", "DMDR_CUDA")}
+    paths = ("" if dry else ROOT / SITE, ROOT, environment.get("PYTHONPATH"))
     environment |= {
         "OUT": str(out),
-        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / SITE), str(ROOT)]) if not dry else str(ROOT),
+        "PATH": _path(),
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "DMDR_FAST_CACHE": str(ROOT / "build" / "gpu-check" / "cache"),
     }

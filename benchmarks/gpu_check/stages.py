@@ -16,7 +16,7 @@ class Stage:
 
     Attributes:
         limit: seconds on the GPU.
-        command: for ``bash -c`` in the repository's root; ``$OUT`` is the folder of results.
+        command: for ``bash -c`` in the repository's root; ``$OUT`` is the folder of results, ``$PYTHON`` this Python.
         dry: the same in small without a GPU.
         programs, modules: what ``command`` cannot do without; without them the stage is skipped.
         dry_programs: the same of ``dry``.
@@ -33,17 +33,18 @@ class Stage:
     tests: bool = False
 
 
-_PYTEST = "python -m pytest -q -p no:cacheprovider"
-_GPU = "python -m pytest -v -p no:cacheprovider -m gpu"  # -v: what was run is told where the limit comes first
+_PYTEST = "$PYTHON -m pytest -q -p no:cacheprovider"
+_GPU = "$PYTHON -m pytest -v -m gpu"  # -v: what was run is told where the limit comes first
 _OPS = "tests/kernels tests/cuda tests/ops"
 _STEP = f'{_PYTEST} benchmarks/bench_step.py --bench-lines "$OUT/lines.jsonl"'
-_ONCE = "python -m benchmarks.gpu_check.once"
+_OPS_FILES = '--bench-no-compile --bench-lines "$OUT/lines.jsonl" --bench-json "$OUT/ops.json"'
+_ONCE = "$PYTHON -m benchmarks.gpu_check.once"
 _BUILD = "cmake -S . -G Ninja -DCMAKE_BUILD_TYPE=Release"
-_INSTALL = f"python -m pip install -q --no-index --no-deps --no-compile --upgrade --target {SITE}"
+_INSTALL = f"$PYTHON -m pip install -q --no-index --no-deps --no-compile --upgrade --target {SITE}"
 _SANITIZE = "compute-sanitizer --error-exitcode 9 --target-processes all"
 _ROWS = "regex:(norm|gated|modulate|rope|activation)"  # Triton's and the CUDA library's names alike
 _DIGITS = (
-    "rm -rf build/gpu-check/digits && python dmdr_fast/train.py --config digits --run_dir build/gpu-check/digits"
+    "rm -rf build/gpu-check/digits && $PYTHON dmdr_fast/train.py --config digits --run_dir build/gpu-check/digits"
     " --train.cold_start_steps 10 --train.generator_steps 10 --log.report false --teacher.train.steps"
 )
 
@@ -72,7 +73,7 @@ STAGES = (
         programs=("cmake", "ninja", "g++"),
         dry_programs=("cmake", "ninja", "g++"),
     ),
-    Stage("ceilings", 25, "python -m benchmarks.gpu_check.ceilings", "python -m benchmarks.gpu_check.ceilings"),
+    Stage("ceilings", 25, "$PYTHON -m benchmarks.gpu_check.ceilings", "$PYTHON -m benchmarks.gpu_check.ceilings"),
     Stage(
         "ops against fp64",
         120,
@@ -90,24 +91,22 @@ STAGES = (
     Stage(
         "host time",
         30,
-        "python -m benchmarks.gpu_check.host",
-        "python -m tests.kernels.host.measure silu_mul dmd_loss",
+        "$PYTHON -m benchmarks.gpu_check.host",
+        "$PYTHON -m tests.kernels.host.measure silu_mul dmd_loss && $PYTHON -m benchmarks.gpu_check.host silu_mul",
         modules=("triton",),
         dry_programs=("gcc",),
     ),
     _step("eager", 40, "--bench-blocks eager"),
     _step("fused", 40, "--bench-blocks fused"),
-    _step("compiled", 60, "--bench-blocks compiled", ("pydantic",)),
+    _step("compiled", 90, "--bench-blocks compiled", ("pydantic",)),
     _step("cuDNN", 40, "--bench-attention cudnn"),
     _step("FlashAttention 2", 40, "--bench-attention flash_attn", ("flash_attn",)),
     _step("FlashAttention 3", 40, "--bench-attention flash_attn_3", ("flash_attn_interface",)),
     Stage(
         "ops",
-        150,
-        f'{_PYTEST} benchmarks --ignore benchmarks/bench_step.py --bench-no-compile --bench-lines "$OUT/lines.jsonl"'
-        ' --bench-json "$OUT/ops.json"',
-        f'{_PYTEST} benchmarks/bench_grpo_loss.py --bench-no-compile --bench-lines "$OUT/lines.jsonl"'
-        ' --bench-json "$OUT/ops.json"',
+        100,
+        f"{_PYTEST} benchmarks --ignore benchmarks/bench_step.py {_OPS_FILES}",
+        f"{_PYTEST} benchmarks/bench_renoise.py -k 'given_noise and float32' {_OPS_FILES}",
         tests=True,
     ),
     Stage("memcheck", 50, f"{_SANITIZE} --tool memcheck {_ONCE}", _ONCE, programs=("compute-sanitizer",)),

@@ -39,9 +39,14 @@ def test_run_saves_and_comparison_fails_past_five_percent(tmp_path):
     for row in record["rows"]:
         row["eager_ratio"] = {name: 10 * value for name, value in row["eager_ratio"].items()}
     results.write_text(json.dumps(record))
-    second = run("--bench-compare", results)
+    lines = tmp_path / "deep" / "lines.jsonl"
+    second = run("--bench-compare", results, "--bench-no-compile", "--bench-lines", lines, "--bench-resources")
     assert second.returncode == 1
     assert "FAILED renoise (noise), 8x16x128x128, float32, reference, forward: " in second.stdout
+    assert "compiled ahead of time" in second.stdout and "compiled ahead of time" not in first.stdout
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["what"] for row in told] == ["forward", "forward + backward"]
+    assert all(set(row["times"]) == {"fused", "eager", "copy"} and row["compile_ratio"] is None for row in told)
 
 
 def test_missing_file_to_compare_with_is_a_usage_error(tmp_path):

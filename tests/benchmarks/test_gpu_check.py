@@ -89,13 +89,12 @@ def test_stages_name_files_that_exist_and_options_that_pytest_knows():
 
 
 def test_cheap_stages_in_small(tmp_path):
-    cheap = [stage for stage in STAGES if stage.name in ("wheels", "ceilings", "racecheck")]
-    assert len(cheap) == 3
+    cheap = [stage for stage in STAGES if stage.name in ("wheels", "racecheck")]
+    assert len(cheap) == 2
     results = run(tmp_path, *cheap)
     assert results[0].startswith(("ok", "skipped: no wheels in gpu-wheels/"))
-    assert results[1:] == ["ok", "ok"]
-    output = (tmp_path / "output.txt").read_text()
-    assert '"ceiling": "launch"' in output and "reference silu_mul" in output
+    assert results[1] == "ok"
+    assert "reference silu_mul" in (tmp_path / "output.txt").read_text()
 
 
 BLOCKED = """
