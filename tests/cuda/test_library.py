@@ -78,12 +78,12 @@ def test_wrong_modes_and_dtypes_are_refused_before_the_device_is_asked(path, mon
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     x = torch.zeros(1, 8)
     run, view = Calls(Library(path, "cuda"), (x,)), Strided(x, (8,))
-    shape, tensors = (1, 1, 1, 1, 1, 8), dict.fromkeys(("x", "scale", "grad_y", "grad_x"), view)
+    fields = {"shape": (1, 1, 1, 1, 1, 8), "gather": 9, **dict.fromkeys(("x", "scale", "grad_y", "grad_x"), view)}
     with pytest.raises(NativeError, match="a size, mode or pointer is outside"):
-        run.call("layer_norm_modulate_bwd", "dmdr_layer_norm_modulate_args", shape=shape, gather=9, **tensors)
+        run.call("layer_norm_modulate_bwd", "dmdr_layer_norm_modulate_args", fields)
     monkeypatch.setitem(abi.DTYPE_CODE, torch.float32, 7)
     with pytest.raises(NativeError, match="dtype is none of float32, bfloat16 and float16"):
-        run.call("renoise_bwd", "dmdr_renoise_args", shape=shape, x0=view, out=view, alpha=x)
+        run.call("renoise_bwd", "dmdr_renoise_args", {"shape": fields["shape"], "x0": view, "out": view, "alpha": x})
 
 
 def test_without_a_driver_a_call_says_so(path):
@@ -101,7 +101,7 @@ torch.cuda.current_stream = lambda: SimpleNamespace(cuda_stream=0)
 x = torch.zeros(1, 8)
 view, run = Strided(x, (8,)), Calls(Library(Path({str(path)!r}), "cuda"), (x,))
 try:
-    run.call("renoise_bwd", "dmdr_renoise_args", shape=(1, 1, 1, 1, 1, 8), x0=view, out=view, alpha=x)
+    run.call("renoise_bwd", "dmdr_renoise_args", dict(shape=(1, 1, 1, 1, 1, 8), x0=view, out=view, alpha=x))
 except NativeError as error:
     print(error)
 """

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-an-op.md").read_text()
 FILES = re.findall(r"^\| `([^`]+)` \|", PAGE, re.M)
 # Files that use the op, or take a part of it.
-USERS = ("dmdr_fast/patch/", "tests/patch/", "docs/", "benchmarks/results/")
+USERS = ("dmdr_fast/patch/", "tests/patch/", "docs/", "benchmarks/results/", "benchmarks/gpu_check/", "CHANGELOG.md")
 SHARING = {"dmdr_fast/ops/gated_residual_rms_norm.py", "kernels/gated_residual_rms_norm.py"}
 
 
