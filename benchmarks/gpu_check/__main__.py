@@ -35,7 +35,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry", action="store_true", help="every stage in small, without a GPU")
     options = parser.parse_args(argv)
     if not options.dry and not _has_gpu():
-        print("gpu-check: PyTorch sees no CUDA device; in small without one: make gpu-check DRY=1", file=sys.stderr)
+        print(
+            f"gpu-check: {sys.executable} has no PyTorch that sees a CUDA device; name one with PYTHON=/path/to/python, "
+            "or run each stage in small without one: make gpu-check DRY=1",
+            file=sys.stderr,
+        )
         return 2
     results = run(STAGES, options.out.resolve(), options.dry)
     return int(any(result.startswith("failed") for result in results))
@@ -150,8 +154,10 @@ def _environment(out: Path, dry: bool) -> dict[str, str]:
 
 
 def _has_gpu() -> bool:
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
     return torch.cuda.is_available()
 
 

@@ -123,7 +123,7 @@ STAGES = (
     ),
     Stage(
         "digits",
-        60,
+        90,  # most of it is the compilation of the blocks
         f"{_DIGITS} 300 --eval.samples 500",
         f"{_DIGITS} 30 --eval.samples 0 --train.micro_batch_size 8",
         modules=("deepspeed", "pydantic", "diffusers"),
