@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.dry and not _has_gpu():
         print(
-            f"gpu-check: {sys.executable} has no PyTorch that sees a CUDA device; name one with PYTHON=/path/to/python, "
-            "or run each stage in small without one: make gpu-check DRY=1",
+            f"gpu-check: {sys.executable} has no PyTorch that sees a CUDA device; name one with PYTHON=/path/to/python,"
+            " or run each stage in small without one: make gpu-check DRY=1",
             file=sys.stderr,
         )
         return 2
