@@ -98,6 +98,9 @@ class Recorder:
         if capturing or self.device.type == "meta" or not self._repeatable:
             return None
         made = [place[0] - self._first_new for place in places]
+        # What the notes keep of the recorder must not keep the tensors of this call.
+        self._places.clear()
+        self._held.clear()
         return Plan(self._allocations, self._launches, made if several else made[0])
 
     def allocate(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dmdr_fast import ops, reference
 from dmdr_fast.ops._library import RAW
@@ -176,3 +178,17 @@ def test_the_number_of_threads_may_change_between_calls():
             torch.testing.assert_close(first[0].double(), exact, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", [*sorted(valid_calls()), "renoise of 8 MiB"])
+def test_a_plan_keeps_no_tensor_of_its_first_call(op):
+    call = valid_calls().get(op)
+    if call is None:  # so large that fresh pages are asked for
+        op, half = "renoise", torch.full((8,), 0.5)
+        call = {"x0": torch.randn(8, 4, 256, 256), "alpha": half, "sigma": half, "noise": None, "seed": SEED}
+    call = {name: value.clone() if isinstance(value, Tensor) else value for name, value in call.items()}
+    kept = [StorageWeakRef(value.untyped_storage()) for value in call.values() if isinstance(value, Tensor)]
+    kept += [StorageWeakRef(value.untyped_storage()) for value in computed(op, call)]
+    del call
+    gc.collect()
+    assert all(storage.expired() for storage in kept if storage.cdata)
