@@ -185,7 +185,7 @@ def test_a_plan_keeps_no_tensor_of_its_first_call(op):
     call = valid_calls().get(op)
     if call is None:  # so large that fresh pages are asked for
         op, half = "renoise", torch.full((8,), 0.5)
-        call = {"x0": torch.randn(8, 4, 256, 256), "alpha": half, "sigma": half, "noise": None, "seed": SEED}
+        call = {"x0": torch.randn(8, 4, 256, 256), "alpha": half, "sigma": half, "seed": SEED}
     call = {name: value.clone() if isinstance(value, Tensor) else value for name, value in call.items()}
     kept = [StorageWeakRef(value.untyped_storage()) for value in call.values() if isinstance(value, Tensor)]
     kept += [StorageWeakRef(value.untyped_storage()) for value in computed(op, call)]
