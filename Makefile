@@ -9,7 +9,7 @@ export DMDR_CUDA ?= OFF
 MODULES := $(shell find dmdr_fast kernels -name '*.py' -o -name '*.j2' | LC_ALL=C sort)
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/modules
 
-.PHONY: quickstart test bench claims malformed gpu-wheels gpu-check lint docs install
+.PHONY: quickstart test bench claims malformed torture gpu-wheels gpu-check lint docs install
 
 # On CPUs one thread suits the digits model best (a teacher step: 35 ms, 42 with two).
 quickstart: install  ## train a digits teacher, distil it, draw the report: runs/digits/report.html
@@ -26,6 +26,9 @@ claims: install  ## put the paper's claims to the test on digits: docs/claims.md
 
 malformed: install  ## hundreds of malformed inputs: each is one line, or right
 	$(BIN)/python -m tests.malformed
+
+torture: install  ## 40 SIGKILLs at random moments: each run resumes and ends with the uninterrupted run's bytes
+	$(BIN)/python -m tests.torture
 
 # What an image with torch, Triton, CUDA, transformers and the usual scientific packages lacks; versions are the lock's.
 GPU_WHEELS := gpu-wheels
