@@ -15,12 +15,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from dmdr_fast.config import Config
 from dmdr_fast.engine.identity import differences, other_run
@@ -33,6 +37,11 @@ from dmdr_fast.errors import UserError
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_(\d{8})")
+WEIGHT = "weight.00000.safetensors"
+COUNTERS = {"skipped", "skipped_in_a_row", "reward_weight"}
+# What reading a file with another content than ours raises, of JSON, safetensors, base64, random states and tensors.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+UNREADABLE += (SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class CheckpointFolder:
     def __init__(self, config: Config, settings: dict[str, Any], runtime: Runtime) -> None:
         self.folder, self.settings, self.runtime = config.run_dir / "checkpoints", settings, runtime
         self.kept, self.cold_start = config.checkpoint, config.train.cold_start_steps
+        self.refused: list[Path] = []  # by find
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -93,21 +103,24 @@ class CheckpointFolder:
         Raises:
             UserError: the named checkpoint is missing or damaged, or was written by another kind of run.
         """
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise UserError(f"run_dir: {self.folder} is no folder; move it away, or name another run_dir")
         if resume == "never":
             return None
         if resume != "auto":
             path = Path(resume)
-            fault = self._fault(path)
+            fault = shared_fault(path, self.runtime)
             if fault:
                 raise UserError(f"resume: {path} cannot be used: {fault}; name another checkpoint, or auto")
             self._check_identity(path)
             return path
         for step in reversed(self.steps()):
             path = self.folder / f"step_{step:08d}"
-            fault = self._fault(path)
+            fault = shared_fault(path, self.runtime)
             if fault is None:
                 self._check_identity(path)
                 return path
+            self.refused.append(path)
             self.runtime.say(f"checkpoint {path} refused: {fault}; trying the one before it")
         if self.steps():
             raise UserError(
@@ -116,12 +129,19 @@ class CheckpointFolder:
         return None
 
     def drop_after(self, step: int) -> None:
-        """Remove checkpoints newer than the step that a run starts from: another lineage's, once it goes on."""
+        """Remove checkpoints newer than the step that a run starts from: another lineage's, once it goes on.
+
+        Those that :meth:`find` refused are renamed instead, as is what no run wrote (a file, a link) under such a name.
+        """
         newer = [s for s in self.steps() if s > step]
         if newer and self.runtime.is_main:
             self.runtime.say(f"dropping checkpoints of steps {newer} in {self.folder}: the run starts from step {step}")
             for old in newer:
-                shutil.rmtree(self.folder / f"step_{old:08d}")
+                path = self.folder / f"step_{old:08d}"
+                if path in self.refused or path.is_symlink() or not path.is_dir():
+                    path.rename(next(p for i in count(1) if not (p := Path(f"{path}.refused{i}")).exists()))
+                else:
+                    shutil.rmtree(path)
         self.runtime.barrier()
 
     def changes(self, path: Path) -> list[str]:
@@ -133,12 +153,19 @@ class CheckpointFolder:
 
         The number of ranks may be another one than the writer's; the random states, which nothing of ours reads, are
         then those of the writer's ranks in turn.
+
+        Raises:
+            UserError: a file has its checksum but not our content.
         """
-        for name, role in trained.roles.items():
-            load_role(stored_role(path, name), role, trained.ema if name == "generator" else None, self.runtime)
         state = self._read(path)
         rank = self.runtime.rank % state["settings"]["ranks"]
-        set_random_state(json.loads((path / f"random.{rank:05d}.json").read_text()))
+        try:
+            for name, role in trained.roles.items():
+                load_role(stored_role(path, name), role, trained.ema if name == "generator" else None, self.runtime)
+            set_random_state(json.loads((path / f"random.{rank:05d}.json").read_text()))
+        except UNREADABLE as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"resume: {path} cannot be read ({reason}); name another checkpoint by --resume") from None
         return state
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -150,27 +177,6 @@ class CheckpointFolder:
         share = files[self.runtime.rank :: self.runtime.world_size]
         return {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p, flush=True)] for p in share}
 
-    def _fault(self, path: Path) -> str | None:
-        """Why a checkpoint cannot be trusted, None when it can. Ranks share the reading; all get the same answer."""
-        faults = [f for f in self.runtime.gather(self._local_fault(path)) if f]
-        return faults[0] if faults else None
-
-    def _local_fault(self, path: Path) -> str | None:
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            names = sorted(manifest)
-        except (OSError, ValueError, TypeError):
-            return f"no readable {MANIFEST} in it" if path.is_dir() else "no such folder"
-        if "trainer.json" not in manifest or "rank_00000.pt" in manifest:
-            return "written by another version of dmdr_fast"
-        for name in names[self.runtime.rank :: self.runtime.world_size]:
-            file, expected = path / name, manifest[name]
-            if not file.is_file():
-                return f"{name} is missing"
-            if [file.stat().st_size, _sha256(file)] != expected:
-                return f"{name} does not match its checksum"
-        return None
-
     def _check_identity(self, path: Path) -> None:
         other = other_run(self._read(path)["settings"], self.settings)
         if other:
@@ -178,6 +184,51 @@ class CheckpointFolder:
                 f"resume: {path} was written with {'; '.join(other)}: set that back, or start another run in another "
                 "run_dir, or here anew with --resume never"
             )
+
+
+def shared_fault(path: Path, ranks: Runtime) -> str | None:
+    """Why a checkpoint cannot be trusted, None when it can. Ranks share the reading; all get the same answer."""
+    faults = [f for f in ranks.gather(_local_fault(path, ranks)) if f]
+    return faults[0] if faults else None
+
+
+def _local_fault(path: Path, ranks: Runtime) -> str | None:
+    try:
+        manifest = dict(json.loads((path / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return f"no readable {MANIFEST} in it" if path.is_dir() else "no such folder"
+    if "trainer.json" not in manifest or "rank_00000.pt" in manifest:
+        return "written by another version of dmdr_fast"
+    for name in sorted(manifest)[ranks.rank :: ranks.world_size]:
+        file = path / name
+        try:
+            found = [file.stat().st_size, _sha256(file)]
+        except (OSError, ValueError):  # ValueError: a zero byte in the name
+            return f"{name} is missing"
+        if found != manifest[name]:
+            return f"{name} does not match its checksum"
+    unlisted = sorted({str(p.relative_to(path)) for p in path.glob("*/*.safetensors")} - manifest.keys())
+    return f"{unlisted[0]} is not in its {MANIFEST}" if unlisted else _content_fault(path, manifest)
+
+
+def _content_fault(path: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Whether trainer.json has what a run goes on with, for this very step, and each rank and role has its files."""
+    try:
+        state = json.loads((path / "trainer.json").read_text())
+        step, counters, settings = state["step"], state["counters"], state["settings"]
+        numbers = [step, *(counters[name] for name in counters.keys() - {"reward_weight"})]
+        right = all(type(n) is int and n >= 0 for n in numbers) and counters.keys() <= COUNTERS
+        right &= {"teacher", "seed", "sharing"} <= settings.keys() and isinstance(state["rewards"], dict)
+        files = {f"random.{rank:05d}.json" for rank in range(settings["ranks"])}
+    except UNREADABLE:
+        right = False
+    if not right:
+        return "its trainer.json is of another version of dmdr_fast"
+    files |= {f"{role}/{name}" for role in ("generator", "fake") for name in ("parts.00000.json", WEIGHT)}
+    if missing := sorted(files - manifest.keys()):
+        return f"{missing[0]} is not in its {MANIFEST}"
+    named = NAME.fullmatch(path.name)
+    return f"its trainer.json is of step {step}" if named and int(named[1]) != step else None
 
 
 def stored_role(path: Path, name: str) -> StoredRole:

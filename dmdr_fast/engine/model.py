@@ -16,7 +16,7 @@ from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.config import Config
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, target_layers
-from dmdr_fast.models.stored import Stored, with_lora
+from dmdr_fast.models.stored import Stored, parameter_value, with_lora
 
 # What stands before a network's own names in files of wrappers, PEFT and pipelines, and in our own modules.
 PREFIXES = re.compile(r"^(module\.|base_model\.model\.|transformer\.|unet\.|diffusion_model\.)+")
@@ -43,11 +43,11 @@ class Start:
             raise UserError(f"{self.key}: {self.source} holds no adapter (LoRA), as this role is; name one")
         names = {PREFIXES.sub("", name): name for name, _ in adapter.named_parameters()}
         factor = self.lora_scale / scale
-        values = {
-            names.get(name, name): tensor.read().float() * (factor if ".lora_B" in name else 1.0)
-            for name, tensor in self.lora.items()
-        }
         try:
+            values = {
+                names.get(name, name): parameter_value(self.lora, name).float() * (factor if ".lora_B" in name else 1.0)
+                for name in self.lora
+            }
             adapter.load_state_dict(values)
         except ValueError as error:
             raise UserError(f"{self.key}: {self.source}: {error}") from None

@@ -110,9 +110,9 @@ class SiTModel:
                 return network.to(device)
             network = self.skeleton()
             stored = stored_sit_tensors(network, self._weights(network, generator))
+            load_partitioned(network, stored, dtype=DTYPES[self.config.deepspeed.dtype], settings=settings)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"{key}: {error}") from None
-        load_partitioned(network, stored, dtype=DTYPES[self.config.deepspeed.dtype], settings=settings)
         return network
 
     def _weights(self, network: SiT, generator: Path | Start | None) -> Path | Mapping[str, Stored]:

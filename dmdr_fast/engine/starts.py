@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -14,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dmdr_fast.config import Config
-from dmdr_fast.engine.checkpoint import MANIFEST, NAME, stored_role
+from dmdr_fast.engine.checkpoint import MANIFEST, NAME, UNREADABLE, shared_fault, stored_role
 from dmdr_fast.engine.model import PREFIXES, Start
+from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.engine.sit_model import resolve_weights
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import PAIRS
@@ -28,21 +30,26 @@ REFERENCE = re.compile(r"(.+)\.lora\.lora_([QV])([AB])")
 PEFT = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 
 
-def read_starts(config: Config) -> dict[str, Start]:
+def read_starts(config: Config, ranks: Runtime) -> dict[str, Start]:
     """Role to start, for the roles that the configuration gives one; tensors are read when they are asked for.
+
+    All ranks must call.
 
     A start is a run's folder (its final generator, the fake score of its newest checkpoint), a checkpoint, a folder or
     file of weights or of an adapter (.safetensors, .pt; DeepSpeed's ``mp_rank_00_model_states.pt``), or on the hub.
 
     Raises:
-        UserError: nothing there that could be read.
+        UserError: nothing there that could be read, or a damaged checkpoint.
     """
     named = {"generator": ("student.weights", config.student.weights), "fake": ("fake.weights", config.fake.weights)}
-    return {role: _read_start(key, text, role) for role, (key, text) in named.items() if text is not None}
+    return {role: _read_start(key, text, role, ranks) for role, (key, text) in named.items() if text is not None}
 
 
-def _read_start(key: str, text: str, role: str) -> Start:
+def _read_start(key: str, text: str, role: str, ranks: Runtime) -> Start:
     place = _place(key, resolve_weights(text, key), role)
+    fault = shared_fault(place, ranks) if (place / MANIFEST).is_file() else None
+    if fault:
+        raise UserError(f"{key}: {place} cannot be used: {fault}; name another checkpoint")
     try:
         if (place / MANIFEST).is_file():
             stored, scale = stored_role(place, role), 1.0
@@ -52,9 +59,14 @@ def _read_start(key: str, text: str, role: str) -> Start:
                 scale = float(json.loads((place / "trainer.json").read_text())["settings"]["student.lora.scale"])
         else:
             found, scale = (stored_tensors(place) if place.is_dir() else read_checkpoint(place)), _noted_scale(place)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{key}: {error}") from None
-    weights, lora = _split(found)
+        if not math.isfinite(scale):
+            raise ValueError(f"its adapter's scale is {scale}")
+        weights, lora = _split(found)
+    except UNREADABLE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if type(error) in (FileNotFoundError, ValueError):  # ours, which name the file and the remedy
+            reason = str(error)
+        raise UserError(f"{key}: {text}: {reason}; name a run, a checkpoint, or a file of weights") from None
     if role == "fake":
         scale = 1.0  # dyna_dg.fake_scale is the run's own
     return Start(key, text, weights, lora, scale, is_partial=(place / MANIFEST).is_file())
@@ -103,6 +115,9 @@ def _split(found: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, St
     weights: dict[str, Stored] = {}
     lora: dict[str, Stored] = {}
     alpha = {n.removesuffix(".alpha"): t for n, t in found.items() if n.endswith(".alpha")}
+    for layer, tensor in alpha.items():
+        if tensor.shape.numel() != 1:
+            raise ValueError(f"{layer}.alpha expected one number, got {list(tensor.shape)}")
     for long_name, tensor in found.items():
         name = PREFIXES.sub("", long_name)
         if name.endswith(OURS):

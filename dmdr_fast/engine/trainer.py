@@ -129,7 +129,7 @@ class Run:
         resume_from: Path | None,
     ) -> Run:
         """Build every part, resume from a checkpoint where there is one, and print the effective recipe once."""
-        streams, starts = Streams(config.seed), read_starts(config) if resume_from is None else {}
+        streams, starts = Streams(config.seed), read_starts(config, ranks) if resume_from is None else {}
         conditions, shown = build_conditions(config, model, ranks)
         rewards = inputs.build_rewards(config, model.num_classes, ranks.device)
         seed = int(streams.rng("lora").integers(2**31))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.models.partitioned import whole_parameters, whole_shape
-from dmdr_fast.models.stored import Stored, stored_tensors
+from dmdr_fast.models.stored import Stored, parameter_value, stored_tensors
 
 if TYPE_CHECKING:
     from dmdr_fast.models.sit import SiT
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 CONTAINERS = ("ema", "model", "state_dict", "module")
 # What training alone needs: REPA's head, the norm of REPA-E's latents (``latent_statistics``).
 DROPPED = ("projectors.", "bn.")
+BLOCK = re.compile(r"blocks\.(\d+)\.")
 LATER_BLOCK = re.compile(r"decoder_blocks\.(\d+)\.")  # REPA's early files: the blocks behind its head
 
 
@@ -35,15 +35,15 @@ def load_sit_weights(model: SiT, path: str | Path | Mapping[str, Stored]) -> Non
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        ValueError: the file is unreadable, or a key is missing, unexpected or of another shape; ``model`` is
-            unchanged.
+        ValueError: the file is unreadable, or a key is missing, unexpected or of another shape (``model`` is
+            unchanged then), or a value is no finite floating-point number.
     """
     stored = stored_sit_tensors(model, path)
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         with whole_parameters(own.values(), write=True), torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(stored[f"{prefix}.{name}" if prefix else name].read())
+                parameter.copy_(parameter_value(stored, f"{prefix}.{name}" if prefix else name))
 
 
 def stored_sit_tensors(model: SiT, path: str | Path | Mapping[str, Stored]) -> dict[str, Stored]:
@@ -68,7 +68,7 @@ def latent_statistics(path: Path) -> tuple[Tensor, Tensor] | None:
 
 def _blocks_in_a_row(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """ "decoder_blocks.0" is "blocks.8" where "blocks" ends with 7."""
-    numbers = {int(name.split(".")[1]) for name in stored if name.startswith("blocks.")}
+    numbers = {int(match[1]) for name in stored if (match := BLOCK.match(name))}
     first = max(numbers, default=-1) + 1
     return {LATER_BLOCK.sub(lambda m: f"blocks.{first + int(m[1])}.", name): t for name, t in stored.items()}
 
@@ -90,7 +90,7 @@ def _read(path: Path) -> dict:
         # REPA and SiT store their command line beside the weights; a Namespace holds plain values only.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (ValueError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged pickle raises what its bytes happen to ask for
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"SiT weights: {path} is not a readable checkpoint ({reason}): give a .safetensors file or a .pt "

@@ -75,6 +75,20 @@ def _read(file: Path, name: str) -> Tensor:
         return content.get_tensor(name)
 
 
+def parameter_value(stored: Mapping[str, Stored], name: str) -> Tensor:
+    """The value of a parameter.
+
+    Raises:
+        ValueError: it is not of floating-point numbers, or has one that is not finite: no network computes with that.
+    """
+    value = stored[name].read()
+    if not value.is_floating_point() or value.layout is not torch.strided or value.is_meta:
+        raise ValueError(f"weights: {name} expected plain floating-point numbers, got {value.dtype} ({value.layout})")
+    if not torch.isfinite(value if value.element_size() > 1 else value.float()).all():  # float8 has no isfinite
+        raise ValueError(f"weights: {name} has values that are not finite: take weights from before they broke")
+    return value
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules made inside have their parameters on the meta device; buffers are ordinary.
@@ -105,7 +119,8 @@ def load_partitioned(
     reads parameters, every rank its own copy of the buffers that ``stored`` has.
 
     Raises:
-        ValueError: a parameter that ``stored`` lacks or has in another shape; nothing is read then.
+        ValueError: a parameter that ``stored`` lacks or has in another shape (nothing is read then), or one that
+            is no finite floating-point number.
     """
     import deepspeed  # only ZeRO-3 comes here
     import torch.distributed as dist
@@ -117,7 +132,7 @@ def load_partitioned(
         names = {name: path for name, path in names.items() if module._parameters[name] is not None}
         own = nn.ParameterList(
             nn.Parameter(
-                stored[path].read().to(dtype) if reader else torch.empty(stored[path].shape, dtype=dtype),
+                parameter_value(stored, path).to(dtype) if reader else torch.empty(stored[path].shape, dtype=dtype),
                 requires_grad=module._parameters[name].requires_grad,
             )
             for name, path in names.items()
@@ -135,13 +150,14 @@ def load_whole(model: nn.Module, stored: Mapping[str, Stored], *, dtype: torch.d
     """Fill a model with parameters on meta from ``stored``, in ``dtype`` on ``device``, one tensor at a time.
 
     Raises:
-        ValueError: a parameter that ``stored`` lacks or has in another shape; nothing is read then.
+        ValueError: a parameter that ``stored`` lacks or has in another shape (nothing is read then), or one that
+            is no finite floating-point number.
     """
     _check_fit(model, stored)
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                value = stored[f"{prefix}.{name}" if prefix else name].read().to(device, dtype)
+                value = parameter_value(stored, f"{prefix}.{name}" if prefix else name).to(device, dtype)
                 module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             path = f"{prefix}.{name}" if prefix else name
@@ -159,7 +175,10 @@ def with_lora(stored: Mapping[str, Stored], lora: Mapping[str, Stored], scale: f
     """
     merged = dict(stored)
     for layer in sorted({name.rpartition(".")[0] for name in lora}):
-        weight, a, b = stored.get(f"{layer}.weight"), lora[f"{layer}.lora_A"], lora[f"{layer}.lora_B"]
+        weight, (a, b) = stored.get(f"{layer}.weight"), (lora.get(f"{layer}.lora_{factor}") for factor in "AB")
+        if a is None or b is None or (len(a.shape), len(b.shape), a.shape[1:]) != (2, 2, b.shape[:1]):
+            found = [None if factor is None else list(factor.shape) for factor in (a, b)]
+            raise ValueError(f"weights: {layer} expected lora_A [in, r] and lora_B [r, out], got {found}")
         if weight is None or weight.shape != (b.shape[1], a.shape[0]):
             found = "no such layer" if weight is None else f"a layer {list(weight.shape)}"
             raise ValueError(

@@ -97,7 +97,7 @@ class Reference(torch.nn.Module):
 
 def test_the_references_own_checkpoint(tmp_path):
     """Written by DeepSpeed at stage 2, as its trainer does: q + s (q A_q) B_q and v + s (v A_v) B_v of qkv's output."""
-    runtime.start()
+    ranks = runtime.start()
     config = parse([*SMALL, "--lora.form", "post_projection", "--run_dir", str(tmp_path)])[0]
     network = build_network(config)
     reference = Reference(network)
@@ -111,7 +111,7 @@ def test_the_references_own_checkpoint(tmp_path):
     file = tmp_path / "pytorch_model" / "mp_rank_00_model_states.pt"
     named = {"student": {"weights": str(file)}, "fake": {"weights": str(file)}}
     config = config.model_copy(update={n: getattr(config, n).model_copy(update=v) for n, v in named.items()})
-    start = read_starts(config)["fake"]
+    start = read_starts(config, ranks)["fake"]
     adapter = add_lora(network, "fake", rank=3, targets=["attn.qkv"], form="post_projection")
     start.fill(adapter, 1.0)
     adapter.set_scale(2.0)
@@ -122,13 +122,13 @@ def test_the_references_own_checkpoint(tmp_path):
     v = v + 2.0 * v @ (lora.lora_VA @ lora.lora_VB)
     torch.testing.assert_close(qkv(x), torch.cat([q, k, v], -1), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="holds weights and an adapter beside them"):
-        read_starts(config)["generator"].over(dict)
+        read_starts(config, ranks)["generator"].over(dict)
 
 
 @pytest.mark.parametrize("names", ["ours", "PEFT", "diffusers", "with alphas"])
 def test_an_adapter_starts_from_a_file_of_another_maker(tmp_path, names):
     """A pipeline's generator, as an adapter at scale 0.5 and merged into whole weights, from four kinds of file."""
-    runtime.start()
+    ranks = runtime.start()
     config = config_of("z_image", tmp_path, tmp_path / "run", student__lora__rank=2)
     model, cpu = PipelineModel.open(config), torch.device("cpu")
     network = model.load(cpu)
@@ -158,7 +158,7 @@ def test_an_adapter_starts_from_a_file_of_another_maker(tmp_path, names):
         alpha = {f"transformer.{layer}.alpha": torch.tensor(3.0) for layer in layers}  # 3 / rank 2 = 1.5
         save_file({f"transformer.{n}.weight": t.T.contiguous() for n, t in values.items()} | alpha, file)
     config = config.model_copy(update={"student": config.student.model_copy(update={"weights": str(file)})})
-    start = read_starts(config)["generator"]
+    start = read_starts(config, ranks)["generator"]
     other = add_lora(model.load(cpu), "generator", rank=2, targets=model.lora_targets)
     start.fill(other, 0.5)
     got = {n.removeprefix("transformer."): p.detach() for n, p in other.named_parameters()}
@@ -177,4 +177,4 @@ def test_a_run_without_a_checkpoint_is_no_start(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     config = parse([*SMALL, "--fake.weights", str(tmp_path), "--run_dir", str(tmp_path / "run")])[0]
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        read_starts(config)
+        read_starts(config, runtime.start())

@@ -15,7 +15,12 @@ def main() -> int:
     """Print a line per kind, and one per fault. 0 where there is none."""
     parser = argparse.ArgumentParser(prog="python -m tests.malformed", description=__doc__)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--count", type=int, default=200, help="Drawn inputs per kind, beside those by hand (200).")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=200,
+        help="Drawn inputs per kind, beside those by hand (200); a quarter of it where an input is a run.",
+    )
     parser.add_argument("--all", action="store_true", help="Print what became of every input.")
     options = parser.parse_args()
     print(f"{'kind':<16}{'inputs':>8}{'refused':>9}{'accepted':>10}{'faults':>8}")
