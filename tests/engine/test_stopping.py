@@ -171,6 +171,7 @@ def test_before_the_first_update_a_stop_acts_at_once():
         command = [sys.executable, "-c", program.format(wait=wait)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         process.stdout.readline()
+        time.sleep(0.5)  # until it sits there
         process.terminate()
         out, _ = process.communicate(timeout=10)
         assert process.returncode == code and "stopped before the first update" in out
@@ -178,7 +179,8 @@ def test_before_the_first_update_a_stop_acts_at_once():
 
 def test_output_that_nobody_reads_any_more_does_not_keep_a_stop_from_its_checkpoint(tmp_path):
     """As with ``dmdr-train ... | tee log`` and Ctrl-C, which ends both."""
-    program = "import sys, time; from dmdr_fast.engine.stopping import StopRequest\n"
+    program = "import signal, sys, time; from dmdr_fast.engine.stopping import StopRequest\n"
+    program += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup it would be ignored
     program += "with StopRequest() as stop:\n    stop.finishes(); print('in', flush=True)\n"
     program += "    while not stop.asked: time.sleep(0.01)\n"
     program += f"    time.sleep(0.2); print('x' * 100_000); open({str(tmp_path / 'checkpoint')!r}, 'w')\n"
