@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
@@ -18,8 +16,8 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from dmdr_fast.patch.adaptive import clipped, gated, gated_modulated, parts
+from dmdr_fast.patch.attention import attend, joint
 from dmdr_fast.patch.report import Left
-from dmdr_fast.patch.rotations import rotated
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
 MODELS = (FluxTransformer2DModel,)
@@ -93,28 +91,8 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        split = partial(torch.unflatten, dim=-1, sizes=(-1, attn.head_dim))
-        query, key, value = map(split, projections[:3])
-        text_tokens = 0 if attn.added_kv_proj_dim is None else projections[3].shape[1]
-        query, key = rotated(query, key, attn.norm_q, attn.norm_k, image_rotary_emb, slice(text_tokens, None))
-        if attn.added_kv_proj_dim is not None:
-            text_query, text_key, text_value = map(split, projections[3:])
-            text_query, text_key = rotated(
-                text_query, text_key, attn.norm_added_q, attn.norm_added_k, image_rotary_emb, slice(text_tokens)
-            )
-            query = torch.cat([text_query, query], dim=1)
-            key = torch.cat([text_key, key], dim=1)
-            value = torch.cat([text_value, value], dim=1)
-
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        out = out.flatten(2, 3).to(query.dtype)
+        query, key, value, text_tokens = joint(attn, projections, image_rotary_emb)
+        out = attend(self, query, key, value, attention_mask)
         if encoder_hidden_states is None:
             return out
         text, image = parts(out, text_tokens)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2AttnProcessor,
     Flux2Modulation,
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from dmdr_fast import ops
 from dmdr_fast.patch.adaptive import clipped, gated, gated_modulated, modulated, parts
+from dmdr_fast.patch.attention import attend, joint
 from dmdr_fast.patch.report import Left
 from dmdr_fast.patch.rotations import rotated
 from dmdr_fast.patch.structure import SILU_MUL, Replacement, Site, adaptive_sites, qk_sites, stands_in
@@ -112,19 +111,8 @@ class FusedFlux2AttnProcessor(Flux2AttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        split = partial(torch.unflatten, dim=-1, sizes=(-1, attn.head_dim))
-        query, key, value = map(split, projections[:3])
-        text_tokens = 0 if attn.added_kv_proj_dim is None else projections[3].shape[1]
-        query, key = rotated(query, key, attn.norm_q, attn.norm_k, image_rotary_emb, slice(text_tokens, None))
-        if attn.added_kv_proj_dim is not None:
-            text_query, text_key, text_value = map(split, projections[3:])
-            text_query, text_key = rotated(
-                text_query, text_key, attn.norm_added_q, attn.norm_added_k, image_rotary_emb, slice(text_tokens)
-            )
-            query = torch.cat([text_query, query], dim=1)
-            key = torch.cat([text_key, key], dim=1)
-            value = torch.cat([text_value, value], dim=1)
-        out = _attend(self, query, key, value, attention_mask)
+        query, key, value, _ = joint(attn, projections, image_rotary_emb)
+        out = attend(self, query, key, value, attention_mask)
         if encoder_hidden_states is None:
             return attn.to_out[1](attn.to_out[0](out))
         text, image = parts(out, encoder_hidden_states.shape[1])
@@ -147,20 +135,8 @@ class FusedFlux2ParallelSelfAttnProcessor(Flux2ParallelSelfAttnProcessor):
         qkv, mlp = projected.split([local, projected.shape[-1] - local], dim=-1)
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
         query, key = rotated(query, key, attn.norm_q, attn.norm_k, image_rotary_emb)
-        out = _attend(self, query, key, value, attention_mask)
+        out = attend(self, query, key, value, attention_mask)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(mlp)], dim=-1))
-
-
-def _attend(processor: object, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    out = dispatch_attention_fn(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
-    )
-    return out.flatten(2, 3).to(query.dtype)
 
 
 def _double_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
