@@ -1,4 +1,4 @@
-"""Attention of FLUX's families: text and image as one sequence, each normed by its own weights."""
+"""Attention by diffusers' dispatcher, and FLUX's joint one: text and image as one sequence, each with its own norms."""
 
 from __future__ import annotations
 

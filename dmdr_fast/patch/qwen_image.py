@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
     QwenImageTransformer2DModel,
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from dmdr_fast import ops
 from dmdr_fast.patch.adaptive import clipped, gated, gated_modulated, modulated, parts
+from dmdr_fast.patch.attention import attend
 from dmdr_fast.patch.report import Left
 from dmdr_fast.patch.rotations import tables
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
@@ -105,17 +105,7 @@ class FusedQwenDoubleStreamAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
         text = _rotated(*text, attn.norm_added_q, attn.norm_added_k, text_rotations)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
 
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        out = out.flatten(2, 3).to(query.dtype)
+        out = attend(self, query, key, value, attention_mask)
         text, image = parts(out, encoder_hidden_states.shape[1])
         image = attn.to_out[0](image.contiguous())
         if len(attn.to_out) > 1:

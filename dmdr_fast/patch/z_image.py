@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import (
     FeedForward,
     FinalLayer,
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from dmdr_fast import ops
 from dmdr_fast.patch.adaptive import gated_normed, scaled
+from dmdr_fast.patch.attention import attend
 from dmdr_fast.patch.report import Left
 from dmdr_fast.patch.rotations import tables
 from dmdr_fast.patch.structure import (
@@ -125,17 +125,8 @@ class FusedZSingleStreamAttnProcessor(ZSingleStreamAttnProcessor):
         )
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None, :]
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        out = attn.to_out[0](out.flatten(2, 3).to(query.dtype))
+        out = attend(self, query, key, value, attention_mask)
+        out = attn.to_out[0](out)
         return attn.to_out[1](out) if len(attn.to_out) > 1 else out
 
 
