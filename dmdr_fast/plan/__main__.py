@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--flops", type=float, default=989.0, metavar="TFLOP/s", help="Dense bf16 peak of one GPU (989, an H100).")
     add("--utilisation", type=float, default=0.4, help="Share of --flops that is reached (0.4).")
     add("--convolutions", type=float, default=0.2, help="Share of --flops that convolutions reach (0.2, assumed).")
+    add("--reward-gb", type=float, default=0.0, metavar="GB", help="Of rewards that cannot be counted: weights, graph.")
     add("--reserve", type=float, default=2.5, metavar="GB", help="CUDA context, cuBLAS and NCCL workspaces (2.5).")
     own = parser.add_argument_group("in place of the configuration's keys")
     own.add_argument("--sharing", choices=["separate", "shared_score", "shared_all"])
@@ -55,16 +56,17 @@ def main(argv: list[str]) -> int:
     options, rest = build_parser().parse_known_args(argv)
     if not all(1 <= count <= MOST_GPUS for count in options.gpus):
         raise UserError(f"--gpus: expected 1 to {MOST_GPUS}, got {' '.join(map(str, options.gpus))}")
-    work = _workload(options, rest)
+    work, config = _workload(options, rest)
     if options.sweep:
         _sweep(work, options)
         return 0
     if len(options.gpus) > 1 or len(options.batch or ()) > 1:
         raise UserError("--gpus, --batch: several values are for --sweep; give one, or add --sweep")
-    return _plan(work, options)
+    return _plan(work, config, options)
 
 
-def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
+def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
+    """What is planned, and the configuration where there is one."""
     config = parse(["--config", options.config, *rest])[0] if options.config else None
     if config is None and rest:
         raise UserError(f"{rest[0]}: a key of the configuration needs --config FILE")
@@ -73,7 +75,7 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
     from dmdr_fast.plan.from_config import workload  # torch and diffusers, seconds
     from dmdr_fast.plan.shapes import find_shape
     from dmdr_fast.plan.sweep import shared
-    from dmdr_fast.plan.workload import Adapter, Workload
+    from dmdr_fast.plan.workload import GB, Adapter, Workload
 
     shape = None if options.model is None else find_shape(options.model)
     work = Workload(shape) if config is None else workload(config, shape)
@@ -87,7 +89,9 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
         from dmdr_fast.plan.from_config import default_targets
 
         work = replace(work, student_lora=Adapter(options.student_lora, default_targets(work.shape)))
-    return shared(work, options.sharing or work.sharing)
+    if options.reward_gb:
+        work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
+    return shared(work, options.sharing or work.sharing), config
 
 
 def _hardware(options: argparse.Namespace) -> Any:
@@ -107,7 +111,8 @@ def _hardware(options: argparse.Namespace) -> Any:
     )
 
 
-def _plan(work: Any, options: argparse.Namespace) -> int:
+def _plan(work: Any, config: Any, options: argparse.Namespace) -> int:
+    from dmdr_fast.plan import disk
     from dmdr_fast.plan.advice import cheapest_change
     from dmdr_fast.plan.plan import make_plan
     from dmdr_fast.plan.report import lines
@@ -115,6 +120,8 @@ def _plan(work: Any, options: argparse.Namespace) -> int:
 
     plan = make_plan(work, _hardware(options))
     print("\n".join(lines(plan)))
+    if config is not None:
+        print("\n".join(disk.lines(disk.disk(config, work))))
     if plan.fits:
         return 0
     found = cheapest_change(plan)

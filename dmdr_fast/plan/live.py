@@ -84,6 +84,23 @@ def no_collector() -> Iterator[None]:
 
 
 @contextmanager
+def linear_layers(own: bool) -> Iterator[None]:
+    """Linear layers are DeepSpeed's ``own``, or torch's, whatever ran in this process before.
+
+    ZeRO-3 puts its linear in the place of ``torch.nn.functional.linear`` for good, for every network of the process: a
+    product, then the bias added in place. Its backward pass holds one activation more at once.
+    """
+    now, chosen = functional.linear, torch._C._nn.linear
+    if own:
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap as chosen
+    functional.linear = chosen
+    try:
+        yield
+    finally:
+        functional.linear = now
+
+
+@contextmanager
 def flash_attention() -> Iterator[None]:
     """Attention keeps what the fused kernels keep: on meta tensors torch would write the [T, T] matrix out."""
     plain = functional.scaled_dot_product_attention
