@@ -39,7 +39,7 @@ def update_peaks(work: Workload) -> Peaks:
     (stage 0) the largest sum has no fixed place: then the whole network is traced.
     """
     work = replace(
-        work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, reward=None,
+        work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, cuda_graphs=False, reward=None,
         student_steps=min(work.student_steps, 2), fake_updates=1,
         zero=Zero(stage=work.zero.stage, efficient_linear=work.zero.efficient_linear),
     )  # fmt: skip
