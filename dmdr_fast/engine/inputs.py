@@ -52,6 +52,6 @@ def build_evaluation(config: Config) -> EvaluationData | None:
     else:
         from dmdr_fast.data.images import load_image_folder
 
-        images = load_image_folder(Path(config.eval.data), config.model.resolution)
+        images = load_image_folder(Path(config.eval.data), config.model.sizes[0])
     features = DigitsFeatures() if config.eval.features == "digits" else TransformersFeatures(config.eval.features)
     return EvaluationData(images, features)

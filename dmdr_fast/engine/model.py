@@ -74,6 +74,7 @@ class Model(Protocol):
     return ``prediction`` ("flow" or "eps") on ``path`` in x_t's shape.
 
     Attributes:
+        more_shapes: latents of the other sizes of ``model.resolution``, whose first is ``latent_shape``'s.
         token: latent pixels along one edge of a token, over which per-token guidance takes its norms.
         teacher_shift: the timestep shift of the teacher's own multi-step samples.
         saturation: |x0| beyond which a value counts as saturated.
@@ -85,6 +86,7 @@ class Model(Protocol):
     prediction: str
     path: Path
     latent_shape: tuple[int, ...]
+    more_shapes: tuple[tuple[int, ...], ...]
     token: int
     teacher_shift: float
     saturation: float

@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     own = parser.add_argument_group("in place of the configuration's keys")
     own.add_argument("--sharing", choices=["separate", "shared_score", "shared_all"])
     own.add_argument("--activation", choices=["none", "selective", "full", "offload"])
-    own.add_argument("--resolution", type=int, metavar="PIXELS")
+    own.add_argument(
+        "--resolution", type=int, nargs="+", metavar="PIXELS", help="A square's side, or height and width."
+    )
     own.add_argument("--batch", type=int, nargs="+", help="Micro-batch per GPU; several for --sweep.")
     own.add_argument("--student-lora", type=int, metavar="RANK", help="The generator as a LoRA of this rank.")
     add("--sweep", action="store_true", help="Sharing x activation x --batch x --gpus as a table.")
@@ -80,7 +82,10 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     shape = None if options.model is None else find_shape(options.model)
     work = Workload(shape) if config is None else workload(config, shape)
     if options.resolution is not None:
-        work = replace(work, resolution=options.resolution)
+        size = options.resolution
+        if len(size) > 2 or min(size) < 1:
+            raise UserError(f"--resolution: expected a side, or height and width, got {' '.join(map(str, size))}")
+        work = replace(work, resolution=size[0] if len(size) == 1 else (size[0], size[1]))
     if options.activation is not None:
         work = replace(work, activation=options.activation)
     if options.batch is not None:

@@ -24,7 +24,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
     train, student = config.train, config.student
     return Workload(
         shape=shape,
-        resolution=config.model.resolution,
+        resolution=_largest(config.model.sizes),
         batch=train.micro_batch_size,
         accumulation=train.gradient_accumulation,
         sharing=config.sharing,
@@ -49,6 +49,12 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         reference=config.reference_kind,
         zero=_zero(config),
     )
+
+
+def _largest(sizes: tuple[tuple[int, int], ...]) -> int | tuple[int, int]:
+    """The size with most pixels, which every phase must have room for."""
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    return height if height == width else (height, width)
 
 
 def default_targets(shape: Shape) -> tuple[str, ...]:

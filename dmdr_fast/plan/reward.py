@@ -41,7 +41,7 @@ def reward_cost(work: Workload) -> RewardCost:
 
 
 @cache
-def _traced(shape: Shape, resolution: int, options: RewardPass, own_linear: bool) -> RewardCost:
+def _traced(shape: Shape, resolution: int | tuple[int, int], options: RewardPass, own_linear: bool) -> RewardCost:
     """Trace R(decode(x0)) of one chunk, and its gradient as ``dmdr_fast.algorithm.rl.refl`` takes it."""
     vae = shape.build_vae()
     decoder = nn.Identity() if vae is None else nn.Module.to(vae, DTYPES[options.dtype]).requires_grad_(False).eval()

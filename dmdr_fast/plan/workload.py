@@ -76,7 +76,7 @@ class Workload:
     """One DMDR update as the planner sees it. ``batch`` is the micro-batch per GPU; dtype is that of the networks."""
 
     shape: Shape
-    resolution: int = 1024
+    resolution: int | tuple[int, int] = 1024  # a square's side, or height and width
     batch: int = 1
     accumulation: int = 1
     sharing: Sharing = "shared_score"
