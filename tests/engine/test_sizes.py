@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from dmdr_fast import cli
 from dmdr_fast.algorithm.streams import Streams
+from dmdr_fast.engine.identity import other_run
 from dmdr_fast.engine.recipe import recipe_of
 from dmdr_fast.errors import UserError
 from dmdr_fast.export import export_run
@@ -130,3 +131,9 @@ def test_sit_is_square():
     for written in ("[8, 16]", "[[8, 8], [16, 16]]"):
         with pytest.raises(UserError, match="SiT's positions are a table of one square size"):
             cli.parse(["--model.resolution", written])
+
+
+def test_a_run_is_of_its_sizes_and_times():
+    before = {"sharing": "separate", "student.lora.rank": 0, "model.resolution": 16, "student.times": None}
+    now = before | {"model.resolution": [[16, 16], [16, 24]], "student.times": [0.9, 0.5]}
+    assert [line.split()[0] for line in other_run(before, now)] == ["model.resolution", "student.times"]
