@@ -12,6 +12,7 @@ from dmdr_fast.cli import CONFIGS, load, parse
 from dmdr_fast.errors import UserError
 from dmdr_fast.plan.__main__ import main
 from dmdr_fast.plan.advice import changes, cheapest_change, largest_batch
+from dmdr_fast.plan.cost import forward_flops
 from dmdr_fast.plan.from_config import default_targets, workload
 from dmdr_fast.plan.plan import make_plan, phase_bytes
 from dmdr_fast.plan.sweep import sweep, sweep_plot, sweep_table
@@ -141,3 +142,18 @@ def test_weights_of_rewards_that_no_update_runs():
     off = replace(off, blocks="eager", reward=replace(off.reward, models=off.reward.models[-1:]))
     phases = phase_bytes(off, GPUS)
     assert "reward" not in phases and phases["rollout"]["decoder and reward"] > 3.9e9  # PickScore in fp32
+
+
+def test_the_largest_of_several_sizes_is_planned():
+    argv = ["--config", str(CONFIGS / "flux_dev.yaml"), "--model.resolution"]
+    small = measured.SHAPES["flux"]
+
+    def planned(text):
+        return workload(parse([*argv, text])[0], small)
+
+    assert planned("[[1024, 1024], [768, 1280]]").resolution == 1024
+    assert planned("[[512, 512], [768, 1280], [1280, 512]]").resolution == (768, 1280)
+    wide, square = (forward_flops(planned(text)) for text in ("[512, 2048]", "1024"))
+    assert wide == square  # as many tokens
+    with pytest.raises(UserError, match=r"model\.resolution: flux: .* got 770 x 1280; the nearest is 768 x 1280"):
+        forward_flops(planned("[770, 1280]"))
