@@ -9,7 +9,7 @@ import torch
 import benchmarks
 from benchmarks.bench_preprocess_reward import RewardPreprocessing
 from dmdr_fast import ops
-from tests.ops.calls import WRT, valid_calls
+from tests.cases import OPS, valid_calls
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ EAGER = {name: getattr(file, name) for file in FILES for name in ops.__all__ if 
 APART = {"qk_norm_rope", "grpo_loss"}
 # As the trainers that the counterparts are of have it.
 OPTIONS = {"sde_step_logprob": {"kind": "flow_grpo", "eta": 0.7}}
-DIFFERENTIATED = {**WRT, "sde_step_logprob": "v"}
+DIFFERENTIATED = {op: about.wrt for op, about in OPS.items() if about.wrt} | {"sde_step_logprob": "v"}
 
 
 def flat(result):
