@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmdr_fast.reference.registry import Result
+from dmdr_fast.reference import Result
 
 
 class Live(int):

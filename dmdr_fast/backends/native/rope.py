@@ -47,8 +47,8 @@ def qk_norm_rope_fwd(run: Calls, a, out) -> None:
 def qk_norm_rope_bwd(run: Calls, a, out) -> None:
     with run.in_float32(out.grad_q_weight, out.grad_k_weight) as (grad_q_weight, grad_k_weight):
         sides = {
-            "q_x": a.q, "q_grad": a.grad_q, "q_grad_x": out.grad_q, "q_grad_weight": grad_q_weight,
-            "k_x": a.k, "k_grad": a.grad_k, "k_grad_x": out.grad_k, "k_grad_weight": grad_k_weight,
+            "q_x": a.q, "q_grad": a.grad_q_out, "q_grad_x": out.grad_q, "q_grad_weight": grad_q_weight,
+            "k_x": a.k, "k_grad": a.grad_k_out, "k_grad_x": out.grad_k, "k_grad_weight": grad_k_weight,
             "workspace": run.workspace("qk_norm_rope", *a.q.shape[:2], a.q.shape[3]),
         }  # fmt: skip
         _call(run, "qk_norm_rope_bwd", a, out, sides)

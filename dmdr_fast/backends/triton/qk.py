@@ -38,13 +38,13 @@ def qk_norm_rope_fwd(run: Launches, a, out) -> None:
 def qk_norm_rope_bwd(run: Launches, a, out) -> None:
     batch, tokens, _, width = a.q.shape
     rows = batch * tokens
-    chunk = cdiv(rows, _PROGRAMS) if a.need_weights else 1
+    chunk = cdiv(rows, _PROGRAMS) if a.need_q_weight_or_k_weight else 1
     programs = cdiv(rows, chunk)
     tile = _tile(width, a.interleaved, a.cos)
     sides, blocks, sums = [], [], []
     for grad, x, weight, rstd, grad_x, grad_weight in (
-        (a.grad_q, a.q, a.q_weight, a.q_rstd, out.grad_q, out.grad_q_weight),
-        (a.grad_k, a.k, a.k_weight, a.k_rstd, out.grad_k, out.grad_k_weight),
+        (a.grad_q_out, a.q, a.q_weight, a.q_rstd, out.grad_q, out.grad_q_weight),
+        (a.grad_k_out, a.k, a.k_weight, a.k_rstd, out.grad_k, out.grad_k_weight),
     ):
         count = 0 if grad is None else cdiv(x.shape[2], tile["HEADS"])
         parts = None if grad_weight is None else run.new((1, programs * count, width), torch.float32)
