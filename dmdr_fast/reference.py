@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# By the name of the raw function; `ops` fills them in. Of its arguments, a named tuple: a tensor per result, of any dtype
-# and layout, or None for one that is not needed or 0.
+# By the name of the raw function; `ops` fills them in. Of its arguments, a named tuple: a tensor per result, of any
+# dtype and layout, or None for one that is not needed or 0.
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {}
 # Of the arguments: a named tuple of Result.
 RESULTS: dict[str, Callable[[Any], tuple[Result, ...]]] = {}
