@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
@@ -44,10 +43,10 @@ class Launches(Recorder):
             compiled = kernel[grid](*_plain(args), **constants, num_warps=num_warps, enable_fp_fusion=False)
         if self.device.type == "meta":  # compiled ahead of time, launched nowhere
             return
-        values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
         if INTERPRETED:
-            self.note(self._interpreted(kernel, grid, args, constants))
+            self._repeatable = False  # nothing is compiled that could run again
         else:
+            values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
             self.note(self._compiled(compiled, grid, values))
 
     def _compiled(self, compiled: Any, grid: tuple[int, ...], values: list) -> Callable[[list[int]], None]:
@@ -85,39 +84,12 @@ class Launches(Recorder):
         names[name] = value
         return name
 
-    def _interpreted(
-        self, kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict
-    ) -> Callable[[list[int]], None]:
-        """The same in the interpreter, so that plans are tested there: tensors are made of the pointers."""
-
-        def rebuilt(value: Any) -> Callable[[list[int]], Any]:
-            if isinstance(value, tuple):
-                parts = [rebuilt(part) for part in value]
-                make = getattr(type(value), "_make", tuple)
-                return lambda p: make(part(p) for part in parts)
-            if isinstance(value, Tensor):
-                place, offset = self.place(value) or (0, 0)
-                dtype = value.dtype
-                return lambda p: _at(p[place] + offset, dtype)
-            if isinstance(value, Live):
-                place = value.place
-                return lambda p: p[place]
-            return lambda p: value
-
-        made = rebuilt(tuple(args))
-        return lambda p: kernel[grid](*made(p), **constants)
-
 
 def _plain(value: Any) -> Any:
     """Without :class:`Live`: Triton knows ints by their exact type."""
     if isinstance(value, tuple):
         return getattr(type(value), "_make", tuple)(_plain(part) for part in value)
     return int(value) if isinstance(value, Live) else value
-
-
-def _at(pointer: int, dtype: torch.dtype) -> Tensor:
-    """The element at an address: all that the interpreter asks of a tensor is where it starts."""
-    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(pointer), dtype=dtype)
 
 
 def _refuses(device: torch.device) -> str | None:
