@@ -76,6 +76,15 @@ class _Implementation(NamedTuple):
     refuses: Callable[[Any], str | None] | None
 
 
+def at_most(most: float, unit: str, what: str, size: Callable[[Any], int]) -> Callable[[Any], str | None]:
+    """Why a raw function does not take ``what`` (plural) of more ``unit`` than ``most``, of its arguments."""
+
+    def refusal(a: Any) -> str | None:
+        return None if size(a) <= most else f"it takes {what} of at most {most} {unit}, these have {size(a)}"
+
+    return refusal
+
+
 class Backend:
     """The raw functions that one kind of kernel has.
 
