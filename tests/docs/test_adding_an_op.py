@@ -35,7 +35,7 @@ def test_the_page_names_every_file_of_the_op_once():
 def test_what_it_quotes_is_in_those_files():
     sources = squeezed("".join((ROOT / path).read_text() for path in FILES if path.endswith((".py", ".cpp"))))
     for code in re.findall(r"^```(?:python|cpp)\n(.*?)^```", PAGE, re.S | re.M):
-        for block in re.split(r"\n\n\n|\n(?=_fwd = )", code):
+        for block in re.split(r"\n\n\n|\n(?=_fwd = |on_rows)", code):
             assert squeezed(block) in sources, block
 
 

@@ -50,17 +50,7 @@ def qk_norm_rope_bwd(run: Launches, a, out) -> None:
         parts = None if grad_weight is None else run.new((1, programs * count, width), torch.float32)
         if grad_weight is not None:
             sums.append((parts, grad_weight))
-        sides.append(
-            Side(
-                _heads(x),
-                None if grad is None else _heads(grad),
-                _vector(weight),
-                grad_x,
-                rstd.contiguous(),
-                parts,
-                x.shape[2],
-            )
-        )
+        sides.append(Side(_heads(x), _heads(grad), _vector(weight), grad_x, rstd.contiguous(), parts, x.shape[2]))
         blocks.append(count)
     # A side without a gradient has no blocks; what is compiled for it reads the other side's.
     sides = [side if count else sides[1 - index] for index, (side, count) in enumerate(zip(sides, blocks, strict=True))]
@@ -71,7 +61,9 @@ def qk_norm_rope_bwd(run: Launches, a, out) -> None:
     sum_chunks(run, *sums)
 
 
-def _heads(x: Tensor) -> Heads:
+def _heads(x: Tensor | None) -> Heads | None:
+    if x is None:
+        return None
     heads, strides = strided(x)
     return Heads(heads, *strides)
 
