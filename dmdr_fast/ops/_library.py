@@ -244,7 +244,7 @@ def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[
         sources = [number(field.removesuffix("_dtype" * dtype)) for field, dtype in zip(options, dtypes, strict=True)]
         groups = [[number(one) for one in field.removeprefix("need_").split("_or_")] for field in needs]
         given = [number(result.removeprefix("grad_")) for result in gradient.results]
-        passed = None if through is None else number(through)
+        passed = None if through is None else arguments.index(through)
 
         def save(ctx, args, results):
             values = (*args, *results) if isinstance(results, tuple) else (*args, results)
