@@ -4,8 +4,8 @@ Small digits runs of every sharing, at stage 0 (one process) and 3 (two ranks), 
 goes to all processes of a run at a moment drawn between its start and the time that the uninterrupted run took. The run
 then starts again with ``--resume auto``, is killed up to three times in all, and goes on to its end.
 
-A run in parts: ``--only separate``, ``--only shared_score`` and ``--only shared_all`` are the 40 kills together, each at
-the moments that it has in the whole.
+In parts: ``--only separate``, ``--only shared_score`` and ``--only shared_all`` are the 40 kills together, each at the
+moments that it has in the whole.
 """
 
 from __future__ import annotations

@@ -16,28 +16,38 @@ COLD_START = Path("cold_start") / "generator.safetensors"
 SETTINGS = FINAL.with_name("settings.json")  # what the final weights were made with
 
 
-def is_finished(config: Config, checkpoint: Path) -> bool:
-    """Whether the run has made all of its updates, up to that checkpoint, and written all that it leaves."""
-    step = int(checkpoint.name.rpartition("_")[2])
-    updates = _read(config.run_dir / SUMMARY).get("updates")
-    return step >= config.train.generator_steps and updates == step and _whole(config)
+def is_finished(
+    config: Config, settings: dict[str, Any], checkpoint: Path | None, changes: list[str], ranks: Runtime
+) -> bool:
+    """Whether the run has made all of its updates and written all that it leaves. All ranks must call.
 
-
-def is_finished_without_checkpoints(config: Config, settings: dict[str, Any], ranks: Runtime) -> bool:
-    """Whether the run of ``settings`` is finished in a run_dir without a checkpoint. All ranks must call.
+    Args:
+        settings: what the run is made of now.
+        checkpoint: the one that the run would go on from; None where it starts anew.
+        changes: the settings that differ since then.
 
     Raises:
-        UserError: it has weights that a start anew would write over: another run's, or of a run that is to go on.
+        UserError: there is no checkpoint, but weights that a start anew would write over: another run's, or of a run
+            that is to go on.
     """
-    finished, fault = ranks.gather(_look(config, settings))[0]
-    if fault is not None and not finished:
+    if checkpoint is not None:
+        return not evaluates_anew(changes) and ranks.gather(_has_ended(config, checkpoint))[0]
+    if config.resume == "never":
+        return False
+    finished, fault = ranks.gather(_without_checkpoints(config, settings))[0]
+    if fault is not None:
         raise UserError(
             f"resume: {fault}; name another run_dir, or start anew here, over what there is, with --resume never"
         )
     return finished
 
 
-def _look(config: Config, settings: dict[str, Any]) -> tuple[bool, str | None]:
+def _has_ended(config: Config, checkpoint: Path) -> bool:
+    step, updates = int(checkpoint.name.rpartition("_")[2]), _read(config.run_dir / SUMMARY).get("updates")
+    return step >= config.train.generator_steps and updates == step and _whole(config)
+
+
+def _without_checkpoints(config: Config, settings: dict[str, Any]) -> tuple[bool, str | None]:
     # Without a cold start its weights are written before the first checkpoint: then they are no sign of one.
     kept = (FINAL, COLD_START) if config.train.cold_start_steps else (FINAL,)
     found = [str(name) for name in kept if (config.run_dir / name).is_file()]
@@ -46,9 +56,10 @@ def _look(config: Config, settings: dict[str, Any]) -> tuple[bool, str | None]:
     there, noted = f"{config.run_dir} has {' and '.join(found)}, but no checkpoint", _read(config.run_dir / SETTINGS)
     if noted and (other := other_run(noted, settings)):
         return False, f"{there}, and was written with {'; '.join(other)}"
-    steps = config.train.generator_steps
-    if noted.get("train.generator_steps") == steps == _read(config.run_dir / SUMMARY).get("updates") and _whole(config):
-        return not evaluates_anew(differences(noted, settings)), f"{there} to go on from"
+    updates = _read(config.run_dir / SUMMARY).get("updates")
+    ended = noted.get("train.generator_steps") == updates == config.train.generator_steps and _whole(config)
+    if ended and not evaluates_anew(differences(noted, settings)):
+        return True, None
     return False, f"{there} to go on from"
 
 

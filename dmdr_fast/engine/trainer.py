@@ -27,16 +27,9 @@ from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import Evaluator
-from dmdr_fast.engine.finished import (
-    COLD_START,
-    FINAL,
-    SETTINGS,
-    SUMMARY,
-    is_finished,
-    is_finished_without_checkpoints,
-)
+from dmdr_fast.engine.finished import COLD_START, FINAL, SETTINGS, SUMMARY, is_finished
 from dmdr_fast.engine.go_on import resume_command
-from dmdr_fast.engine.identity import evaluates_anew, run_settings
+from dmdr_fast.engine.identity import run_settings
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.memory import build_probe
 from dmdr_fast.engine.model import Model, open_model
@@ -73,13 +66,7 @@ def train(config: Config) -> None:
             changes = [] if start is None else checkpoints.changes(start)
             for change in changes:
                 ranks.say(f"since the checkpoint: {change}")
-            if start is not None:
-                finished = not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]
-            else:
-                finished = config.resume == "auto" and is_finished_without_checkpoints(
-                    config, checkpoints.settings, ranks
-                )
-            if finished:
+            if is_finished(config, checkpoints.settings, start, changes, ranks):
                 ranks.say(
                     f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
                     "run_dir for another run, or start anew with --resume never"

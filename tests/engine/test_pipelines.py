@@ -175,11 +175,8 @@ def test_exporting_and_sampling_a_checkpoint(finished, tmp_path, capsys):
     ):
         content = (shards / name).read_bytes()
         (shards / name).write_bytes(spoil(content))
-        for command, words_ in (
-            (sample.main, [str(run_dir), "--prompts", "sea"]),
-            (export.main, arguments[:1] + ["x"]),
-        ):
-            assert run_user_command(command, [*words_, "--step", "2"]) == 2
+        for command, more in ((sample.main, ["--prompts", "sea"]), (export.main, [str(tmp_path / "x")])):
+            assert run_user_command(command, [str(run_dir), *more, "--step", "2"]) == 2
             error = capsys.readouterr().err.splitlines()[-1]
             assert error.startswith("error: --step 2: ") and f"{name} does not match its checksum" in error
             assert "it has steps 1, 2, 3" in error
