@@ -40,9 +40,6 @@ class Encoder(Protocol):
 
     identity: dict[str, Any]
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """ValueError where a prompt is too long."""
-
     def encode(self, prompts: Sequence[str], *, negative: bool) -> list[Entry]:
         """One dictionary of CPU tensors per prompt."""
 
@@ -81,8 +78,7 @@ class TextCache:
             How many embeddings were computed.
 
         Raises:
-            UserError: a prompt longer than the encoder takes (all are checked first), encoders that cannot be loaded,
-                or nothing can be written.
+            UserError: encoders that cannot be loaded, or nothing can be written.
         """
         wanted = [(p, False) for p in list(dict.fromkeys(prompts))[part::parts]]
         wanted += [(n, True) for n in (dict.fromkeys(negatives) if part == 0 else ())]
@@ -99,6 +95,11 @@ class TextCache:
                 self._compute(missing, f".{name}.{os.getpid()}")
         self._index()
         return len(missing)
+
+    def lacks(self, prompts: Iterable[str], *, negative: bool = False) -> list[str]:
+        """Those of the prompts that it has no embedding of, each once."""
+        self._index()
+        return [prompt for prompt, _ in self._missing((p, negative) for p in dict.fromkeys(prompts))]
 
     def get(self, prompt: str, *, negative: bool = False) -> Entry:
         """The embedding's tensors, memory-mapped: read-only by convention, on the CPU.
@@ -142,7 +143,6 @@ class TextCache:
 
     def _compute(self, missing: list[tuple[str, bool]], aside: str) -> None:
         try:
-            self.encoder.check([prompt for prompt, _ in missing])
             held: dict[str, Entry] = {}
             for negative in (False, True):
                 prompts = [p for p, n in missing if n == negative]
