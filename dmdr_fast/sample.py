@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmdr_fast.cli import Parser, load, run_user_command
+from dmdr_fast.cli import Parser, load, run_user_command, user_path
 from dmdr_fast.data.prompts import Prompt, is_prompt_file, load_prompts
 from dmdr_fast.errors import UserError
 from dmdr_fast.export import add_source, run_weights
@@ -22,10 +22,12 @@ def main(argv: list[str]) -> None:
     """Draw one image per prompt and write them as one PNG. Mistakes exit with 2."""
     parser = Parser(prog="dmdr-sample", description=__doc__)
     parser.add_argument(
-        "source", type=Path, help="A run of a text-to-image family, finished or not, or a pipeline that was exported."
+        "source",
+        type=user_path,
+        help="A run of a text-to-image family, finished or not, or an exported pipeline.",
     )
     parser.add_argument("--prompts", nargs="+", required=True, help="Prompts, or one file of them, as data.prompts.")
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write.")
+    parser.add_argument("--out", type=user_path, default=Path("grid.png"), help="PNG to write.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
     add_source(parser)
     options = parser.parse_args(argv)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
-from dmdr_fast.config.base import Positive, Section
+from dmdr_fast.config.base import File, Positive, Section
 from dmdr_fast.config.base import key as documented
 
 
 class Data(Section):
     """The prompts, and where their embeddings are kept. Runs on class labels read none of it."""
 
-    prompts: Path | None = documented(
+    prompts: File | None = documented(
         None,
         "Prompts: a .txt (one a line), .jsonl, .json, .csv or .parquet file, or a folder of Parquet files.",
     )
@@ -24,4 +23,4 @@ class Data(Section):
         "A prompt of more tokens. error: all are named with their lines; truncate: its first whole words, for rewards "
         "too; skip: it is left out.",
     )
-    cache: Path | None = documented(None, "Folder of the text embeddings; null: DMDR_FAST_CACHE, or the user's cache.")
+    cache: File | None = documented(None, "Folder of the text embeddings; null: DMDR_FAST_CACHE, or the user's cache.")
