@@ -33,6 +33,16 @@ def problems(config: Config) -> Iterator[str]:
         )
     if config.rollout.keep_gathered and config.deepspeed.stage != 3:
         yield "rollout.keep_gathered: only deepspeed.stage=3 partitions the weights; set it, or leave this off"
+    if config.compute.cuda_graphs and config.deepspeed.stage == 3:
+        yield (
+            "compute.cuda_graphs: under deepspeed.stage 3 weights are gathered to new addresses in every pass, which "
+            "no graph follows; set it to false, or the stage to 0 or 2"
+        )
+    if config.compute.cuda_graphs and config.model.family == "z_image":
+        yield (
+            "compute.cuda_graphs: z_image runs each prompt at its own length, and every length would be a graph; set "
+            "it to false"
+        )
     yield from _sharing_problems(config)
     yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:

@@ -394,6 +394,8 @@ class Run:
             values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
         if graphs := compiled_graphs():
             values["compilations"] = float(graphs)
+        if self.roles.graphs is not None:
+            values["cuda_graphs"] = float(self.roles.graphs.count)
         values |= {f"{n}_loss_scale": r.loss_scale for n, r in _trained(self.roles).items() if r.loss_scale is not None}
         if self.config.monitors.max_score_rounding is not None and can_measure(self.config):
             values["score_rounding"] = self._rounding().error
