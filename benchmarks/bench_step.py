@@ -51,12 +51,15 @@ def size_for(device: torch.device, small: bool, batch: int = 16) -> Size:
 @pytest.mark.parametrize("batch", [16, 64], ids="micro-batch {}".format)
 @pytest.mark.parametrize("blocks", ["eager", "fused", "compiled"])
 def test_update(record, device, request, steps, cfg_scale, batch, blocks):
+    option = request.config.getoption
+    path = ComputePath(blocks, option("bench_attention"), option("bench_graphs"))
     if batch > 16 and device.type == "cpu":
         pytest.skip(f"a micro-batch of {batch} needs a GPU")
+    if path.graphs and device.type != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
     if blocks == "compiled":
         pytest.importorskip("pydantic")
-    size = size_for(device, request.config.getoption("bench_small"), batch)
-    path = ComputePath(blocks, request.config.getoption("bench_attention"))
+    size = size_for(device, option("bench_small"), batch)
     record(lambda: [measured(size, path, device, steps, cfg_scale)])
 
 

@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-resources", action="store_true", help="print what the kernels need, compiled for sm_90")
     group.addoption("--bench-small", action="store_true", help="bench_step: networks so small that they show no speed")
     group.addoption("--bench-large", action="store_true", help="bench_step: SiT-B/2 on a CPU too, which takes minutes")
+    group.addoption("--bench-graphs", action="store_true", help="bench_step: rollouts and score pass as CUDA graphs")
     group.addoption(
         "--bench-attention",
         choices=("sdpa", "cudnn", "flash_attn", "flash_attn_3"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,18 +53,21 @@ class ComputePath:
     Attributes:
         blocks: ``compute.blocks``.
         attention: ``memory.attention``.
+        graphs: ``compute.cuda_graphs``.
         float8: ``memory.frozen: float8``, of the base of the scores.
         scores: ``dmd.score_dtype``; None is the dtype of the weights.
     """
 
     blocks: str = "eager"
     attention: str = "sdpa"
+    graphs: bool = False
     float8: bool = False
     scores: torch.dtype | None = None
 
     def __str__(self) -> str:
         """What differs from plain layers over torch's own attention, for the name of a row."""
         taken = [each for each in (self.blocks, self.attention) if each not in ("eager", "sdpa")]
+        taken += ["CUDA graphs"] * self.graphs
         taken += ["float8 base"] * self.float8
         taken += [] if self.scores is None else [f"{str(self.scores).removeprefix('torch.')} scores"]
         return "".join(f", {each}" for each in taken)
@@ -78,17 +81,26 @@ class ComputePath:
 
             compile_blocks(repeated_blocks(network))
 
-    def for_scores(self, base: nn.Module, own: torch.dtype) -> Network:
-        """``base``, whose weights are of dtype ``own``, as the score pass calls it."""
+    def replayed(self, *networks: nn.Module) -> Sequence[Network]:
+        """The networks, whose forwards without grad are replayed where that was asked for."""
+        if not self.graphs:
+            return networks
+        from dmdr_fast.engine.graphs import Graphs
+
+        graphs = Graphs()
+        return [graphs.of(network) for network in networks]
+
+    def for_scores(self, scored: Network, base: nn.Module, own: torch.dtype) -> Network:
+        """``scored``, which runs ``base`` with weights of dtype ``own``, as the score pass calls it."""
         if self.scores is None:
-            return base
+            return scored
         read_as = ReadAs(base, own)
 
-        def scored(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        def cast(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             with read_as(self.scores):
-                return base(x_t, t, condition)
+                return scored(x_t, t, condition)
 
-        return scored
+        return cast
 
 
 class Fused:
@@ -100,9 +112,11 @@ class Fused:
             quantise_blocks(base, "float8")
         path.apply(generator), path.apply(base)
         self.optimizers = _optimizers(generator.parameters(), adapter.parameters(), fused=True)
+        rolled, scored = path.replayed(generator, base)
+        scored = path.for_scores(scored, base, size.dtype)
         fake = _Trained(base, self.optimizers[1], before=lambda: adapter.set_scale(FAKE_SCALE))
-        scores = shared_scores(path.for_scores(base, size.dtype), adapter.set_scale, fake_scale=FAKE_SCALE)
-        self.networks = Networks(_Trained(generator, self.optimizers[0]), fake, scores)
+        scores = shared_scores(scored, adapter.set_scale, fake_scale=FAKE_SCALE)
+        self.networks = Networks(_Trained(rolled, self.optimizers[0]), fake, scores)
         self.null = generator.null_condition
         decoder, classifier = _reward_networks(size, device)
 
@@ -166,7 +180,7 @@ def balanced_steps(steps: int, reuse: int = 1) -> tuple[int, int]:
 class _Trained:
     """A network with AdamW and a norm bound, as ``dmdr_fast.algorithm.recipe.Trained`` asks."""
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
+    def __init__(self, network: Network, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
         self.network, self.optimizer, self.before = network, optimizer, before
 
     def __call__(self, x_t, t, condition):

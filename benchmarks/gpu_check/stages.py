@@ -50,8 +50,8 @@ _DIGITS = (
 )
 
 
-def _step(name: str, limit: int, chosen: str, modules: tuple[str, ...] = (), attention: str = "sdpa") -> Stage:
-    command = f"{_STEP} --bench-attention {attention}"
+def _step(name: str, limit: int, chosen: str, modules: tuple[str, ...] = (), options: str = "") -> Stage:
+    command = f"{_STEP} {options}"
     dry = f"{command} --bench-small -k '{chosen} and not CFG'"
     return Stage(f"step: {name}", limit, f"{command} -k '{chosen}'", dry, modules=modules, tests=True)
 
@@ -101,10 +101,11 @@ STAGES = (
     _step("eager", 40, "eager and 16"),
     _step("fused", 40, "fused and 16"),
     _step("compiled", 90, "compiled and 16", ("pydantic",)),
-    _step("cuDNN", 40, "eager and 16", attention="cudnn"),
+    _step("CUDA graphs", 90, "compiled and 16", ("pydantic",), "--bench-graphs"),
+    _step("cuDNN", 40, "eager and 16", options="--bench-attention cudnn"),
     _step("everything on", 90, "everything", ("pydantic",)),
-    _step("FlashAttention 2", 40, "eager and 16", ("flash_attn",), "flash_attn"),
-    _step("FlashAttention 3", 40, "eager and 16", ("flash_attn_interface",), "flash_attn_3"),
+    _step("FlashAttention 2", 40, "eager and 16", ("flash_attn",), "--bench-attention flash_attn"),
+    _step("FlashAttention 3", 40, "eager and 16", ("flash_attn_interface",), "--bench-attention flash_attn_3"),
     Stage(
         "ops",
         100,

@@ -145,6 +145,7 @@ def test_the_verdicts_follow_from_the_numbers():
         "teacher_reward": "holds",
         "teacher_fd": "does not hold",
         "any_method": "holds",
+        "reuse": "cannot be told here",
     }
 
 
@@ -319,6 +320,29 @@ def test_the_command_says_when_there_is_more_to_do_and_writes_the_page_at_the_en
     trainer.write_text(TRAINER.replace("1 / step", "2 / step"))
     assert command.main(again) == command.DONE  # not run again in the folder of comparisons
     assert not any(re.search("compare", str(p)) for p in (tmp_path / "work").glob("*-1"))
+
+
+def test_runs_of_an_earlier_page_stand_where_their_settings_do(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "FULL", runs.Budget(2, 3, 1))
+    words = ["--seeds", "1", "--out", str(tmp_path), "--work"]
+    assert command.main([*words, str(tmp_path / "first")]) == command.DONE
+    page = tmp_path / "claims.json"
+    made, read = records.read_json(page)
+    changed = [
+        replace(r, settings=r.settings | {"rl.dpo.beta": 1.0}) if r.name == "dmdr_dpo" else replace(r, commit="earlier")
+        for r in read
+        if r.name != "dmdr_reuse"
+    ]
+    records.write_json(page, made, changed, [])
+    second = tmp_path / "second"
+    assert command.main([*words, str(second), "--kept", str(page)]) == command.DONE
+    assert {p.name for p in second.glob("*-1")} == {"cold_start-1", "dmdr_dpo-1", "cold_reuse-1", "dmdr_reuse-1"}
+    now, rows = records.read_json(page)
+    assert [r.name for r in rows] == [v.name for v in runs.VARIANTS]
+    assert {r.name for r in rows if r.commit != "earlier"} == {"dmdr_dpo", "dmdr_reuse"}
+    assert (now["kept"], now["before"]) == (14, made)
+    assert "- 14 of the runs stand from the page before: " in (tmp_path / "claims.md").read_text()
+    assert len(page.read_text().splitlines()) == 2 + 16 + 2 + len(verdicts.CLAIMS) + 1  # a run a line
 
 
 @pytest.mark.slow

@@ -153,5 +153,6 @@ _FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
     "cold_start": _cold_start,
     "joint": _reward_and_fd("dmdr_refl", "dmd_then_rl"),
     "teacher": _reward_and_fd("dmdr_refl", "dmdr_grpo", "dmdr_dpo"),
+    "reuse": _reward_and_fd("dmdr_refl", "dmdr_reuse", "dmdr_reuse_time"),
     "methods": _updates(_METHODS, "reward", "held_out_reward"),
 }

@@ -144,6 +144,16 @@ CLAIMS = (
         (*_METHODS, "dmd_only"),
         "methods",
     ),
+    Claim(
+        "reuse",
+        "Reused rollouts train a better student in the same time",
+        "Not the paper's: `train.rollout_reuse` as this trainer offers it, at equal time. The cold start's FD must be "
+        "lower than without, and DMDR's (ReFL) lower than DMDR's without where that has its reward. The rows at equal "
+        "updates stand beside them.",
+        (Test("cold_reuse_time", "cold_start", "fd"), Test("dmdr_reuse_time", "dmdr_refl", MATCHED_FD)),
+        ("cold_start", "cold_reuse", "cold_reuse_time", "dmdr_refl", "dmdr_reuse", "dmdr_reuse_time"),
+        "reuse",
+    ),
 )
 
 
