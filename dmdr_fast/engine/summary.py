@@ -19,8 +19,26 @@ from dmdr_fast.engine.runtime import Runtime
 SUMMARY = Path("summary.json")
 
 
+def origin() -> dict[str, str | None]:
+    """Command, versions and commit of this process, taken at its start: the files may change while it runs."""
+    return {
+        "command": given_command(),
+        "dmdr_fast": dmdr_fast.__version__,
+        "commit": commit(Path(dmdr_fast.__file__).parent),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
 def write_summary(
-    config: Config, ranks: Runtime, trained: Mapping[str, int], updates: int, skipped: int, elapsed: float
+    config: Config,
+    ranks: Runtime,
+    origin: Mapping[str, str | None],
+    trained: Mapping[str, int],
+    *,
+    updates: int,
+    skipped: int,
+    elapsed: float,
 ) -> None:
     """Write ``run_dir/summary.json`` of a finished run.
 
@@ -32,11 +50,7 @@ def write_summary(
     summary = {
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "training_seconds": elapsed,
-        "command": given_command(),
-        "dmdr_fast": dmdr_fast.__version__,
-        "commit": commit(Path(dmdr_fast.__file__).parent),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        **origin,
         "updates": updates,
         "skipped": skipped,
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU",

@@ -41,7 +41,7 @@ from dmdr_fast.engine.score import Rounding, can_measure, rounding_line, score_r
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.engine.stopping import StopRequest
-from dmdr_fast.engine.summary import SUMMARY, write_summary
+from dmdr_fast.engine.summary import SUMMARY, origin, write_summary
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
@@ -112,6 +112,7 @@ class Run:
     checkpoints: CheckpointFolder
     log: RunLog
     telemetry: Telemetry
+    origin: dict[str, str | None]  # of the process, for the report; empty but on rank 0
     step: int
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -170,6 +171,7 @@ class Run:
                 enabled=ranks.is_main,
             ),
             telemetry=Telemetry(ranks.device),
+            origin=origin() if ranks.is_main else {},
             step=state["step"],
             **state["counters"],
         )
@@ -304,7 +306,15 @@ class Run:
         if table is not None:
             self.ranks.say(table_text(table))
         if self.ranks.is_main:
-            write_summary(config, self.ranks, self.roles.trained_parameters, self.step, self.skipped, self.elapsed)
+            write_summary(
+                config,
+                self.ranks,
+                self.origin,
+                self.roles.trained_parameters,
+                updates=self.step,
+                skipped=self.skipped,
+                elapsed=self.elapsed,
+            )
             self.ranks.say(f"weights: {final}")
             if config.log.report:
                 self.ranks.say(f"report: {write_report(config.run_dir)}")
