@@ -1,6 +1,6 @@
 """Stacks of transformer blocks by width: as the model has them, fused, compiled.
 
-What ``compute.blocks: auto`` takes on a CPU rests on these lines. SiT's blocks, and SD3.5-Medium's: one with a second
+By width, because ``compute.blocks: auto`` chooses by it on a CPU. SiT's blocks, and SD3.5-Medium's: one with a second
 attention over the image alone and one without, as its first 13 and its last 11 have it.
 """
 
