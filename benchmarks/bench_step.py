@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def measured(size: Size, path: ComputePath, device: torch.device, steps: int, cf
         rl=RLOptions(refl=ReFLOptions(chunk=max(1, size.batch // 4))),
     )
     counters = balanced_steps(steps)
-    sides = {"fused": Fused(size, recipe, device, path), "eager": Eager(size, recipe, device, counters)}
+    sides: dict[str, Fused | Eager] = {"fused": Fused(size, recipe, device, path), "eager": Eager(size, recipe, device, counters)}
     peak, error = _first_update(sides, counters[0], size.dtype, device)
     runs = {name: _run(side, counters, device) for name, side in sides.items()}
     readings = interleave(runs, seconds=0, least=4 if device.type == "cuda" else 2)
@@ -92,7 +93,7 @@ def _first_update(
     peak, gradients = {}, {}
     for name, side in sides.items():
         with _gradients(side.optimizers[0]) as gradients[name]:
-            peak[name] = peak_bytes(lambda side=side: side(step), device)
+            peak[name] = peak_bytes(partial(side, step), device)
     error = relative_error(*(torch.cat(gradients[name]).double() for name in ("fused", "eager")))
     if not error <= TOLERANCE[dtype]:
         raise GateFailure(

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmdr_fast.models.sit import SiT
+
 
 @dataclass(frozen=True)
 class FakeDraws:
@@ -43,7 +45,7 @@ class Draws:
 class DenseLora:
     """q + s q (A_q B_q), v + s v (A_v B_v) on the output of every qkv layer of a frozen network, by hooks."""
 
-    def __init__(self, network: nn.Module, weights: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]):
+    def __init__(self, network: SiT, weights: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]):
         self.scale = 0.0
         self.pairs = [tuple(nn.Parameter(tensor.clone()) for tensor in layer) for layer in weights]
         network.requires_grad_(False)
@@ -63,8 +65,8 @@ class EagerUpdate:
 
     def __init__(
         self,
-        generator: nn.Module,
-        base: nn.Module,
+        generator: SiT,
+        base: SiT,
         lora: DenseLora,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
         grid: tuple[float, ...],

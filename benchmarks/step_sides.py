@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from dmdr_fast.algorithm.rollout import draw_stop_step
 from dmdr_fast.algorithm.score_pass import shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
-from dmdr_fast.models.attention import Choice, set_attention
+from dmdr_fast.models.attention import AttentionKernel, Choice, set_attention
 from dmdr_fast.models.blocks import repeated_blocks
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.sit import SiT
@@ -38,7 +39,7 @@ class Size:
     """The SiT, the micro-batch, the dtype of the weights, and the width of the decoder before the reward."""
 
     name: str
-    network: dict[str, int]
+    network: dict[str, Any]
     batch: int
     dtype: torch.dtype
     decoder_width: int
@@ -48,8 +49,8 @@ class Size:
 class ComputePath:
     """How the networks of this package's side run: ``compute.blocks`` and ``memory.attention`` of a configuration."""
 
-    blocks: str
-    attention: str
+    blocks: Literal["eager", "fused", "compiled"]
+    attention: AttentionKernel
 
     def __str__(self) -> str:
         """What differs from plain layers over torch's own attention, for the name of a row."""
@@ -70,7 +71,8 @@ class Fused:
 
     def __init__(self, size: Size, recipe: Recipe, device: torch.device, path: ComputePath):
         generator, base, adapter = _networks(size, device)
-        path.apply(generator), path.apply(base)
+        path.apply(generator)
+        path.apply(base)
         self.optimizers = _optimizers(generator.parameters(), adapter.parameters())
         fake = _Trained(base, self.optimizers[1], before=lambda: adapter.set_scale(FAKE_SCALE))
         scores = shared_scores(base, adapter.set_scale, fake_scale=FAKE_SCALE)
@@ -87,7 +89,7 @@ class Fused:
     def __call__(self, step: int) -> None:
         dmdr_update(self.networks, self._data, self.reward, self.recipe, STREAMS, step, [self.shard], self.device)
 
-    def _data(self, index: tuple[int, int], shard: Shard, group: int = 1) -> Batch:
+    def _data(self, index: tuple[int, ...], shard: Shard, group: int = 1) -> Batch:
         labels = _labels(index, shard.size, self.device)
         return Batch(labels, self.null(labels), labels, {"labels": labels})
 
@@ -236,5 +238,5 @@ def _stops(step: int, steps: int) -> list[int]:
     return [draw_stop_step(STREAMS.rng("stop", step, r), steps) for r in range(FAKE_UPDATES)]
 
 
-def _labels(index: tuple[int, int], batch: int, device: torch.device) -> torch.Tensor:
+def _labels(index: tuple[int, ...], batch: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(STREAMS.rng("labels", *index).integers(1000, size=batch)).to(device)

@@ -91,7 +91,7 @@ def dmd_gradient(
     """
     real, uncond, mode = scores.real, scores.real_uncond, options.cfg_mode
     scale = None if uncond is None else options.guided_scale(guidance)
-    if uncond is not None and mode == "per_token":
+    if uncond is not None and scale is not None and mode == "per_token":
         real, uncond, scale = guide(real, uncond, scale, mode, options.token), None, None
     return ops.dmd_gradient(
         x0,

@@ -225,7 +225,7 @@ def _digest(prompt: str, negative: bool) -> str:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _stamp(file: Path) -> str:

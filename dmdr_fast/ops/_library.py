@@ -19,7 +19,7 @@ import types
 import typing
 from collections import namedtuple
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ _SCHEMA = {
     torch.dtype: "ScalarType", list[int]: "SymInt[]", list[float]: "float[]",
 }  # fmt: skip
 
+# Its names are known at run time only.
+_named: Callable[[str, str], type[Any]] = namedtuple
+
 
 # By name.
 RAW: dict[str, Raw] = {}
@@ -70,13 +73,13 @@ class Raw:
     def __init__(
         self,
         name: str,
-        arguments: type[tuple],
-        check: Callable[[str, Any], None] | None,
+        arguments: type[Any],
+        check: Callable[[str, Any], None],
         check_values: Callable[[str, Any], None] | None,
         formula: Callable[[Any], Any] | None,
     ) -> None:
         self.name, self.arguments = name, arguments
-        self.operator: Callable = None
+        self.operator: Callable[..., Any]
         self._check, self._check_values = check, check_values
         self._formula = formula or functools.partial(reference.run, name)
         self._function: type[torch.autograd.Function] | None = None
@@ -120,13 +123,13 @@ class Raw:
 
     def run(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
         """The results, without a derivative."""
-        if plan is not None:
+        if plan is not None and signature is not None:
             return plan(signature[1])
         # Each tensor becomes one of its own, whatever the caller passed twice: the recorder tells them apart so.
-        args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        own = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         if self.live is not None:
-            args[self.live] = Live(args[self.live])
-        outputs, plan = backends.run(self.name, self.arguments(*args))
+            own[self.live] = Live(own[self.live])
+        outputs, plan = backends.run(self.name, self.arguments(*own))
         if plan is not None and signature is not None:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
@@ -177,31 +180,17 @@ class Raw:
         return tuple(key), values, grads and graded
 
 
-def gradient(of: type[tuple], fields: str) -> type[tuple]:
-    """The arguments of the gradient of a raw function with the arguments ``of``.
-
-    ``fields`` names them: arguments of the function have the types that they have there, ``need_*`` are bools,
-    ``*dtype`` are dtypes, gradients and results of the function are tensors; ``?`` marks one that may be None.
-    """
-    hints = typing.get_type_hints(of)
-
-    def hint(field: str) -> Any:
-        if field.startswith("need_"):
-            return bool
-        if field.endswith("?"):
-            return Tensor | None
-        return hints.get(field, torch.dtype if field.endswith("dtype") else Tensor)
-
-    return NamedTuple(of.__name__ + "Grad", [(field.removesuffix("?"), hint(field)) for field in fields.split()])
+def _right(op: str, arguments: Any) -> None:
+    """The check of arguments that are known to be right."""
 
 
 def define(
     name: str,
-    arguments: type[tuple],
+    arguments: type[Any],
     results: str,
     describe: Callable[[Any], Result | tuple[Result, ...]],
     *,
-    check: Callable[[str, Any], None] | None = None,
+    check: Callable[[str, Any], None] = _right,
     check_values: Callable[[str, Any], None] | None = None,
     save: Callable[[Any, Any, Any], None] | None = None,
     backward: Callable[..., dict[str, Tensor | None]] | None = None,
@@ -216,7 +205,8 @@ def define(
         arguments: a named tuple class; its annotations make the schema.
         results: the names of the results, ``"y mean rstd"``; all are tensors.
         describe: of the arguments: a :class:`Result` for each result.
-        check: of the public op's name and the arguments: raises unless they are right; reads no values.
+        check: of the public op's name and the arguments: raises unless they are right; reads no values. The default
+            suits a function that only rules of derivatives call.
         check_values: likewise, and reads them; called where that costs nothing.
         save: ``save(ctx, arguments, results)`` keeps what ``backward`` reads, as ``setup_context`` does.
         backward: ``backward(ctx, needed, *gradients of the results)``: the gradients by argument name; ``needed`` is
@@ -228,14 +218,14 @@ def define(
     """
     raw = Raw(name, arguments, check, check_values, formula)
     several = len(results.split()) > 1
-    made = namedtuple(name, results)
+    made = _named(name, results)
     RESULTS[name] = (lambda a: made(*describe(a))) if several else (lambda a: made(describe(a)))
     returned = "(" + ", ".join(f"Tensor {result}" for result in results.split()) + ")" if several else "Tensor"
     _LIBRARY.define(f"{name}({_schema(arguments)}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
     raw.operator = getattr(torch.ops.dmdr_fast, name).default
     RAW[name] = raw
     torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: raw.fake(arguments(*args)), lib=_LIBRARY)
-    if backward is not None:
+    if backward is not None and save is not None:
         raw._function = _function(raw, save, backward, constants)
     if flops is not None:
         _flop_formulas[name] = flops
@@ -244,7 +234,7 @@ def define(
     return raw
 
 
-def _schema(arguments: type[tuple]) -> str:
+def _schema(arguments: type[Any]) -> str:
     """``Tensor x, Tensor? noise, float eps``: the arguments of a schema, from the tuple's annotations."""
     hints = typing.get_type_hints(arguments)
     return ", ".join(f"{_schema_type(hints[field])} {field}" for field in arguments._fields)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._library import define
 from dmdr_fast.reference.registry import Result, like
 
 
@@ -17,7 +17,11 @@ class GatedActivation(NamedTuple):
     gate_first: bool
 
 
-GatedActivationGrad = gradient(GatedActivation, "grad packed activation gate_first")
+class GatedActivationGrad(NamedTuple):
+    grad: Tensor
+    packed: Tensor
+    activation: str
+    gate_first: bool
 
 
 def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._library import define
 from dmdr_fast.ops._modulation import modulation, norm_options, shift_and_scale
 from dmdr_fast.reference.registry import Result, like
 
@@ -24,10 +24,20 @@ class GatedResidualLayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-GatedResidualLayerNormModulateGrad = gradient(
-    GatedResidualLayerNormModulate,
-    "grad_residual? grad_y? residual h gate scale mean rstd eps shift_dtype need_h need_gate need_modulation",
-)
+class GatedResidualLayerNormModulateGrad(NamedTuple):
+    grad_residual: Tensor | None
+    grad_y: Tensor | None
+    residual: Tensor
+    h: Tensor
+    gate: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_h: bool
+    need_gate: bool
+    need_modulation: bool
 
 
 def gated_residual_layer_norm_modulate(
@@ -90,10 +100,10 @@ def _results(a: GatedResidualLayerNormModulate):
 
 
 def _results_bwd(a: GatedResidualLayerNormModulateGrad):
-    modulation = {"needed": a.need_modulation, "zero": a.grad_y is None}
+    needed, zero = a.need_modulation, a.grad_y is None
     return (
         like(a.residual), like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate),
-        like(a.scale, a.shift_dtype, **modulation), like(a.scale, **modulation),
+        like(a.scale, a.shift_dtype, needed=needed, zero=zero), like(a.scale, needed=needed, zero=zero),
     )  # fmt: skip
 
 

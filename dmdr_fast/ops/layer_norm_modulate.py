@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._library import define
 from dmdr_fast.ops._modulation import norm_options, shift_and_scale
 from dmdr_fast.reference.registry import Result, like
 
@@ -22,7 +22,16 @@ class LayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-LayerNormModulateGrad = gradient(LayerNormModulate, "grad_y x scale mean rstd eps shift_dtype need_x need_modulation")
+class LayerNormModulateGrad(NamedTuple):
+    grad_y: Tensor
+    x: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_x: bool
+    need_modulation: bool
 
 
 def layer_norm_modulate(

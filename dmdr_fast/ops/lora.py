@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._library import define
 from dmdr_fast.reference.registry import Result, like
 
 
@@ -21,7 +21,16 @@ class MultiLora(NamedTuple):
     scale: Tensor
 
 
-MultiLoraGrad = gradient(MultiLora, "grad x low_rank A B scale need_x need_a need_b")
+class MultiLoraGrad(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    low_rank: Tensor
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    need_x: bool
+    need_a: bool
+    need_b: bool
 
 
 def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor | float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._library import define
 from dmdr_fast.ops._modulation import modulation, norm_options
 from dmdr_fast.reference.registry import Result, like
 
@@ -22,7 +22,16 @@ class RMSNormScale(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-RMSNormScaleGrad = gradient(RMSNormScale, "grad_y x weight scale rstd eps need_x need_weight need_scale")
+class RMSNormScaleGrad(NamedTuple):
+    grad_y: Tensor
+    x: Tensor
+    weight: Tensor | None
+    scale: Tensor
+    rstd: Tensor
+    eps: float
+    need_x: bool
+    need_weight: bool
+    need_scale: bool
 
 
 def rms_norm_scale(

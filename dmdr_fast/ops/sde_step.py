@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
+from dmdr_fast.ops._library import define
 from dmdr_fast.reference.registry import Result, like
 
 
@@ -24,10 +24,19 @@ class SDEStepArguments(NamedTuple):
     eta: float
 
 
-SDEStepGrad = gradient(
-    SDEStepArguments,
-    "grad_next? grad_logprob? grad_mean? x v sigma sigma_next next_sample kind eta need_x need_v",
-)
+class SDEStepGrad(NamedTuple):
+    grad_next: Tensor | None
+    grad_logprob: Tensor | None
+    grad_mean: Tensor | None
+    x: Tensor
+    v: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    next_sample: Tensor | None
+    kind: str
+    eta: float
+    need_x: bool
+    need_v: bool
 
 
 class SDEStep(NamedTuple):

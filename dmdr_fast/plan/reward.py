@@ -39,6 +39,7 @@ class RewardCost:
 
 def reward_cost(work: Workload) -> RewardCost:
     """The cost of ``work.reward`` per GPU; it depends on shape, resolution and chunk alone."""
+    assert work.reward is not None
     chunk = min(work.reward.chunk, work.batch)
     return _traced(work.shape, work.resolution, replace(work.reward, chunk=chunk))
 

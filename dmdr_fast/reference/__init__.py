@@ -43,7 +43,10 @@ def run(name: str, args: tuple) -> Any:
 def _finished(value: Tensor | None, result: Result, some: Tensor) -> Tensor:
     if result.shape is None:
         return some.new_empty(0, dtype=result.dtype)
-    return some.new_zeros(result.shape, dtype=result.dtype) if result.zero else value.to(result.dtype).contiguous()
+    if result.zero:
+        return some.new_zeros(result.shape, dtype=result.dtype)
+    assert value is not None, "a result that is needed"
+    return value.to(result.dtype).contiguous()
 
 
 __all__ = [

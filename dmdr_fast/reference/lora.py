@@ -18,7 +18,7 @@ def multi_lora_fwd(a) -> tuple[Tensor, Tensor]:
 
 
 @implements("multi_lora_bwd")
-def multi_lora_bwd(a) -> tuple[Tensor, Tensor, Tensor]:
+def multi_lora_bwd(a) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, A and B."""
     compute = a.low_rank.dtype
     grad = a.grad.to(compute)

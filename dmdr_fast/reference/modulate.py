@@ -23,7 +23,7 @@ def layer_norm_modulate_fwd(a) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @implements("layer_norm_modulate_bwd")
-def layer_norm_modulate_bwd(a) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_modulate_bwd(a) -> tuple[Tensor | None, ...]:
     """Gradients of x, shift and scale."""
     grad_x, *modulation = _norm_bwd(a.grad_y, a.x, a.scale, a.mean, a.rstd)
     return grad_x, *(summed(grad, a.scale, a.need_modulation) for grad in modulation)
@@ -37,7 +37,7 @@ def gated_residual_fwd(a) -> Tensor:
 
 
 @implements("gated_residual_bwd")
-def gated_residual_bwd(a) -> tuple[Tensor, Tensor]:
+def gated_residual_bwd(a) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of h and gate."""
     return _gate_bwd(a.grad_residual.to(compute_dtype(a.grad_residual, a.h, a.gate)), a)
 
@@ -53,7 +53,7 @@ def gated_residual_layer_norm_modulate_fwd(a) -> tuple[Tensor, Tensor, Tensor, T
 
 
 @implements("gated_residual_layer_norm_modulate_bwd")
-def gated_residual_layer_norm_modulate_bwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gated_residual_layer_norm_modulate_bwd(a) -> tuple[Tensor | None, ...]:
     """Gradients of x, h, gate, shift and scale."""
     compute = compute_dtype(a.residual, a.h, a.gate, a.scale)
     if a.grad_y is None:

@@ -11,7 +11,7 @@ from dmdr_fast.reference.registry import implements
 
 
 @implements("preprocess_reward_fwd")
-def preprocess_reward_fwd(a) -> tuple[Tensor, Tensor]:
+def preprocess_reward_fwd(a) -> tuple[Tensor, Tensor | None]:
     """(prepared image in the image's dtype, bits of where the clamp passes a gradient).
 
     ``inside`` is uint8 [N, C, H, ceil(W / 8)]: bit j of byte k is low <= image[..., 8 k + j] <= high. It

@@ -23,7 +23,7 @@ def qk_norm_rope_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @implements("qk_norm_rope_bwd")
-def qk_norm_rope_bwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qk_norm_rope_bwd(a) -> tuple[Tensor | None, ...]:
     """Gradients of q, k and the weights."""
     grad_q, grad_q_weight = _backward(a, a.grad_q, a.q, a.q_weight, a.q_rstd)
     grad_k, grad_k_weight = _backward(a, a.grad_k, a.k, a.k_weight, a.k_rstd)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 FUNCTIONS: dict[str, Callable] = {}
 # Of the arguments: a named tuple of Result. The ops fill it in.
-RESULTS: dict[str, Callable[[Any], tuple[Result, ...]]] = {}
+RESULTS: dict[str, Callable[[Any], Any]] = {}
 
 
 class Result(NamedTuple):

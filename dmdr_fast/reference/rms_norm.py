@@ -22,7 +22,7 @@ def rms_norm_scale_fwd(a) -> tuple[Tensor, Tensor]:
 
 
 @implements("rms_norm_scale_bwd")
-def rms_norm_scale_bwd(a) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_scale_bwd(a) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight and scale.
 
     With h for x and gate for scale those of ``gated_residual_rms_norm``, whose gradient of x is ``grad_y``.

@@ -13,7 +13,7 @@ from dmdr_fast.reference.registry import implements
 
 
 @implements("sde_step_fwd")
-def sde_step_fwd(a) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sde_step_fwd(a) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """(next sample in x's dtype, log-prob [B], mean in the compute dtype, std [B]).
 
     A drawn sample is rounded first and the log-prob is the rounded one's, so a replay gives the same bits.
