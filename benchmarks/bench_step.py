@@ -67,7 +67,10 @@ def measured(size: Size, path: ComputePath, device: torch.device, steps: int, cf
         rl=RLOptions(refl=ReFLOptions(chunk=max(1, size.batch // 4))),
     )
     counters = balanced_steps(steps)
-    sides: dict[str, Fused | Eager] = {"fused": Fused(size, recipe, device, path), "eager": Eager(size, recipe, device, counters)}
+    sides: dict[str, Fused | Eager] = {
+        "fused": Fused(size, recipe, device, path),
+        "eager": Eager(size, recipe, device, counters),
+    }
     peak, error = _first_update(sides, counters[0], size.dtype, device)
     runs = {name: _run(side, counters, device) for name, side in sides.items()}
     readings = interleave(runs, seconds=0, least=4 if device.type == "cuda" else 2)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmdr_fast.models.sit import SiT
+from dmdr_fast.models.sit_layers import SiTBlock
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class DenseLora:
         self.pairs = [tuple(nn.Parameter(tensor.clone()) for tensor in layer) for layer in weights]
         network.requires_grad_(False)
         for block, pairs in zip(network.blocks, self.pairs, strict=True):
-            block.attn.qkv.register_forward_hook(lambda module, args, out, pairs=pairs: self._add(out, *pairs))
+            cast(SiTBlock, block).attn.qkv.register_forward_hook(
+                lambda module, args, out, pairs=pairs: self._add(out, *pairs)
+            )
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for layer in self.pairs for parameter in layer]

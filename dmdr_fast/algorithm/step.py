@@ -308,9 +308,7 @@ def dmdr_update(
     return Update(metrics, tuple(skipped))
 
 
-def _signs_of_collapse(
-    samples: Sequence[Simulated], experience: policy.Experience | None, recipe: Recipe
-) -> Metrics:
+def _signs_of_collapse(samples: Sequence[Simulated], experience: policy.Experience | None, recipe: Recipe) -> Metrics:
     seen = [(s.rollout.x0, s.batch.classes) for s in samples]
     if experience is not None and not seen:
         seen = [(s.x0, s.batch.classes) for s in experience.scored]

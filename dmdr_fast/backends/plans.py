@@ -115,7 +115,12 @@ class Recorder:
 class Plan:
     """Allocations and launches of a call, to be repeated; see the module."""
 
-    def __init__(self, allocations: list[Callable[[], Tensor]], launches: list[Callable[[list[int]], None]], outputs: list[int] | int) -> None:
+    def __init__(
+        self,
+        allocations: list[Callable[[], Tensor]],
+        launches: list[Callable[[list[int]], None]],
+        outputs: list[int] | int,
+    ) -> None:
         self._allocations, self._launches, self._outputs = allocations, launches, outputs
 
     def __call__(self, values: list[int]) -> Tensor | tuple[Tensor, ...]:

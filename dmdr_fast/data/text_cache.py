@@ -38,7 +38,8 @@ Entry = dict[str, Tensor]
 class Encoder(Protocol):
     """What computes the embeddings (``dmdr_fast.models.families.TextEncoder``)."""
 
-    identity: dict[str, Any]
+    @property
+    def identity(self) -> dict[str, Any]: ...
 
     def check(self, prompts: Sequence[str]) -> None:
         """ValueError where a prompt is too long."""

@@ -51,7 +51,7 @@ class Evaluator:
     data: EvaluationData | None  # None: there are no real images to compare with
     recipe: Recipe
 
-    def run(self, teacher: Network, generators: dict[str, Path]) -> dict[str, dict[str, float]]:
+    def run(self, teacher: Network, generators: dict[str, Path]) -> dict[str, dict[str, float | None]]:
         """The table, also written as metrics.json with samples.npz beside it.
 
         ``generators`` maps a row's name (cold_start, dmdr) to its weights. All ranks must call.
@@ -63,7 +63,8 @@ class Evaluator:
         }
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
-        table, pictures = {}, {"labels": self._rows()[: min(GRID_SAMPLES, self.config.eval.samples)]}
+        table: dict[str, dict[str, float | None]] = {}
+        pictures: dict[str, Any] = {"labels": self._rows()[: min(GRID_SAMPLES, self.config.eval.samples)]}
         for name, (draw, nfe) in rows.items():
             images = self._images(draw)
             if self.runtime.is_main:
@@ -103,6 +104,7 @@ class Evaluator:
 
     def _teacher(self, network: Network, steps: int) -> Draw:
         config, model, scale = self.config, self.model, self.config.teacher.sample_cfg_scale
+        assert scale is not None  # the configuration has filled it in
 
         def guided(uncond: Any) -> Network:
             return guided_network(network, uncond, scale, config.cfg_mode, model.token)

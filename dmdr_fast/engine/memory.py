@@ -98,6 +98,7 @@ def quantise_frozen(module: nn.Module, probe: Probe, config: Config) -> str:
     The module is whole (not yet partitioned), in the compute dtype, on its device. Its adapters are off.
     """
     kind, role = config.memory.frozen, Role(module, DTYPES[config.deepspeed.dtype])
+    assert kind != "native"
     before = predictions(role, probe)
     try:
         layers = quantise_blocks(module, kind)

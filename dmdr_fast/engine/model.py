@@ -13,7 +13,7 @@ from torch import nn
 
 from dmdr_fast.algorithm.paths import Path
 from dmdr_fast.algorithm.rl.refl import Decode
-from dmdr_fast.config import Config
+from dmdr_fast.config import Config, LoRA, StudentLoRA
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, target_layers
 from dmdr_fast.models.stored import Stored, parameter_value, with_lora
@@ -82,15 +82,24 @@ class Model(Protocol):
         num_classes: None for networks that read prompts.
     """
 
-    prediction: str
-    path: Path
-    latent_shape: tuple[int, ...]
-    token: int
-    teacher_shift: float
-    saturation: float
-    lora_targets: tuple[str, ...]
-    merges_lora: bool
-    num_classes: int | None
+    @property
+    def prediction(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def teacher_shift(self) -> float: ...
+    @property
+    def saturation(self) -> float: ...
+    @property
+    def lora_targets(self) -> tuple[str, ...]: ...
+    @property
+    def merges_lora(self) -> bool: ...
+    @property
+    def num_classes(self) -> int | None: ...
 
     def skeleton(self) -> nn.Module:
         """The network with its parameters on the meta device: its layers, without weights."""
@@ -139,7 +148,7 @@ def open_model(config: Config) -> Model:
 
 def _check_adapters(config: Config, model: Model) -> None:
     """Whether the network has the layers that get a LoRA, one of them at least as wide as its rank."""
-    settings = {"lora": config.lora} if config.sharing != "separate" else {}
+    settings: dict[str, LoRA | StudentLoRA] = {"lora": config.lora} if config.sharing != "separate" else {}
     if config.student.lora.rank:
         settings["student.lora"] = config.student.lora
     for key, lora in settings.items():

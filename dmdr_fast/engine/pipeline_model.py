@@ -51,6 +51,7 @@ class PipelineModel:
             UserError: no pipeline, one of another family, weights that are missing, a resolution it cannot make.
         """
         teacher, name = config.teacher, config.model.family
+        assert teacher.pipeline is not None  # every family but SiT has one
         try:
             family = open_family(
                 teacher.pipeline, revision=teacher.revision, length=config.data.max_length, guidance=teacher.guidance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.passes import Schedule
@@ -50,7 +50,9 @@ def recipe_of(config: Config, model: Model) -> Recipe:
 
 def dmd_options(config: Config, prediction: str, token: int) -> DMDOptions:
     """The ``dmd`` section and the teacher's guidance as the algorithm takes them."""
-    guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode} if config.uses_cfg else {}
+    guided: dict[str, Any] = {}
+    if config.uses_cfg:
+        guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode}
     own = config.dmd.model_dump(exclude={"score_dtype"})
     return DMDOptions(prediction=prediction, token=token, **guided, **own)
 

@@ -128,6 +128,7 @@ class SiTModel:
         if config.decoder.kind == "identity":
             return IdentityDecoder().decode
         try:
+            assert config.decoder.path is not None  # a VAE has one
             dtype = decoder_dtype(config.decoder.dtype, device)
             decoder = LatentDecoder.from_pretrained(config.decoder.path, dtype=dtype)
             decoder.denormalise(latent_statistics(self.teacher))

@@ -33,6 +33,9 @@ class FeatureExtractor(Protocol):
     def predict(self, images: Tensor) -> Tensor:
         """The most likely class of each image, int64 [N]."""
 
+    def to(self, device: torch.device, /) -> FeatureExtractor:
+        """Itself, there."""
+
 
 class ResidualMLP(nn.Module):
     """One residual block over the 64 pixels; its 64 normalised activations are the features.

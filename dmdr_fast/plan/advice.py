@@ -11,7 +11,11 @@ from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.plan import Plan, make_plan, phase_bytes
 from dmdr_fast.plan.workload import Activation, Adapter, Hardware, Workload
 
-FEWER: dict[Activation, tuple[Activation, ...]] = {"none": ("selective", "full", "offload"), "selective": ("full", "offload"), "full": ("offload",)}
+FEWER: dict[Activation, tuple[Activation, ...]] = {
+    "none": ("selective", "full", "offload"),
+    "selective": ("full", "offload"),
+    "full": ("offload",),
+}
 
 
 @dataclass(frozen=True)

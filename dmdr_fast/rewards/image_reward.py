@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmdr_fast.rewards.base import check_prompts
 from dmdr_fast.rewards.linear_head import linear_head
@@ -127,7 +127,7 @@ def _vision_name(key: str) -> str:
     return key if old is None else prefix + names[old] + rest.removeprefix(old)
 
 
-def _text(state: dict[str, Tensor], vision_width: int, dtype: torch.dtype, where: str) -> nn.Module:
+def _text(state: dict[str, Tensor], vision_width: int, dtype: torch.dtype, where: str) -> PreTrainedModel:
     """BLIP's text encoder: BERT with cross attention; the names are transformers' own."""
     from transformers import BlipTextConfig, BlipTextModel
 

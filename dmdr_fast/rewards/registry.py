@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ def _reward_class(kind: str) -> type[Reward]:
             f"reward.terms: kind: {kind}: expected a reward, a class with `differentiable = True` or `= False` in "
             "its body and __call__(images, *, labels=None, prompts=None) -> [B]: add what is missing"
         )
-    return reward_class
+    return cast("type[Reward]", reward_class)
 
 
 def _module_of_file(source: str, kind: str):

@@ -31,7 +31,7 @@ def find_kernels() -> None:
     package = ModuleType(_NAME, "The Triton kernels, one file per op.")
     package.__path__ = folders
     sys.modules[_NAME] = package
-    setattr(dmdr_fast, "kernels", package)
+    dmdr_fast.kernels = package
 
 
 find_kernels()
