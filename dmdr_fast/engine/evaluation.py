@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmdr_fast.algorithm.guidance import guide
+from dmdr_fast.algorithm.guidance import Mode, guide
 from dmdr_fast.algorithm.monitors import diversity
 from dmdr_fast.algorithm.recipe import Batch, Recipe
 from dmdr_fast.algorithm.rl.refl import Decode
@@ -180,7 +180,7 @@ class Evaluator:
         }
 
 
-def guided_network(network: Network, uncond: Any, scale: float, mode: str, token: int) -> Network:
+def guided_network(network: Network, uncond: Any, scale: float, mode: Mode, token: int) -> Network:
     """The teacher under CFG, conditional and unconditional prediction in one batch; see ``guide``."""
 
     def guided(x: Tensor, t: Tensor, condition: Any) -> Tensor:

@@ -17,6 +17,7 @@ from dmdr_fast.config import Config, LoRA, StudentLoRA
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, target_layers
 from dmdr_fast.models.stored import Stored, parameter_value, with_lora
+from dmdr_fast.ops.dmd import Prediction
 
 # What stands before a network's own names in files of wrappers, PEFT and pipelines, and in our own modules.
 PREFIXES = re.compile(r"^(module\.|base_model\.model\.|transformer\.|unet\.|diffusion_model\.)+")
@@ -83,7 +84,7 @@ class Model(Protocol):
     """
 
     @property
-    def prediction(self) -> str: ...
+    def prediction(self) -> Prediction: ...
     @property
     def path(self) -> Path: ...
     @property

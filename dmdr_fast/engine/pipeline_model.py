@@ -29,6 +29,7 @@ from dmdr_fast.models.stored import (
     with_lora,
 )
 from dmdr_fast.models.vae import decoder_dtype, save_decoder_memory, speed_up_convolutions
+from dmdr_fast.ops.dmd import Prediction
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PipelineModel:
         return cls(config, family, shape)
 
     @property
-    def prediction(self) -> str:
+    def prediction(self) -> Prediction:
         return self.family.prediction
 
     @property

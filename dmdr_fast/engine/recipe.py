@@ -12,6 +12,7 @@ from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.ops.dmd import Prediction
 
 if TYPE_CHECKING:
     from dmdr_fast.engine.networks import Roles  # which asks this file for the DMD options
@@ -48,7 +49,7 @@ def recipe_of(config: Config, model: Model) -> Recipe:
     )
 
 
-def dmd_options(config: Config, prediction: str, token: int) -> DMDOptions:
+def dmd_options(config: Config, prediction: Prediction, token: int) -> DMDOptions:
     """The ``dmd`` section and the teacher's guidance as the algorithm takes them."""
     guided: dict[str, Any] = {}
     if config.uses_cfg:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
 from dmdr_fast.reference.registry import Result, like
+
+Approximate = Literal["none", "tanh"]
 
 
 class GatedActivation(NamedTuple):
@@ -24,7 +26,7 @@ class GatedActivationGrad(NamedTuple):
     gate_first: bool
 
 
-def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = False) -> Tensor:
+def gelu_mul(packed: Tensor, *, approximate: Approximate = "none", gate_first: bool = False) -> Tensor:
     """value * gelu(gate) with packed = [value | gate].
 
     Args:
@@ -40,7 +42,7 @@ def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = Fa
 
     Source: GEGLU (arXiv 2002.05202); diffusers' GEGLU with the default order.
     """
-    check.choice("gelu_mul", "approximate", approximate, ("none", "tanh"))
+    check.choice("gelu_mul", "approximate", approximate, get_args(Approximate))
     return _fwd.checked("gelu_mul", packed, "gelu" if approximate == "none" else "gelu_tanh", bool(gate_first))
 
 

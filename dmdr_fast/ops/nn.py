@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dmdr_fast.ops.activation import gelu_mul, silu_mul
+from dmdr_fast.ops.activation import Approximate, gelu_mul, silu_mul
 from dmdr_fast.ops.gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
 from dmdr_fast.ops.layer_norm_modulate import layer_norm_modulate
 from dmdr_fast.ops.preprocess import preprocess_reward
@@ -73,7 +73,7 @@ class QKNormRope(nn.Module):
 class GEGLU(nn.Module):
     """value * gelu(gate) of one projection; the state_dict of diffusers' GEGLU (``proj``)."""
 
-    def __init__(self, dim_in: int, dim_out: int, bias: bool = True, *, approximate: str = "none"):
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True, *, approximate: Approximate = "none"):
         super().__init__()
         self.proj = nn.Linear(dim_in, 2 * dim_out, bias=bias)
         self.approximate = approximate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -10,6 +10,8 @@ from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define
 from dmdr_fast.reference.registry import Result, like
+
+SDEKind = Literal["flow_grpo", "dance", "cps"]
 
 
 class SDEStepArguments(NamedTuple):
@@ -61,7 +63,7 @@ def sde_step_logprob(
     sigma: Tensor | float,
     sigma_next: Tensor | float,
     *,
-    kind: str,
+    kind: SDEKind,
     eta: float,
     next_sample: Tensor | None = None,
     seed: Tensor | None = None,
@@ -121,7 +123,7 @@ def sde_step_logprob(
 
 def _check(op: str, a: SDEStepArguments) -> None:
     check.like(op, "v", a.v, a.x, "x")
-    check.choice(op, "kind", a.kind, ("flow_grpo", "dance", "cps"))
+    check.choice(op, "kind", a.kind, get_args(SDEKind))
     if a.kind == "cps":
         check.number(op, "eta", a.eta, minimum=0)
     else:

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import FAMILIES, Family, open_family
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 MODELS = Path(__file__).parent / "models"
 # The keys of a configuration that say how many blocks of a kind there are.
@@ -105,7 +108,7 @@ class Shape:
 
         return getattr(diffusers, config["_class_name"])._supports_gradient_checkpointing
 
-    def build_vae(self) -> nn.Module | None:
+    def build_vae(self) -> ModelMixin | None:
         """The VAE on the meta device; None for pixel-space models."""
         config = self.vae_config
         if config is None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families import loading
+from dmdr_fast.ops.dmd import Prediction
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -49,7 +50,7 @@ class Family(ABC):
     network: ClassVar[str]  # the denoiser's class in diffusers
     folder: ClassVar[str] = "transformer"  # where the pipeline keeps it
     vae: ClassVar[str] = "AutoencoderKL"
-    prediction: ClassVar[str] = "flow"
+    prediction: ClassVar[Prediction] = "flow"
     block_names: ClassVar[tuple[str, ...]]  # patterns of the nn.ModuleLists that hold the repeated blocks
     lora_targets: ClassVar[tuple[str, ...]]  # suffixes for ``add_lora``: attention and feed-forward of every block
     default_length: ClassVar[int]
@@ -214,7 +215,7 @@ class Denoiser(nn.Module):
         self.family, self.transformer = family, transformer
 
     @property
-    def prediction(self) -> str:
+    def prediction(self) -> Prediction:
         return self.family.prediction
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
