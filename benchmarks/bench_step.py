@@ -48,7 +48,9 @@ def size_for(device: torch.device, small: bool) -> Size:
 def test_update(record, device, request, steps, cfg_scale):
     option = request.config.getoption
     size = size_for(device, option("bench_small"))
-    path = ComputePath(option("bench_blocks"), option("bench_attention"))
+    path = ComputePath(option("bench_blocks"), option("bench_attention"), option("bench_graphs"))
+    if path.graphs and device.type != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
     record(lambda: [measured(size, path, device, steps, cfg_scale)])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from benchmarks import eager
 from benchmarks.eager_step import DenseLora, Draws, EagerUpdate, FakeDraws
 from dmdr_fast import ops
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe, RewardModel
-from dmdr_fast.algorithm.rollout import draw_stop_step
+from dmdr_fast.algorithm.rollout import Network, draw_stop_step
 from dmdr_fast.algorithm.score_pass import shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
@@ -47,14 +47,17 @@ class Size:
 
 @dataclass(frozen=True)
 class ComputePath:
-    """How the networks of this package's side run: ``compute.blocks`` and ``memory.attention`` of a configuration."""
+    """How the networks of this package's side run: ``compute.blocks``, ``memory.attention`` and ``compute.cuda_graphs``
+    of a configuration."""
 
     blocks: Literal["eager", "fused", "compiled"]
     attention: AttentionKernel
+    graphs: bool = False
 
     def __str__(self) -> str:
         """What differs from plain layers over torch's own attention, for the name of a row."""
-        return "".join(f", {taken}" for taken in (self.blocks, self.attention) if taken not in ("eager", "sdpa"))
+        taken = (self.blocks, self.attention, "CUDA graphs" if self.graphs else "eager")
+        return "".join(f", {name}" for name in taken if name not in ("eager", "sdpa"))
 
     def apply(self, network: nn.Module) -> None:
         set_attention(network, Choice(self.attention))
@@ -65,6 +68,15 @@ class ComputePath:
 
             compile_blocks(repeated_blocks(network))
 
+    def replayed(self, *networks: nn.Module) -> Sequence[Network]:
+        """The networks, whose forwards without grad are replayed where that was asked for."""
+        if not self.graphs:
+            return networks
+        from dmdr_fast.engine.graphs import Graphs
+
+        graphs = Graphs()
+        return [graphs.of(network) for network in networks]
+
 
 class Fused:
     """This package's update: ``Fused(...)(step)``."""
@@ -74,9 +86,10 @@ class Fused:
         path.apply(generator)
         path.apply(base)
         self.optimizers = _optimizers(generator.parameters(), adapter.parameters())
+        rolled, scored = path.replayed(generator, base)
         fake = _Trained(base, self.optimizers[1], before=lambda: adapter.set_scale(FAKE_SCALE))
-        scores = shared_scores(base, adapter.set_scale, fake_scale=FAKE_SCALE)
-        self.networks = Networks(_Trained(generator, self.optimizers[0]), fake, scores)
+        scores = shared_scores(scored, adapter.set_scale, fake_scale=FAKE_SCALE)
+        self.networks = Networks(_Trained(rolled, self.optimizers[0]), fake, scores)
         self.null = generator.null_condition
         decoder, classifier = _reward_networks(size, device)
 
@@ -137,7 +150,7 @@ def balanced_steps(steps: int) -> tuple[int, int]:
 class _Trained:
     """A network with AdamW and a norm bound, as ``dmdr_fast.algorithm.recipe.Trained`` asks."""
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
+    def __init__(self, network: Network, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
         self.network, self.optimizer, self.before = network, optimizer, before
 
     def __call__(self, x_t, t, condition):

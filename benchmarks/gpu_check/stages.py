@@ -99,6 +99,7 @@ STAGES = (
     _step("eager", 40, "--bench-blocks eager"),
     _step("fused", 40, "--bench-blocks fused"),
     _step("compiled", 90, "--bench-blocks compiled", ("pydantic",)),
+    _step("CUDA graphs", 90, "--bench-blocks compiled --bench-graphs", ("pydantic",)),
     _step("cuDNN", 40, "--bench-attention cudnn"),
     _step("FlashAttention 2", 40, "--bench-attention flash_attn", ("flash_attn",)),
     _step("FlashAttention 3", 40, "--bench-attention flash_attn_3", ("flash_attn_interface",)),

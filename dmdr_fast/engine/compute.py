@@ -7,8 +7,9 @@ what is compiled, and DeepSpeed's hooks lie outside the compiled block.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ GRAPHS = 256
 CPU_FUSED_WIDTH = 768
 # Their rotary tables are complex, which the compiler leaves to eager kernels; the fused op reads them as real.
 COMPLEX_ROTATION = {"qwen_image", "z_image"}
+_UNCOMPILED = ContextVar("uncompiled", default=False)
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,20 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def uncompiled() -> AbstractContextManager:
-    """Inside, compiled blocks run as written: for batches of other sizes, which are not worth a graph each."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, networks run as written: for batches of other sizes, which are not worth a graph each."""
+    token = _UNCOMPILED.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _UNCOMPILED.reset(token)
+
+
+def is_uncompiled() -> bool:
+    """Whether this is inside :func:`uncompiled`."""
+    return _UNCOMPILED.get()
 
 
 def gather_as_one(blocks: list[nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,11 @@ from dmdr_fast.algorithm.recipe import Networks
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.config import Config, LoRA, StudentLoRA
-from dmdr_fast.engine import compute
+from dmdr_fast.engine import compute, graphs
 from dmdr_fast.engine.collectives import collectives
 from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.engines import DTYPES, frozen_network, trace_graded_passes, trained_engine
+from dmdr_fast.engine.graphs import Graphs
 from dmdr_fast.engine.memory import build_probe, check_levers, quantise_frozen
 from dmdr_fast.engine.model import Model, Start
 from dmdr_fast.engine.roles import AdapterRole, FrozenRole, TrainedRole
@@ -73,6 +74,7 @@ class Roles:
     trained_parameters: dict[str, int]
     total_parameters: dict[str, int]
     notes: tuple[str, ...] = ()  # what the memory levers took, and why
+    graphs: Graphs | None = None  # of ``compute.cuda_graphs``
 
     @property
     def frozen_reference(self) -> FrozenReference | None:
@@ -94,8 +96,10 @@ def build_roles(
     ``starts``: of the roles ("generator", "fake") that begin with other weights than the teacher's.
     """
     check_levers(config, ranks.device)
+    graphs.check(config, ranks.device)
     build = _shared_all if config.sharing == "shared_all" else _engines
-    return build(config, model, conditions, ranks, lora_seed, starts or {})
+    roles = build(config, model, conditions, ranks, lora_seed, starts or {})
+    return _replayed(roles) if config.compute.cuda_graphs else roles
 
 
 def _engines(
@@ -135,8 +139,9 @@ def _engines(
             notes.append(quantise_frozen(teacher_net, build_probe(model, conditions, config, device), config))
         nets["teacher"], paths["teacher"] = teacher_net, compute.apply(teacher_net, config, device)
         counts["teacher"] = (0, _counts(teacher_net)[1])
-        teacher = FrozenRole(frozen_network(teacher_net, config, device), dtype)
-        scorers = (ScoreRole(fake.engine, config), ScoreRole(teacher.network, config))
+        frozen = frozen_network(teacher_net, config, device)
+        teacher = FrozenRole(frozen, dtype)
+        scorers = (ScoreRole(fake.engine, config), ScoreRole(frozen, config))
         score = separate_scores(scorers[0], scorers[1])
     lora_off = None if generator_adapter is None else FrozenRole(generator.engine, dtype, {generator_adapter: None})
     reference = _reference(config, model, device, lora_off)
@@ -200,6 +205,15 @@ def _shared_all(
         total_parameters={"base": total},
         notes=(*compute.lines({"base": path}), *notes),
     )
+
+
+def _replayed(roles: Roles) -> Roles:
+    """``roles`` whose rollouts and score pass are replayed (``compute.cuda_graphs``)."""
+    shared = Graphs()
+    for role in (roles.generator, *roles.scorers):
+        role.network = shared.of(role.network)
+    line = "CUDA graphs of rollouts and the score pass: captured when each first runs, then replayed"
+    return replace(roles, graphs=shared, notes=(*roles.notes, line))
 
 
 def _fill(starts: Mapping[str, Start], config: Config, generator: LoraAdapter | None, fake: LoraAdapter | None) -> None:

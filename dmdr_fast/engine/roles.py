@@ -12,6 +12,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 from torch import Tensor, nn
 
+from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.engines import DTYPES, clips_itself, engine_config
 from dmdr_fast.engine.optimizers import build_optimizer
@@ -30,7 +31,8 @@ class Role:
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, worn: Worn | None = None) -> None:
-        self.network, self.dtype, self.worn = network, dtype, dict(worn or {})
+        self.network: Network = network
+        self.dtype, self.worn = dtype, dict(worn or {})
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         for adapter, scale in self.worn.items():

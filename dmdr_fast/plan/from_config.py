@@ -31,6 +31,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         sharing=config.sharing,
         activation=config.memory.activation,
         blocks="compiled" if config.compute.blocks == "auto" else config.compute.blocks,  # auto on CUDA
+        cuda_graphs=config.compute.cuda_graphs,
         dtype=config.deepspeed.dtype,
         frozen=config.memory.frozen,
         optimizer=config.optimizer.kind,
