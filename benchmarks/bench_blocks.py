@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def measured(
     rows = []
     for what, graded in PASSES.items():
         runs = {name: wall(_pass(stack, inputs, graded), device) for name, stack in stacks.items()}
-        peak = {name: peak_bytes(lambda run=run: run(0), device) for name, run in runs.items()}
+        peak = {name: peak_bytes(partial(run, 0), device) for name, run in runs.items()}
         times = {name: reading.total for name, reading in interleave(runs, seconds=4, least=3).items()}
         rows += [
             Row(

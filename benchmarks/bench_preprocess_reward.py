@@ -24,6 +24,9 @@ class RewardPreprocessing(nn.Module):
     The antialiased resize has no bfloat16 on a CPU, so it runs in float32 there.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))

@@ -7,8 +7,9 @@ have stop steps whose mean is exactly (N - 1) / 2. What a machine cannot run is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from benchmarks.gate import GateError, GateFailure, relative_error
 from benchmarks.measure import Row, ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.step_sides import FAKE_UPDATES, LATENT, REAL_SCALE, ComputePath, Eager, Fused, Size, balanced_steps
-from benchmarks.timing import Spread, interleave, wall
+from benchmarks.timing import Run, Spread, interleave, wall
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.recipe import Recipe
@@ -112,12 +113,13 @@ def measured(
         rl=RLOptions(refl=ReFLOptions(chunk=max(1, size.batch // 4))),
     )
     counters = balanced_steps(steps, reuse)
-    sides = {"fused": Fused(size, recipe, device, path), "eager": Eager(size, recipe, device, counters)}
+    sides: dict[str, Fused | Eager] = {
+        "fused": Fused(size, recipe, device, path),
+        "eager": Eager(size, recipe, device, counters),
+    }
     tolerance = FLOAT8_TOLERANCE if path.float8 else TOLERANCE[size.dtype]
     peak, error, first = _first_update(sides, counters[0], tolerance, device)
-    runs = {
-        name: wall(lambda index, side=side: side(counters[(index + 1) % 2]), device) for name, side in sides.items()
-    }
+    runs = {name: wall(partial(_update, side, counters), device) for name, side in sides.items()}
     if min(first.values()) > LONG:
         readings = interleave(runs, seconds=0, least=1)
         times = {name: [first[name], *reading.total] for name, reading in readings.items()}
@@ -141,15 +143,24 @@ def measured(
     )
 
 
+def _update(side: Fused | Eager, counters: Sequence[int], index: int) -> None:
+    side(counters[(index + 1) % 2])
+
+
+def _timed(run: Run, step: int, seconds: dict[str, float], name: str) -> None:
+    seconds[name] = run(step)[1]
+
+
 def _first_update(
     sides: dict[str, Fused | Eager], step: int, tolerance: float, device: torch.device
 ) -> tuple[dict[str, int], GateError, dict[str, float]]:
     """The gate: one update on both sides, their generator gradients compared. Also each one's peak memory, seconds."""
-    peak, gradients, seconds = {}, {}, {}
+    peak, gradients = {}, {}
+    seconds: dict[str, float] = {}
     for name, side in sides.items():
         run = wall(side, device)
         with _gradients(side.optimizers[0]) as gradients[name]:
-            peak[name] = peak_bytes(lambda run=run, name=name: seconds.update({name: run(step)[1]}), device)
+            peak[name] = peak_bytes(partial(_timed, run, step, seconds, name), device)
     error = relative_error(*(torch.cat(gradients[name]).double() for name in ("fused", "eager")))
     if not error <= tolerance:
         raise GateFailure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from dmdr_fast.algorithm.rollout import Network, draw_stop_step
 from dmdr_fast.algorithm.score_pass import shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
-from dmdr_fast.models.attention import Choice, set_attention
+from dmdr_fast.models.attention import AttentionKernel, Choice, set_attention
 from dmdr_fast.models.blocks import repeated_blocks
 from dmdr_fast.models.cast import ReadAs
 from dmdr_fast.models.eight_bit import quantise_blocks
@@ -40,7 +41,7 @@ class Size:
     """The SiT, the micro-batch, the dtype of the weights, and the width of the decoder before the reward."""
 
     name: str
-    network: dict[str, int]
+    network: dict[str, Any]
     batch: int
     dtype: torch.dtype
     decoder_width: int
@@ -58,15 +59,15 @@ class ComputePath:
         scores: ``dmd.score_dtype``; None is the dtype of the weights.
     """
 
-    blocks: str = "eager"
-    attention: str = "sdpa"
+    blocks: Literal["eager", "fused", "compiled"] = "eager"
+    attention: AttentionKernel = "sdpa"
     graphs: bool = False
     float8: bool = False
     scores: torch.dtype | None = None
 
     def __str__(self) -> str:
         """What differs from plain layers over torch's own attention, for the name of a row."""
-        taken = [each for each in (self.blocks, self.attention) if each not in ("eager", "sdpa")]
+        taken: list[str] = [each for each in (self.blocks, self.attention) if each not in ("eager", "sdpa")]
         taken += ["CUDA graphs"] * self.graphs
         taken += ["float8 base"] * self.float8
         taken += [] if self.scores is None else [f"{str(self.scores).removeprefix('torch.')} scores"]
@@ -92,12 +93,12 @@ class ComputePath:
 
     def for_scores(self, scored: Network, base: nn.Module, own: torch.dtype) -> Network:
         """``scored``, which runs ``base`` with weights of dtype ``own``, as the score pass calls it."""
-        if self.scores is None:
+        dtype, read_as = self.scores, ReadAs(base, own)
+        if dtype is None:
             return scored
-        read_as = ReadAs(base, own)
 
         def cast(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            with read_as(self.scores):
+            with read_as(dtype):
                 return scored(x_t, t, condition)
 
         return cast
@@ -110,7 +111,8 @@ class Fused:
         generator, base, adapter = _networks(size, device)
         if path.float8:
             quantise_blocks(base, "float8")
-        path.apply(generator), path.apply(base)
+        path.apply(generator)
+        path.apply(base)
         self.optimizers = _optimizers(generator.parameters(), adapter.parameters(), fused=True)
         rolled, scored = path.replayed(generator, base)
         scored = path.for_scores(scored, base, size.dtype)
@@ -129,7 +131,7 @@ class Fused:
     def __call__(self, step: int) -> None:
         dmdr_update(self.networks, self._data, self.reward, self.recipe, STREAMS, step, [self.shard], self.device)
 
-    def _data(self, index: tuple[int, int], shard: Shard, group: int = 1) -> Batch:
+    def _data(self, index: tuple[int, ...], shard: Shard, group: int = 1) -> Batch:
         labels = _labels(index, shard.size, self.device)
         return Batch(labels, self.null(labels), labels, {"labels": labels})
 
@@ -286,5 +288,5 @@ def _stops(step: int, steps: int, reuse: int = 1) -> list[int]:
     return [draw_stop_step(STREAMS.rng("stop", step, r), steps) for r in range(0, FAKE_UPDATES, reuse)]
 
 
-def _labels(index: tuple[int, int], batch: int, device: torch.device) -> torch.Tensor:
+def _labels(index: tuple[int, ...], batch: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(STREAMS.rng("labels", *index).integers(1000, size=batch)).to(device)

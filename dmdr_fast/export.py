@@ -86,7 +86,10 @@ def export_run(
     model = PipelineModel.open(config)
     try:
         with run_weights(model, run_dir, weights, step, out.parent) as file:
-            tensors = load_file(file)
+            try:
+                tensors = load_file(file)
+            except SafetensorError as error:
+                raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
             given = {"lora": tensors, "lora_scale": lora_scale(file)} if is_lora(tensors) else {"weights": tensors}
             export_pipeline(
                 model.family,
@@ -96,10 +99,10 @@ def export_run(
                 resolution=config.model.resolution,
                 **given,
             )
-    except SafetensorError as error:
-        raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"export: {out} cannot be written ({error}); free some space, or name another folder") from None
     loaded = "".join(f", {name}={value!r}" for name, value in load_arguments(out).items())
     called = "".join(f", {name}={value!r}" for name, value in call_arguments(out).items())
     return f"DiffusionPipeline.from_pretrained({str(out)!r}{loaded})(prompt{called})"

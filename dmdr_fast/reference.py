@@ -17,7 +17,7 @@ from torch import Tensor
 # dtype and layout, or None for one that is not needed or 0.
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {}
 # Of the arguments: a named tuple of Result.
-RESULTS: dict[str, Callable[[Any], tuple[Result, ...]]] = {}
+RESULTS: dict[str, Callable[[Any], Any]] = {}
 
 
 class Result(NamedTuple):
@@ -56,7 +56,10 @@ def run(name: str, args: tuple) -> Any:
 def _finished(value: Tensor | None, result: Result, some: Tensor) -> Tensor:
     if result.shape is None:
         return some.new_empty(0, dtype=result.dtype)
-    return some.new_zeros(result.shape, dtype=result.dtype) if result.zero else value.to(result.dtype).contiguous()
+    if result.zero:
+        return some.new_zeros(result.shape, dtype=result.dtype)
+    assert value is not None, "a result that is needed"
+    return value.to(result.dtype).contiguous()
 
 
 def first_tensor(args: tuple) -> Tensor:

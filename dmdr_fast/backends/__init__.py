@@ -38,7 +38,8 @@ _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 CUDA_FIRST: frozenset[str] = frozenset()
 
 # What os.environ decodes at every look, which takes four times as long.
-_ENVIRONMENT, _BACKEND = os.environ._data, os.environ.encodekey("DMDR_FAST_BACKEND")
+_ENVIRONMENT = vars(os.environ)["_data"]
+_BACKEND = os.environ.encodekey("DMDR_FAST_BACKEND")
 
 _loaded: dict[str, Backend | str] = {}
 _logged: set[tuple[str, str]] = set()
@@ -155,7 +156,9 @@ def run(name: str, args: tuple) -> tuple[Outputs, Plan | None]:
     """Run the raw function ``name`` on the backend that fits its arguments: (results, plan for such calls)."""
     backend, refused, device = _select(name, args)
     if backend is not None:
-        return _loaded[backend].run(name, args)
+        loaded = _loaded[backend]
+        assert isinstance(loaded, Backend)
+        return loaded.run(name, args)
     if device is not None and forced() != "reference":
         _fall_back(name, device, refused)
     return reference.run(name, args), None
@@ -188,7 +191,7 @@ def load(backend: str) -> Backend | str:
 
 def _select(name: str, args: tuple) -> tuple[str | None, list[tuple[str, str]], str | None]:
     """(backend or None for the reference, who refused and why, ``_kernel_device``)."""
-    device, refused = _kernel_device(args), []
+    device, refused = _kernel_device(args), list[tuple[str, str]]()
     for backend in _candidates(forced(), device, name):
         why = _refusal(backend, device, name, args)
         if why is None:

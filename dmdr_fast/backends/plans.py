@@ -47,7 +47,7 @@ class Recorder:
             value.place = place
         self._held: list[Tensor] = tensors
         self._first_new = len(tensors) + len(live)
-        self._allocations: list[tuple[Callable[..., Tensor], tuple]] = []
+        self._allocations: list[Callable[[], Tensor]] = []
         self._launches: list[Callable[[list[int]], None]] = []
         self._repeatable = True
 
@@ -97,17 +97,16 @@ class Recorder:
 
     def plan(self, outputs: Tensor | tuple[Tensor, ...]) -> Plan | None:
         """The notes; None where they cannot be repeated. ``outputs`` is what the function returned."""
-        several = isinstance(outputs, tuple)
-        places = [self.place(output) for output in (outputs if several else (outputs,))]
+        places = [self.place(output) for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
         # What a graph allocates once is the graph's; on meta tensors nothing was launched.
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing or self.device.type == "meta" or not self._repeatable:
             return None
-        made = [place[0] - self._first_new for place in places]
+        made = [place[0] - self._first_new for place in places if place is not None]
         # What the notes keep of the recorder must not keep the tensors of this call.
         self._places.clear()
         self._held.clear()
-        return Plan(self._allocations, self._launches, made if several else made[0])
+        return Plan(self._allocations, self._launches, made if isinstance(outputs, tuple) else made[0])
 
     def allocate(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
         """``function(*args, **options, device=...)``: called again for every call."""
@@ -122,7 +121,12 @@ class Recorder:
 class Plan:
     """Allocations and launches of a call, to be repeated; see the module."""
 
-    def __init__(self, allocations: list, launches: list, outputs: list[int] | int) -> None:
+    def __init__(
+        self,
+        allocations: list[Callable[[], Tensor]],
+        launches: list[Callable[[list[int]], None]],
+        outputs: list[int] | int,
+    ) -> None:
         self._allocations, self._launches, self._outputs = allocations, launches, outputs
 
     def __call__(self, values: list[int]) -> Tensor | tuple[Tensor, ...]:
@@ -132,7 +136,7 @@ class Plan:
         for launch in self._launches:
             launch(values)
         outputs = self._outputs
-        return made[outputs] if type(outputs) is int else tuple([made[index] for index in outputs])
+        return made[outputs] if isinstance(outputs, int) else tuple([made[index] for index in outputs])
 
 
 def _bound(function: Callable, args: tuple, options: dict) -> Callable[[], Tensor]:

@@ -60,7 +60,7 @@ class SharedView(NamedTuple):
 
     def strided(self) -> list[Strided | None]:
         return [
-            tensor if tensor is None else Strided(tensor, strides)
+            None if tensor is None or strides is None else Strided(tensor, strides)
             for tensor, strides in zip(self.tensors, self.strides, strict=True)
         ]
 

@@ -27,8 +27,10 @@ from dmdr_fast.models.families import Condition, Family, TextEncoder, to_device
 class Conditions(Protocol):
     """``count`` conditions; ``kind`` names their random stream."""
 
-    kind: str
-    count: int
+    @property
+    def kind(self) -> str: ...
+    @property
+    def count(self) -> int: ...
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The conditions numbered ``rows`` int64 [B], with the null condition beside them."""
@@ -115,9 +117,11 @@ def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Cond
         UserError: a file of prompts that cannot be read, a prompt too long, a cache that is another encoder's.
     """
     if not isinstance(model, PipelineModel):
+        assert model.num_classes is not None  # which reads no prompts
         labels = Labels(model.num_classes, ranks.device)
         return labels, labels
     data = config.data
+    assert data.prompts is not None  # every family but SiT has some
     prompts = load_prompts(data.prompts, data.key)
     named = {"data.prompts": prompts}
     if config.eval.prompts is not None:

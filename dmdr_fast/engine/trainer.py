@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class Run:
         seed = int(streams.rng("lora").integers(2**31))
         roles = build_roles(config, model, conditions, ranks, lora_seed=seed, starts=starts)
         ema = None if config.student.ema is None else EMA(roles.generator.trained, config.student.ema)
-        state = {"step": 0, "counters": {}}
+        state: dict[str, Any] = {"step": 0, "counters": {}}
         if resume_from is not None:
             state = checkpoints.load(resume_from, Trained(_trained(roles), ema))
             if rewards is not None:
@@ -271,6 +271,7 @@ class Run:
         if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
             return
         if self.weight.value is None:
+            assert self.rewards is not None  # RL has some
             given = (data, self.rewards, self.decoder, self.recipe, self.streams, self.step, shards, self.ranks.device)
             loss = first_rl_loss(self.roles.generator, *given)
             self._look_at_rewards()
@@ -279,10 +280,12 @@ class Run:
             except ValueError as error:
                 self._end(str(error), "go on with --resume auto")
             self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
+        assert self.weight.value is not None
         self.recipe = replace(self.recipe, reward_weight=self.weight.value)
 
     def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
+        assert self.rewards is not None  # RL has some
         total, each = self.rewards.score(images, given, batch=batch)
         named = {f"reward_{name}": values for name, values in each.items()} if len(each) > 1 else {}
         if (self.step + 1) % self.config.log.every == 0:
@@ -432,7 +435,7 @@ class Run:
             )
 
     def _checkpoint(self) -> None:
-        counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        counters: dict[str, Any] = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         if self.config.reward.weight == "auto":
             counters["reward_weight"] = self.weight.state_dict()
         rewards = {} if self.rewards is None else self.rewards.state_dict()

@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,9 @@ _SCHEMA = {
     torch.dtype: "ScalarType", list[int]: "SymInt[]", list[float]: "float[]",
 }  # fmt: skip
 
+# Its names are known at run time only.
+_named: Callable[[str, Sequence[str]], type[Any]] = namedtuple
+
 
 # By name.
 RAW: dict[str, Raw] = {}
@@ -74,14 +77,14 @@ class Raw:
     def __init__(
         self,
         name: str,
-        arguments: type[tuple],
+        arguments: type[Any],
         results: tuple[str, ...],
-        check: Callable[[str, Any], None] | None,
+        check: Callable[[str, Any], None],
         check_values: Callable[[str, Any], None] | None,
         formula: Callable[[Any], Any],
     ) -> None:
         self.name, self.arguments, self.results = name, arguments, results
-        self.operator: Callable = None
+        self.operator: Callable[..., Any]
         self._check, self._check_values = check, check_values
         self._formula = formula
         self._function: type[torch.autograd.Function] | None = None
@@ -125,13 +128,13 @@ class Raw:
 
     def run(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
         """The results, without a derivative."""
-        if plan is not None:
+        if plan is not None and signature is not None:
             return plan(signature[1])
         # Each tensor becomes one of its own, whatever the caller passed twice: the recorder tells them apart so.
-        args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        own = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         if self.live is not None:
-            args[self.live] = Live(args[self.live])
-        outputs, plan = backends.run(self.name, self.arguments(*args))
+            own[self.live] = Live(own[self.live])
+        outputs, plan = backends.run(self.name, self.arguments(*own))
         if plan is not None and signature is not None:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
@@ -182,22 +185,8 @@ class Raw:
         return tuple(key), values, grads and graded
 
 
-def gradient(of: type[tuple], fields: str) -> type[tuple]:
-    """The arguments of the gradient of a raw function with the arguments ``of``.
-
-    ``fields`` names them: arguments of the function have the types that they have there, ``need_*`` are bools,
-    ``*dtype`` are dtypes, gradients and results of the function are tensors; ``?`` marks one that may be None.
-    """
-    hints = typing.get_type_hints(of)
-
-    def hint(field: str) -> Any:
-        if field.startswith("need_"):
-            return bool
-        if field.endswith("?"):
-            return Tensor | None
-        return hints.get(field, torch.dtype if field.endswith("dtype") else Tensor)
-
-    return NamedTuple(of.__name__ + "Grad", [(field.removesuffix("?"), hint(field)) for field in fields.split()])
+def _right(op: str, arguments: Any) -> None:
+    """The check of arguments that are known to be right."""
 
 
 class Rule(NamedTuple):
@@ -286,12 +275,12 @@ def written(save: Callable[[Any, Any, Any], None], backward: Callable[..., dict]
 
 def define(
     name: str,
-    arguments: type[tuple],
+    arguments: type[Any],
     results: str,
     describe: Callable[[Any], Result | tuple[Result, ...]],
     formula: Callable[[Any], Any],
     *,
-    check: Callable[[str, Any], None] | None = None,
+    check: Callable[[str, Any], None] = _right,
     check_values: Callable[[str, Any], None] | None = None,
     backward: Callable[[Raw], Rule] | None = None,
     constants: tuple[int, ...] = (),
@@ -323,7 +312,7 @@ def define(
     if derived is None:
         derived = _formula_of(name, recompute)
     raw = Raw(name, arguments, names, check, check_values, derived)
-    made = namedtuple(name, names)
+    made = _named(name, names)
     RESULTS[name] = (lambda a: made(*describe(a))) if several else (lambda a: made(describe(a)))
     returned = "(" + ", ".join(f"Tensor {result}" for result in names) + ")" if several else "Tensor"
     schema = ", ".join(f"{_schema_type(raw.hints[field])} {field}" for field in arguments._fields)
@@ -378,7 +367,7 @@ def _function(raw: Raw, rule: Rule, constants: tuple[int, ...]) -> type[torch.au
         return outputs
 
     def backward_of(ctx, *grads):
-        gradients = list(missing)
+        gradients: list[Tensor | None] = list(missing)
         if any(grad is not None for grad in grads):
             for index, gradient in backward(ctx, ctx.needs_input_grad[2:], *grads).items():
                 gradients[index] = gradient

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define, gradient
+from dmdr_fast.ops._library import by, define
 from dmdr_fast.reference import Result, compute_dtype, like
+
+Approximate = Literal["none", "tanh"]
 
 
 class GatedActivation(NamedTuple):
@@ -20,10 +22,14 @@ class GatedActivation(NamedTuple):
     gate_first: bool
 
 
-GatedActivationGrad = gradient(GatedActivation, "grad packed activation gate_first")
+class GatedActivationGrad(NamedTuple):
+    grad: Tensor
+    packed: Tensor
+    activation: str
+    gate_first: bool
 
 
-def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = False) -> Tensor:
+def gelu_mul(packed: Tensor, *, approximate: Approximate = "none", gate_first: bool = False) -> Tensor:
     """value * gelu(gate) with packed = [value | gate].
 
     Args:
@@ -39,7 +45,7 @@ def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = Fa
 
     Source: GEGLU (arXiv 2002.05202); diffusers' GEGLU with the default order.
     """
-    check.choice("gelu_mul", "approximate", approximate, ("none", "tanh"))
+    check.choice("gelu_mul", "approximate", approximate, get_args(Approximate))
     return _fwd.checked("gelu_mul", packed, "gelu" if approximate == "none" else "gelu_tanh", bool(gate_first))
 
 

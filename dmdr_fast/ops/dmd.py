@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define, written
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
+
+CFGMode = Literal["standard", "offset"]
+Prediction = Literal["flow", "eps", "v", "x0"]
+Normalizer = Literal["per_sample", "global", "none"]
+EpsMode = Literal["add", "clamp", "none"]
+NaNPolicy = Literal["zero", "torch", "zero_sample", "keep"]
+Reduction = Literal["mean", "sum"]
 
 
 class DMD(NamedTuple):
@@ -72,12 +79,12 @@ def dmd_gradient(
     sigma: Tensor | float,
     alpha: Tensor | float | None = None,
     cfg_scale: Tensor | float | None = None,
-    cfg_mode: str = "standard",
-    prediction: str = "flow",
-    normalizer: str = "per_sample",
+    cfg_mode: CFGMode = "standard",
+    prediction: Prediction = "flow",
+    normalizer: Normalizer = "per_sample",
     eps: float = 1e-8,
-    eps_mode: str = "add",
-    nan_policy: str = "keep",
+    eps_mode: EpsMode = "add",
+    nan_policy: NaNPolicy = "keep",
     mask: Tensor | None = None,
     weight: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
@@ -150,16 +157,16 @@ def dmd_loss(
     sigma: Tensor | float,
     alpha: Tensor | float | None = None,
     cfg_scale: Tensor | float | None = None,
-    cfg_mode: str = "standard",
-    prediction: str = "flow",
-    normalizer: str = "per_sample",
+    cfg_mode: CFGMode = "standard",
+    prediction: Prediction = "flow",
+    normalizer: Normalizer = "per_sample",
     eps: float = 1e-8,
-    eps_mode: str = "add",
-    nan_policy: str = "keep",
+    eps_mode: EpsMode = "add",
+    nan_policy: NaNPolicy = "keep",
     mask: Tensor | None = None,
     weight: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     factor: float = 0.5,
 ) -> Tensor:
     r"""factor * mean(g^2) or factor * sum(g^2), with the gradient factor * 2 g / numel or factor * 2 g on x0.
@@ -228,12 +235,12 @@ def _check(op: str, a: DMD) -> None:
         check.like(op, name, getattr(a, name), a.x0, "x0")
     if a.pred_real_uncond is not None:
         check.like(op, "pred_real_uncond", a.pred_real_uncond, a.x0, "x0")
-    check.choice(op, "cfg_mode", a.cfg_mode, ("standard", "offset"))
-    check.choice(op, "prediction", a.prediction, ("flow", "eps", "v", "x0"))
-    check.choice(op, "normalizer", a.normalizer, ("per_sample", "global", "none"))
-    check.choice(op, "eps_mode", a.eps_mode, ("add", "clamp", "none"))
-    check.choice(op, "nan_policy", a.nan_policy, ("zero", "torch", "zero_sample", "keep"))
-    check.choice(op, "reduction", a.reduction, ("mean", "sum"))
+    check.choice(op, "cfg_mode", a.cfg_mode, get_args(CFGMode))
+    check.choice(op, "prediction", a.prediction, get_args(Prediction))
+    check.choice(op, "normalizer", a.normalizer, get_args(Normalizer))
+    check.choice(op, "eps_mode", a.eps_mode, get_args(EpsMode))
+    check.choice(op, "nan_policy", a.nan_policy, get_args(NaNPolicy))
+    check.choice(op, "reduction", a.reduction, get_args(Reduction))
     if a.out_dtype is not None:
         check.dtype(op, "out_dtype", a.out_dtype)
     check.number(op, "eps", a.eps, minimum=0)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define, gradient
+from dmdr_fast.ops._library import by, define
 from dmdr_fast.ops._modulation import broadcast, gate_gradients, modulation
 from dmdr_fast.reference import compute_dtype, like
 
@@ -18,7 +18,12 @@ class GatedResidual(NamedTuple):
     gate: Tensor
 
 
-GatedResidualGrad = gradient(GatedResidual, "grad_residual h gate need_h need_gate")
+class GatedResidualGrad(NamedTuple):
+    grad_residual: Tensor
+    h: Tensor
+    gate: Tensor
+    need_h: bool
+    need_gate: bool
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define, gradient
+from dmdr_fast.ops._library import by, define
 from dmdr_fast.ops._modulation import (
     gate_gradients,
     layer_norm_gradients,
@@ -31,10 +31,20 @@ class GatedResidualLayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-GatedResidualLayerNormModulateGrad = gradient(
-    GatedResidualLayerNormModulate,
-    "grad_residual? grad_y? residual h gate scale mean rstd eps shift_dtype need_h need_gate need_shift_or_scale",
-)
+class GatedResidualLayerNormModulateGrad(NamedTuple):
+    grad_residual: Tensor | None
+    grad_y: Tensor | None
+    residual: Tensor
+    h: Tensor
+    gate: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_h: bool
+    need_gate: bool
+    need_shift_or_scale: bool
 
 
 def gated_residual_layer_norm_modulate(
@@ -85,10 +95,10 @@ def _results(a: GatedResidualLayerNormModulate):
 
 
 def _results_bwd(a: GatedResidualLayerNormModulateGrad):
-    modulation = {"needed": a.need_shift_or_scale, "zero": a.grad_y is None}
+    needed, zero = a.need_shift_or_scale, a.grad_y is None
     return (
         like(a.residual), like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate),
-        like(a.scale, a.shift_dtype, **modulation), like(a.scale, **modulation),
+        like(a.scale, a.shift_dtype, needed=needed, zero=zero), like(a.scale, needed=needed, zero=zero),
     )  # fmt: skip
 
 
@@ -101,6 +111,7 @@ def _formula(a: GatedResidualLayerNormModulate) -> tuple[Tensor, Tensor, Tensor,
 def _formula_bwd(a: GatedResidualLayerNormModulateGrad):
     compute = compute_dtype(a.residual, a.h, a.gate, a.scale)
     if a.grad_y is None:
+        assert a.grad_residual is not None  # one of the two there is
         total = a.grad_residual.to(compute, copy=True)
         return total, *gate_gradients(total, a), None, None
     total, *modulation = layer_norm_gradients(a.grad_y, a.residual, a.scale, a.mean, a.rstd)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define, gradient
+from dmdr_fast.ops._library import by, define
 from dmdr_fast.ops._modulation import (
     broadcast,
     layer_norm_gradients,
@@ -28,9 +28,16 @@ class LayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-LayerNormModulateGrad = gradient(
-    LayerNormModulate, "grad_y x scale mean rstd eps shift_dtype need_x need_shift_or_scale"
-)
+class LayerNormModulateGrad(NamedTuple):
+    grad_y: Tensor
+    x: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_x: bool
+    need_shift_or_scale: bool
 
 
 def layer_norm_modulate(

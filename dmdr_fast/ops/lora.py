@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define, gradient
+from dmdr_fast.ops._library import by, define
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
 
@@ -21,7 +21,16 @@ class MultiLora(NamedTuple):
     scale: Tensor
 
 
-MultiLoraGrad = gradient(MultiLora, "grad x low_rank A B scale need_x need_A need_B")
+class MultiLoraGrad(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    low_rank: Tensor
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    need_x: bool
+    need_A: bool
+    need_B: bool
 
 
 def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor | float) -> Tensor:

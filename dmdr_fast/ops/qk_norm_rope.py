@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define, gradient
+from dmdr_fast.ops._library import by, define
 from dmdr_fast.ops._modulation import rms_norm_statistic
 from dmdr_fast.reference import Result, compute_dtype, like
 
@@ -24,10 +24,20 @@ class QKNormRope(NamedTuple):
     interleaved: bool
 
 
-QKNormRopeGrad = gradient(
-    QKNormRope,
-    "grad_q_out? grad_k_out? q k q_weight k_weight cos sin q_rstd k_rstd eps interleaved need_q_weight_or_k_weight",
-)
+class QKNormRopeGrad(NamedTuple):
+    grad_q_out: Tensor | None
+    grad_k_out: Tensor | None
+    q: Tensor
+    k: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    q_rstd: Tensor
+    k_rstd: Tensor
+    eps: float
+    interleaved: bool
+    need_q_weight_or_k_weight: bool
 
 
 def qk_norm_rope(
@@ -81,12 +91,12 @@ def _check(op: str, a: QKNormRope) -> None:
             raise ValueError(f"{op}: {name}: expected [B, T, heads, D], got shape {list(value.shape)}")
     batch, tokens, _, width = a.q.shape
     check.shaped(op, "k", a.k, (batch, tokens, a.k.shape[2], width), "q's B, T and D", a.q, "q")
-    for name, value in (("q_weight", a.q_weight), ("k_weight", a.k_weight)):
-        if value is not None:
-            check.shaped(op, name, value, (width,), "D", a.q, "q")
+    for name, weight in (("q_weight", a.q_weight), ("k_weight", a.k_weight)):
+        if weight is not None:
+            check.shaped(op, name, weight, (width,), "D", a.q, "q")
     if (a.cos is None) != (a.sin is None):
         raise ValueError(f"{op}: {'cos' if a.cos is None else 'sin'}: expected with its counterpart, got None")
-    if a.cos is not None:
+    if a.cos is not None and a.sin is not None:
         if width % 2:
             raise ValueError(f"{op}: q: expected an even D for the rotation, got {width}")
         _check_table(op, "cos", a.cos, a.q)

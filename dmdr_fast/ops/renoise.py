@@ -156,6 +156,7 @@ def _backward(ctx, needed: Renoise, grad) -> dict:
 def _formula(a: Renoise) -> Tensor:
     compute, noise = compute_dtype(a.x0, a.noise), a.noise
     if noise is None:
+        assert a.seed is not None  # the check has seen to it
         noise = seeded_normals(a.x0.shape, a.seed, a.offset, compute)
     return per_sample(a.alpha, a.x0) * a.x0.to(compute) + per_sample(a.sigma, a.x0) * noise.to(compute)
 

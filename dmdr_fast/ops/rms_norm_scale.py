@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define, gradient
+from dmdr_fast.ops._library import by, define
 from dmdr_fast.ops._modulation import broadcast, modulation, norm_options, rms_norm_statistic, summed, weighted
 from dmdr_fast.reference import Result, compute_dtype, like
 
@@ -21,7 +21,16 @@ class RMSNormScale(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-RMSNormScaleGrad = gradient(RMSNormScale, "grad_y x weight scale rstd eps need_x need_weight need_scale")
+class RMSNormScaleGrad(NamedTuple):
+    grad_y: Tensor
+    x: Tensor
+    weight: Tensor | None
+    scale: Tensor
+    rstd: Tensor
+    eps: float
+    need_x: bool
+    need_weight: bool
+    need_scale: bool
 
 
 def rms_norm_scale(
@@ -84,7 +93,7 @@ def _formula_bwd(a: RMSNormScaleGrad):
     inner = weighted(grad * scale, a.weight)
     return (
         rstd * (inner - normal * (inner * normal).mean(-1, keepdim=True)),
-        summed(grad * scale * normal, a.weight, a.need_weight),
+        None if a.weight is None else summed(grad * scale * normal, a.weight, a.need_weight),
         summed(weighted(grad * normal, a.weight), a.scale, a.need_scale),
     )
 

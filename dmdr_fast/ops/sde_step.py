@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient, written
+from dmdr_fast.ops._library import define, written
 from dmdr_fast.ops._noise import seeded_normals
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
+
+SDEKind = Literal["flow_grpo", "dance", "cps"]
 
 
 class SDEStepArguments(NamedTuple):
@@ -27,10 +29,19 @@ class SDEStepArguments(NamedTuple):
     eta: float
 
 
-SDEStepGrad = gradient(
-    SDEStepArguments,
-    "grad_next? grad_logprob? grad_mean? x v sigma sigma_next next_sample kind eta need_x need_v",
-)
+class SDEStepGrad(NamedTuple):
+    grad_next: Tensor | None
+    grad_logprob: Tensor | None
+    grad_mean: Tensor | None
+    x: Tensor
+    v: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    next_sample: Tensor | None
+    kind: str
+    eta: float
+    need_x: bool
+    need_v: bool
 
 
 class SDEStep(NamedTuple):
@@ -55,7 +66,7 @@ def sde_step_logprob(
     sigma: Tensor | float,
     sigma_next: Tensor | float,
     *,
-    kind: str,
+    kind: SDEKind,
     eta: float,
     next_sample: Tensor | None = None,
     seed: Tensor | None = None,
@@ -115,7 +126,7 @@ def sde_step_logprob(
 
 def _check(op: str, a: SDEStepArguments) -> None:
     check.like(op, "v", a.v, a.x, "x")
-    check.choice(op, "kind", a.kind, ("flow_grpo", "dance", "cps"))
+    check.choice(op, "kind", a.kind, get_args(SDEKind))
     if a.kind == "cps":
         check.number(op, "eta", a.eta, minimum=0)
     else:
@@ -170,6 +181,7 @@ def _formula(a: SDEStepArguments):
     mean = (per_sample(keep, a.x) * a.x.to(compute) + per_sample(move, a.x) * a.v.to(compute)).contiguous()
     drawn, next_sample = None, a.next_sample
     if next_sample is None:
+        assert a.seed is not None  # the check has seen to it
         noise = seeded_normals(a.x.shape, a.seed, a.offset, compute)
         drawn = next_sample = (mean + per_sample(std, a.x) * noise).to(a.x.dtype)
     square = (next_sample.detach().to(compute) - mean).square().flatten(1).mean(1)
@@ -187,6 +199,7 @@ def _formula_bwd(a: SDEStepGrad) -> tuple[Tensor, Tensor]:
         if part is not None:
             grad = grad + part.to(compute)
     if a.grad_logprob is not None:
+        assert a.next_sample is not None  # the forward keeps the one that it drew
         mean = per_sample(keep, a.x) * a.x.to(compute) + per_sample(move, a.x) * a.v.to(compute)
         slope = torch.full_like(std, 2.0) if a.kind == "cps" else 1 / (std * std)
         slope = a.grad_logprob.to(compute) * slope / max(a.x[:1].numel(), 1)

@@ -176,7 +176,7 @@ class Calls(Recorder):
             sums.append(one if one is None or one.dtype is torch.float32 else self.new(one.shape, torch.float32))
         yield sums
         for result, one in zip(results, sums, strict=True):
-            if one is not result:
+            if result is not None and one is not None and one is not result:
                 result.copy_(one)
                 self._repeatable = False
 

@@ -125,7 +125,8 @@ class Gradient:
     """
 
     def __init__(self, g: Grouped, vector: Tensor | None, out: Tensor | None) -> None:
-        self._grouped, self.out, self.buffer, self.parts = g, out, out, None
+        self._grouped, self.out, self.buffer = g, out, out
+        self.parts: Tensor | None = None
         self._lines, tokens, _ = (1, 1, 0) if vector is None else g.vector_shape(vector.shape)
         self.per_token = tokens == g.tokens and self._lines == g.groups
         self.summed = out is not None and not self.per_token
@@ -145,7 +146,7 @@ class Gradient:
 
 def finish(run: Launches, *gradients: Gradient) -> None:
     """Add up the partial sums of those that have some."""
-    sum_chunks(run, *((one.parts, one.out) for one in gradients if one.parts is not None))
+    sum_chunks(run, *((one.parts, one.out) for one in gradients if one.parts is not None and one.out is not None))
 
 
 def spread(run: Launches, g: Grouped, programs: int, *gradients: Gradient) -> tuple[int, int]:
@@ -165,7 +166,7 @@ def spread(run: Launches, g: Grouped, programs: int, *gradients: Gradient) -> tu
     return chunks, chunk
 
 
-def row_tile(width: int, most: int) -> dict[str, object]:
+def row_tile(width: int, most: int) -> dict[str, Any]:
     """The pieces of a row and the fewest warps with at most ``most`` lanes a thread: per thread, sums cost the same.
 
     1024 threads are the most; beyond ``1024 most`` features each has more lanes.

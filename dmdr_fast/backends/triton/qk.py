@@ -48,7 +48,7 @@ def qk_norm_rope_bwd(run: Launches, a, out) -> None:
     ):
         count = 0 if grad is None else cdiv(x.shape[2], tile["HEADS"])
         parts = None if grad_weight is None else run.new((1, programs * count, width), torch.float32)
-        if grad_weight is not None:
+        if parts is not None:
             sums.append((parts, grad_weight))
         sides.append(Side(_heads(x), _heads(grad), _vector(weight), grad_x, rstd.contiguous(), parts, x.shape[2]))
         blocks.append(count)
