@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import eager
+from benchmarks.bench_preprocess_reward import RewardPreprocessing
 from benchmarks.eager_step import DenseLora, Draws, EagerUpdate, FakeDraws
 from dmdr_fast import ops
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe, RewardModel
@@ -145,7 +145,7 @@ class Eager:
         lora = DenseLora(plain, [tuple(tensor.detach() for tensor in layer) for layer in layers])
         self.optimizers = _optimizers(generator.parameters(), lora.parameters(), fused=None)
         decoder, classifier = _reward_networks(size, device)
-        preprocess = eager.RewardPreprocessing(MEAN, STD).to(device)
+        preprocess = RewardPreprocessing(MEAN, STD).to(device)
         self.engine = EagerUpdate(
             generator,
             plain,

@@ -131,7 +131,7 @@ STAGES = (
         40,
         f"ncu --target-processes all --clock-control none --kernel-name '{_ROWS}' --launch-count 40"
         f" --section SpeedOfLight --section Occupancy --section LaunchStats {_ONCE} --large",
-        f"{_ONCE} --large rms_norm_scale",
+        f"{_ONCE} --large silu_mul",
         programs=("ncu",),
     ),
     Stage(

@@ -38,6 +38,10 @@ class Conditions(Protocol):
         """(``Batch.classes``, ``Batch.reward_inputs``) alone, however many rows."""
         ...
 
+    def captions(self, rows: np.ndarray) -> list[str]:
+        """What a person reads beside a sample of each row."""
+        ...
+
 
 def drawn(conditions: Conditions, streams: Streams) -> Data:
     """Uniform draws for update ``index``: the shard's part of the global draw, each one ``group`` times."""
@@ -66,6 +70,9 @@ class Labels:
         labels = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
         return labels, {"labels": labels}
 
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [f"class {row}" for row in rows]
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -92,7 +99,10 @@ class Prompts:
 
     def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
         numbers = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
-        return numbers, {"prompts": [self.prompts[row] for row in rows]}
+        return numbers, {"prompts": self.captions(rows)}
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [self.prompts[row] for row in rows]
 
 
 def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Conditions, Conditions]:
