@@ -23,7 +23,7 @@ from dmdr_fast import ops
 from dmdr_fast.models.sit import SiT
 
 # Relative L2 difference from the blocks as they are: they round after every step, a fused op once.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 WIDTHS = (256, 384, 768, 1152)  # the small bench_step's, SiT-S, SiT-B, SiT-XL
 PASSES = {"forward": False, "forward + backward": True}
 
