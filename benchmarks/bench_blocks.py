@@ -1,7 +1,7 @@
 """Stacks of transformer blocks by width: as the model has them, fused, compiled.
 
-What ``compute.blocks: auto`` takes on a CPU rests on these lines. SiT's blocks, and SD3.5-Medium's: one with a second
-attention over the image alone and one without, as its first 13 and its last 11 have it.
+By width, because ``compute.blocks: auto`` chooses by it on a CPU. SiT's blocks, and SD3.5-Medium's: one with a second
+attention over the image alone, as its first 13 are, and one without.
 """
 
 from __future__ import annotations
@@ -20,26 +20,31 @@ from benchmarks.memory import peak_bytes
 from benchmarks.step_sides import ComputePath
 from benchmarks.timing import Spread, interleave, wall
 from dmdr_fast import ops
-from dmdr_fast.models.sit_layers import SiTBlock
+from dmdr_fast.models.sit import SiT
 
 # Relative L2 difference from the blocks as they are: they round after every step, a fused op once.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 WIDTHS = (256, 384, 768, 1152)  # the small bench_step's, SiT-S, SiT-B, SiT-XL
-HEAD = 64
 PASSES = {"forward": False, "forward + backward": True}
 
 
 class Stack(nn.Module):
-    """Blocks that follow each other."""
+    """The first blocks of a model, which it holds so that its kind is known."""
 
-    def __init__(self, blocks: list[nn.Module]):
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        for parameter in self.parameters():  # adaLN-Zero starts at zero, which shows nothing
+        self.model, self.blocks = model, blocks
+        for parameter in blocks.parameters():  # adaLN-Zero starts at zero, which shows nothing
             nn.init.normal_(parameter, std=0.02)
 
 
 class SiTStack(Stack):
+    """Two blocks of a SiT of ``width``, in heads of ``head``."""
+
+    def __init__(self, width: int, head: int = 64):
+        model = SiT(hidden_size=width, depth=2, num_heads=width // head)
+        super().__init__(model, model.blocks)
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x, c)
@@ -47,6 +52,22 @@ class SiTStack(Stack):
 
 
 class SD3Stack(Stack):
+    """Two blocks of an SD3.5-Medium of ``heads``: the first with a second attention over the image alone."""
+
+    def __init__(self, heads: int = 24, head: int = 64):
+        from diffusers import SD3Transformer2DModel
+
+        model = SD3Transformer2DModel(
+            num_layers=3,  # the last has no text stream
+            num_attention_heads=heads,
+            attention_head_dim=head,
+            caption_projection_dim=heads * head,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+            pos_embed_max_size=8,
+        )
+        super().__init__(model, model.transformer_blocks[:2])
+
     def forward(self, x: Tensor, text: Tensor, temb: Tensor) -> Tensor:
         for block in self.blocks:
             text, x = block(x, text, temb)
@@ -58,26 +79,18 @@ def test_sit_blocks(record, device, width):
     pytest.importorskip("pydantic")  # compile_blocks is the trainer's
     batch, dtype = (16, torch.bfloat16) if device.type == "cuda" else (4, torch.float32)
 
-    def stack() -> Stack:
-        return SiTStack([SiTBlock(width, width // HEAD, 4.0) for _ in range(2)])
-
-    record(lambda: measured("SiT", stack, ((batch, 256, width), (batch, width)), dtype, device))
+    shapes = ((batch, 256, width), (batch, width))
+    record(lambda: measured("SiT", lambda: SiTStack(width), shapes, dtype, device))
 
 
 def test_sd35_medium_blocks(record, device):
     pytest.importorskip("pydantic")
     pytest.importorskip("diffusers")
-    from diffusers.models.attention import JointTransformerBlock
-
     # On a GPU four samples of 1024 pixels; on a CPU one of 256. 333 tokens of text.
     batch, tokens, dtype = (4, 4096, torch.bfloat16) if device.type == "cuda" else (1, 256, torch.float32)
 
-    def stack() -> Stack:
-        sizes = {"num_attention_heads": 24, "attention_head_dim": HEAD, "qk_norm": "rms_norm"}
-        return SD3Stack([JointTransformerBlock(1536, use_dual_attention=dual, **sizes) for dual in (True, False)])
-
     shapes = ((batch, tokens, 1536), (batch, 333, 1536), (batch, 1536))
-    record(lambda: measured("SD3.5-Medium", stack, shapes, dtype, device))
+    record(lambda: measured("SD3.5-Medium", SD3Stack, shapes, dtype, device))
 
 
 def measured(
@@ -133,7 +146,7 @@ def _results(stack: Stack, inputs: list[Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         ungraded = stack(*inputs)
     out = stack(*inputs)
-    wrt = [*inputs, *stack.parameters()]
+    wrt = [*inputs, *stack.blocks.parameters()]
     grads = torch.autograd.grad(out, wrt, _upstream(out), allow_unused=True, materialize_grads=True)
     of_inputs, of_weights = grads[: len(inputs)], grads[len(inputs) :]
     return {
@@ -145,7 +158,7 @@ def _results(stack: Stack, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _pass(stack: Stack, inputs: list[Tensor], graded: bool) -> Callable[[int], None]:
-    incoming, wrt = _upstream(inputs[0]), [*inputs, *stack.parameters()]
+    incoming, wrt = _upstream(inputs[0]), [*inputs, *stack.blocks.parameters()]
 
     def run(_: int) -> None:
         with torch.set_grad_enabled(graded):

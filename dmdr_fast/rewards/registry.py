@@ -162,6 +162,9 @@ def _module_of_file(source: str, kind: str):
         except Exception as error:
             del sys.modules[name]
             raise ValueError(f"reward.terms: kind: {kind}: {file} does not run: {_said(error)}") from error
+        # Behind what the file has imported: pickle takes the first module that holds an object such as
+        # torch.contiguous_format, and the compiler's cache pickles those; this one cannot be imported by its name.
+        sys.modules[name] = sys.modules.pop(name)
     return sys.modules[name]
 
 
