@@ -33,6 +33,16 @@ def problems(config: Config) -> Iterator[str]:
         )
     if config.rollout.keep_gathered and config.deepspeed.stage != 3:
         yield "rollout.keep_gathered: only deepspeed.stage=3 partitions the weights; set it, or leave this off"
+    if config.compute.cuda_graphs and config.deepspeed.stage == 3:
+        yield (
+            "compute.cuda_graphs: under deepspeed.stage 3 weights are gathered to new addresses in every pass, which "
+            "no graph follows; set it to false, or the stage to 0 or 2"
+        )
+    if config.compute.cuda_graphs and config.model.family == "z_image":
+        yield (
+            "compute.cuda_graphs: z_image runs each prompt at its own length, and every length would be a graph; set "
+            "it to false"
+        )
     yield from _sharing_problems(config)
     yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:
@@ -86,7 +96,7 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
     if config.teacher.weights is not None:
         yield f"teacher.weights: model.family {family} takes the weights of teacher.pipeline; leave it out"
     if config.data.prompts is None:
-        yield f"data.prompts: missing; model.family {family} needs a .txt, .jsonl or .parquet file of prompts"
+        yield f"data.prompts: missing; model.family {family} needs a file of prompts, or a folder of Parquet files"
     if family == "sdxl" and config.student.shift != 1.0:
         yield f"student.shift: {config.student.shift:g}; SDXL's noise path has no shift, set it to 1"
     if family == "sdxl" and config.rl.method == "grpo" and config.rl.grpo.mode == "policy":

@@ -7,8 +7,9 @@ what is compiled, and DeepSpeed's hooks lie outside the compiled block.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ GRAPHS = 256
 CPU_FUSED_WIDTH = 768
 # Their rotary tables are complex, which the compiler leaves to eager kernels; the fused op reads them as real.
 COMPLEX_ROTATION = {"qwen_image", "z_image"}
+_UNCOMPILED = ContextVar("uncompiled", default=False)
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,20 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def uncompiled() -> AbstractContextManager:
-    """Inside, compiled blocks run as written: for batches of other sizes, which are not worth a graph each."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, networks run as written: for batches of other sizes, which are not worth a graph each."""
+    token = _UNCOMPILED.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _UNCOMPILED.reset(token)
+
+
+def is_uncompiled() -> bool:
+    """Whether this is inside :func:`uncompiled`."""
+    return _UNCOMPILED.get()
 
 
 def gather_as_one(blocks: list[nn.Module]) -> None:
@@ -148,17 +161,17 @@ class _InputsForZero3:
         self.names = names
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        args, kwargs = list(args), dict(kwargs)
-        for name in self.names[len(args) :]:
+        given, kwargs = list(args), dict(kwargs)
+        for name in self.names[len(given) :]:
             if name not in kwargs:
                 break
-            args.append(kwargs.pop(name))
-        tensors = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and not any(args[i].requires_grad for i in tensors):
-            first = next(i for i in tensors if args[i].is_floating_point())
+            given.append(kwargs.pop(name))
+        tensors = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and not any(given[i].requires_grad for i in tensors):
+            first = next(i for i in tensors if given[i].is_floating_point())
             if any(p.requires_grad for p in block.parameters()):
-                args[first] = args[first].detach().requires_grad_()
-        return tuple(args), kwargs
+                given[first] = given[first].detach().requires_grad_()
+        return tuple(given), kwargs
 
 
 def _apply_attention(network: nn.Module, config: Config, device: torch.device) -> Choice:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmdr_fast.algorithm.guidance import guide
+from dmdr_fast.algorithm.guidance import Mode, guide
 from dmdr_fast.algorithm.monitors import diversity
 from dmdr_fast.algorithm.recipe import Batch, Recipe
 from dmdr_fast.algorithm.rl.refl import Decode
@@ -79,7 +79,9 @@ class Evaluator:
         }
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
-        table, shown, pictures = {}, None, {"labels": self._rows()[: self._kept]}
+        table: dict[str, dict[str, float | None]] = {}
+        shown: Shown | None = None
+        pictures: dict[str, Any] = {"labels": self._rows()[: self._kept]}
         if self.model.num_classes is None:
             pictures["prompts"] = np.array(self.conditions.captions(pictures["labels"]))
         for name, (draw, nfe) in rows.items():
@@ -138,6 +140,7 @@ class Evaluator:
 
     def _teacher(self, network: Network, steps: int) -> Draw:
         config, model, scale = self.config, self.model, self.config.teacher.sample_cfg_scale
+        assert scale is not None  # the configuration has filled it in
 
         def guided(uncond: Any) -> Network:
             return guided_network(network, uncond, scale, config.cfg_mode, model.token)
@@ -224,7 +227,7 @@ def drop_evaluations_after(run_dir: Path, step: int) -> None:
             sheet.unlink()
 
 
-def guided_network(network: Network, uncond: Any, scale: float, mode: str, token: int) -> Network:
+def guided_network(network: Network, uncond: Any, scale: float, mode: Mode, token: int) -> Network:
     """The teacher under CFG, conditional and unconditional prediction in one batch; see ``guide``."""
 
     def guided(x: Tensor, t: Tensor, condition: Any) -> Tensor:

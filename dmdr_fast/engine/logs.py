@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,7 +143,9 @@ def _drop_records_from(path: Path, start_step: int) -> dict:
 
     Returns the last record that is left, {} without one.
     """
-    kept, last, torn = [], {}, 0
+    kept: list[str] = []
+    last: dict[str, Any] = {}
+    torn = 0
     if not path.exists():
         return last
     for line in path.read_text().splitlines():

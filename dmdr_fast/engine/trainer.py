@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import Evaluator, Shown, drop_evaluations_after
+from dmdr_fast.engine.finished import COLD_START, FINAL, SETTINGS, is_finished
 from dmdr_fast.engine.go_on import resume_command
-from dmdr_fast.engine.identity import evaluates_anew, run_settings
+from dmdr_fast.engine.identity import run_settings
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.memory import build_probe
 from dmdr_fast.engine.model import Model, open_model
@@ -45,8 +46,6 @@ from dmdr_fast.engine.summary import SUMMARY, origin, write_summary
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
-
-FINAL = Path("final") / "generator.safetensors"
 
 
 def train(config: Config) -> None:
@@ -67,7 +66,7 @@ def train(config: Config) -> None:
             changes = [] if start is None else checkpoints.changes(start)
             for change in changes:
                 ranks.say(f"since the checkpoint: {change}")
-            if start is not None and not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]:
+            if is_finished(config, checkpoints.settings, start, changes, ranks):
                 ranks.say(
                     f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
                     "run_dir for another run, or start anew with --resume never"
@@ -138,7 +137,7 @@ class Run:
         seed = int(streams.rng("lora").integers(2**31))
         roles = build_roles(config, model, conditions, ranks, lora_seed=seed, starts=starts)
         ema = None if config.student.ema is None else EMA(roles.generator.trained, config.student.ema)
-        state = {"step": 0, "counters": {}}
+        state: dict[str, Any] = {"step": 0, "counters": {}}
         if resume_from is not None:
             state = checkpoints.load(resume_from, Trained(_trained(roles), ema))
             if rewards is not None:
@@ -231,7 +230,12 @@ class Run:
                 ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config.run_dir)}")
                 return False
         self._snapshot_cold_start()
+        settings = config.run_dir / SETTINGS
+        if ranks.is_main:
+            settings.unlink(missing_ok=True)
         self._save_generator(config.run_dir / FINAL, DTYPES[config.export.dtype])
+        if ranks.is_main:
+            settings.write_text(json.dumps(self.checkpoints.settings, indent=1))
         return True
 
     @property
@@ -267,6 +271,7 @@ class Run:
         if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
             return
         if self.weight.value is None:
+            assert self.rewards is not None  # RL has some
             given = (data, self.rewards, self.decoder, self.recipe, self.streams, self.step, shards, self.ranks.device)
             loss = first_rl_loss(self.roles.generator, *given)
             self._look_at_rewards()
@@ -275,10 +280,12 @@ class Run:
             except ValueError as error:
                 self._end(str(error), "go on with --resume auto")
             self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
+        assert self.weight.value is not None
         self.recipe = replace(self.recipe, reward_weight=self.weight.value)
 
     def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
+        assert self.rewards is not None  # RL has some
         total, each = self.rewards.score(images, given, batch=batch)
         named = {f"reward_{name}": values for name, values in each.items()} if len(each) > 1 else {}
         if (self.step + 1) % self.config.log.every == 0:
@@ -341,7 +348,7 @@ class Run:
 
     @property
     def _cold_start_weights(self) -> Path:
-        return self.config.run_dir / "cold_start" / "generator.safetensors"
+        return self.config.run_dir / COLD_START
 
     def _snapshot_cold_start(self) -> None:
         if self.step == self.config.train.cold_start_steps:
@@ -403,6 +410,8 @@ class Run:
             values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
         if graphs := compiled_graphs():
             values["compilations"] = float(graphs)
+        if self.roles.graphs is not None:
+            values["cuda_graphs"] = float(self.roles.graphs.count)
         values |= {f"{n}_loss_scale": r.loss_scale for n, r in _trained(self.roles).items() if r.loss_scale is not None}
         if self.config.monitors.max_score_rounding is not None and can_measure(self.config):
             values["score_rounding"] = self._rounding().error
@@ -426,7 +435,7 @@ class Run:
             )
 
     def _checkpoint(self) -> None:
-        counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        counters: dict[str, Any] = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         if self.config.reward.weight == "auto":
             counters["reward_weight"] = self.weight.state_dict()
         rewards = {} if self.rewards is None else self.rewards.state_dict()
@@ -435,17 +444,6 @@ class Run:
 
 def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
-
-
-def is_finished(config: Config, checkpoint: Path) -> bool:
-    """Whether the run has made all of its updates, up to that checkpoint, and written all that it leaves."""
-    folder, step = config.run_dir, int(checkpoint.name.rpartition("_")[2])
-    try:
-        written = json.loads((folder / SUMMARY).read_text())["updates"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    left = [FINAL, Path("report.html")] if config.log.report else [FINAL]
-    return step >= config.train.generator_steps and written == step and all((folder / p).is_file() for p in left)
 
 
 def diagnosis(update: Update, roles: Roles, ranks: runtime.Runtime) -> str:

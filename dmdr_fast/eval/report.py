@@ -235,7 +235,8 @@ def _remarks(run: Run) -> list[str]:
     for metric in ("fd", "held_out_reward"):
         heading, _, better, _ = _METRICS[metric]
         start, end = (run.metrics.get(name, {}).get(metric) for name in ("cold_start", "dmdr"))
-        if None not in (start, end) and start != end and better(start, end) == start:
+        assert better is not None  # of these two one end is
+        if start is not None and end is not None and start != end and better(start, end) == start:
             remarks.append(
                 f"{heading} worsened in reinforcement learning: {_text_of(metric, start)} after the cold start, "
                 f"{_text_of(metric, end)} at the end."

@@ -87,7 +87,7 @@ def captioned_sheet(samples: np.ndarray, labels: np.ndarray, captions: Sequence[
     font = _font(captions)
     if classes is not None:
         page = _placed(samples, order, _CELL, _LARGEST_CELL, below=0)
-        texts = [captions[row[0]] for row in order]
+        texts: Sequence[str] = [captions[row[0]] for row in order]
         beside = min(_ROW_CAPTION, max(round(font.getlength(text[:_ROW_CAPTION])) for text in texts) + 12)
         page = np.pad(_coloured(page), ((0, 0), (beside, 0), (0, 0)), constant_values=255)
         height = len(page) // len(order)
@@ -129,7 +129,8 @@ def _font(texts: Sequence[str]) -> ImageFont.FreeTypeFont:
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """``text`` in at most ``most`` lines of ``width`` pixels, cut between words where there are any."""
-    rest, lines = " ".join(text.split()), []
+    rest = " ".join(text.split())
+    lines: list[str] = []
     while rest:
         end = _fitting(rest, font, width)
         if len(lines) == most - 1 and end < len(rest):

@@ -31,6 +31,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         sharing=config.sharing,
         activation=config.memory.activation,
         blocks="compiled" if config.compute.blocks == "auto" else config.compute.blocks,  # auto on CUDA
+        cuda_graphs=config.compute.cuda_graphs,
         dtype=config.deepspeed.dtype,
         frozen=config.memory.frozen,
         optimizer=config.optimizer.kind,
@@ -62,6 +63,7 @@ def _adapter(lora: Any, shape: Shape) -> Adapter:
 def _shape(config: Config) -> Shape:
     model = config.model
     if model.family != "sit":
+        assert config.teacher.pipeline is not None  # every family but SiT has one
         return find_shape(config.teacher.pipeline)
     sizes = ("depth", "hidden_size", "num_heads", "patch_size", "num_classes", "learn_sigma", "time_reversed")
     network = {"_class_name": "SiT", "input_size": config.latent_size, "in_channels": model.channels}

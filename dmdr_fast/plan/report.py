@@ -19,8 +19,8 @@ def described(work: Workload) -> str:
     return (
         f"{work.shape.name} at {work.resolution} px, sharing {work.sharing}, generator trains {generator} "
         f"({trained_by(work, 'generator') / 1e9:.2f}B of {total / 1e9:.2f}B stored), activation {work.activation}, "
-        f"{work.blocks} blocks, {work.dtype}, ZeRO-{work.zero.stage}, N={work.student_steps}, R={work.fake_updates}, "
-        f"{'CFG' if work.cfg else 'no CFG'}, {rl}"
+        f"{work.blocks} blocks{', CUDA graphs' * work.cuda_graphs}, {work.dtype}, ZeRO-{work.zero.stage}, "
+        f"N={work.student_steps}, R={work.fake_updates}, {'CFG' if work.cfg else 'no CFG'}, {rl}"
     )
 
 

@@ -39,8 +39,8 @@ def update_peaks(work: Workload) -> Peaks:
     (stage 0) the largest sum has no fixed place: then the whole network is traced.
     """
     work = replace(
-        work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, reward=None,
-        student_steps=min(work.student_steps, 2), fake_updates=1, zero=Zero(stage=min(work.zero.stage, 2)),
+        work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, cuda_graphs=False,
+        reward=None, student_steps=min(work.student_steps, 2), fake_updates=1, zero=Zero(stage=min(work.zero.stage, 2)),
     )  # fmt: skip
     if work.blocks == "compiled":
         return _compiled_peaks(replace(work, blocks="eager"))

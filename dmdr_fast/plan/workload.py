@@ -18,7 +18,7 @@ class Adapter:
 
     rank: int
     targets: tuple[str, ...]
-    form: str = "standard"
+    form: Literal["standard", "post_projection"] = "standard"
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Workload:
     sharing: Sharing = "shared_score"
     activation: Activation = "full"
     blocks: Literal["eager", "fused", "compiled"] = "compiled"
+    cuda_graphs: bool = False
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     frozen: Literal["native", "int8", "float8"] = "native"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"

@@ -94,6 +94,17 @@ def test_distance_at_a_reward_is_read_between_evaluations(reward, fd):
     assert statistics.fd_at_reward(mine, reward) == pytest.approx(fd)
 
 
+def test_an_evaluation_without_a_finite_distance_is_passed_over():
+    """The distance of a run that leaves the data for a while is null in its records."""
+    way = [(500, -0.4, 0.5), (550, -0.3, None), (600, -0.2, 2.0), (650, None, None)]
+    mine = replace(record("dmd_then_rl", 0), evaluations=[{"step": s, "reward": r, "fd": f} for s, r, f in way])
+    assert statistics.fd_at_reward(mine, -0.3) == pytest.approx(math.sqrt(0.5 * 2.0))
+    assert statistics.fd_at_reward(mine, 0.0) == 2.0
+    assert statistics.value_of(mine, statistics.COLD_START_FD) == pytest.approx((math.log10(0.5) + math.log10(2.0)) / 2)
+    never = replace(mine, evaluations=[{"step": 500, "reward": -0.4, "fd": None}])
+    assert statistics.fd_at_reward(never, -0.4) is statistics.value_of(never, statistics.COLD_START_FD) is None
+
+
 def test_a_run_without_a_cold_start_starts_as_the_teacher_in_one_step():
     mine = record("rl_only", 0)
     mine = replace(mine, rows=mine.rows | {"cold_start": {"fd": 6.0, "reward": -0.9}})
@@ -145,6 +156,7 @@ def test_the_verdicts_follow_from_the_numbers():
         "teacher_reward": "holds",
         "teacher_fd": "does not hold",
         "any_method": "holds",
+        "reuse": "cannot be told here",
     }
 
 
@@ -319,6 +331,29 @@ def test_the_command_says_when_there_is_more_to_do_and_writes_the_page_at_the_en
     trainer.write_text(TRAINER.replace("1 / step", "2 / step"))
     assert command.main(again) == command.DONE  # not run again in the folder of comparisons
     assert not any(re.search("compare", str(p)) for p in (tmp_path / "work").glob("*-1"))
+
+
+def test_runs_of_an_earlier_page_stand_where_their_settings_do(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "FULL", runs.Budget(2, 3, 1))
+    words = ["--seeds", "1", "--out", str(tmp_path), "--work"]
+    assert command.main([*words, str(tmp_path / "first")]) == command.DONE
+    page = tmp_path / "claims.json"
+    made, read = records.read_json(page)
+    changed = [
+        replace(r, settings=r.settings | {"rl.dpo.beta": 1.0}) if r.name == "dmdr_dpo" else replace(r, commit="earlier")
+        for r in read
+        if r.name != "dmdr_reuse"
+    ]
+    records.write_json(page, made, changed, [])
+    second = tmp_path / "second"
+    assert command.main([*words, str(second), "--kept", str(page)]) == command.DONE
+    assert {p.name for p in second.glob("*-1")} == {"cold_start-1", "dmdr_dpo-1", "cold_reuse-1", "dmdr_reuse-1"}
+    now, rows = records.read_json(page)
+    assert [r.name for r in rows] == [v.name for v in runs.VARIANTS]
+    assert {r.name for r in rows if r.commit != "earlier"} == {"dmdr_dpo", "dmdr_reuse"}
+    assert (now["kept"], now["before"]) == (14, made)
+    assert "- 14 of the runs stand from the page before: " in (tmp_path / "claims.md").read_text()
+    assert len(page.read_text().splitlines()) == 2 + 16 + 2 + len(verdicts.CLAIMS) + 1  # a run a line
 
 
 @pytest.mark.slow

@@ -78,6 +78,17 @@ def test_the_cheapest_change_fits_and_keeps_what_is_trained(work):
     assert cheapest_change(replace(plan, hardware=hopeless)) is None
 
 
+def test_cuda_graphs_keep_the_memory_of_a_forward_without_grad(work):
+    work = replace(work, zero=Zero(stage=2))
+    plain, graphs = (make_plan(replace(work, cuda_graphs=on), GPUS).phases for on in (False, True))
+    pool = max(plain[phase]["activations"] for phase in ("rollout", "score pass"))
+    assert pool > 0
+    for phase, kinds in graphs.items():
+        replayed = phase in ("rollout", "score pass")
+        least = sum(plain[phase].values()) - (plain[phase]["activations"] if replayed else 0)
+        assert sum(kinds.values()) == pytest.approx(least + pool)
+
+
 def test_the_largest_batch_is_the_last_that_fits(work):
     hardware = replace(GPUS, memory=make_plan(replace(work, batch=2), GPUS).peak + 1)
     assert largest_batch(work, hardware, limit=4) == 2

@@ -40,7 +40,9 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each (default: 2)")
     parser.add_argument("--minutes", type=float, help="after these, start nothing more and stop with checkpoints")
     parser.add_argument("--quick", action="store_true", help="a smoke test on a tiny model, one seed")
-    parser.add_argument("--compare", type=Path, metavar="JSON", help="make the chosen runs again and compare them")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--compare", type=Path, metavar="JSON", help="make the chosen runs again and compare them")
+    other.add_argument("--kept", type=Path, metavar="JSON", help="the runs of this claims.json stand: make the others")
     chosen_options = parser.parse_args(argv)
     base = Path("runs/claims-quick") if chosen_options.quick else Path("runs/claims")
     chosen_options.work = chosen_options.work or base
@@ -58,6 +60,17 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int], budget: Budget, work: Pa
             after = jobs[variant.after, seed] if variant.after else None
             jobs[variant.name, seed] = Job(variant.name, seed, work / f"{variant.name}-{seed}", settings, after)
     return list(jobs.values())
+
+
+def kept_of(path: Path | None, jobs: Sequence[Job]) -> tuple[dict[str, Any] | None, dict[tuple[str, int], Record]]:
+    """(how that page was made, its runs that have the settings of ``jobs``) of ``--kept``; (None, {}) without it."""
+    if path is None:
+        return None, {}
+    before, records = read_json(path)
+    older = before.pop("before", {"seconds": 0.0, "parts": 0})
+    before |= {name: before[name] + older[name] for name in older.keys() & {"seconds", "parts"}}
+    wanted = {(job.name, job.seed): job.settings for job in jobs}
+    return before, {(r.name, r.seed): r for r in records if wanted.get((r.name, r.seed)) == r.settings}
 
 
 def record_of(job: Job) -> Record:
@@ -86,7 +99,11 @@ def main(argv: list[str]) -> int:
     work = given.work / "compare" if given.compare else given.work  # never what the committed rows were made from
     work.mkdir(parents=True, exist_ok=True)
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    todo = jobs_of(given.only or budget.only, given.seeds, budget, work)
+    every = jobs_of(budget.only, given.seeds, budget, work)
+    before, kept = kept_of(given.kept, every)
+    lacking = {job.name for job in every if (job.name, job.seed) not in kept}
+    names = [job.name for job in jobs_of(given.only or budget.only, given.seeds, budget, work) if job.name in lacking]
+    todo = jobs_of(names, given.seeds, budget, work) if names else []
     if not all(map(is_finished, todo)):
         run_part(todo, given, work, deadline)
     if not all(map(is_finished, todo)):
@@ -95,12 +112,14 @@ def main(argv: list[str]) -> int:
     if committed is not None:
         wanted = [job for job in todo if not given.only or job.name in given.only]
         return DONE if compare.report(committed, [record_of(job) for job in wanted]) else DIFFERS
-    every = jobs_of(budget.only, given.seeds, budget, work)
-    missing = [job for job in every if not is_finished(job)]
+    found = [kept.get((j.name, j.seed)) or (record_of(j) if is_finished(j) else None) for j in every]
+    records = [record for record in found if record is not None]
+    missing = len(every) - len(records)
     if missing:
-        print(f"{len(missing)} of {len(every)} runs are not finished: the page is written when all are", flush=True)
+        print(f"{missing} of {len(every)} runs are not finished: the page is written when all are", flush=True)
         return MORE
-    verdicts = write_page(given.out, made(given, budget, work), [record_of(j) for j in every], smoke=given.quick)
+    how = made(given, budget, work) | ({"kept": len(kept), "before": before} if kept else {})
+    verdicts = write_page(given.out, how, records, smoke=given.quick)
     for verdict in verdicts:
         print(f"{verdict.claim.title}: {verdict.says}")
     print(f"page: {given.out / 'claims.md'}", flush=True)
@@ -127,7 +146,8 @@ def run_part(todo: Sequence[Job], given: argparse.Namespace, work: Path, deadlin
 
 def made(given: argparse.Namespace, budget: Budget, work: Path) -> dict[str, Any]:
     """How the page was made."""
-    parts = [json.loads(line) for line in (work / "parts.jsonl").read_text().splitlines()]
+    path = work / "parts.jsonl"  # absent where every run was kept
+    parts = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return {
         "seeds": given.seeds,
         "cold_start_steps": budget.cold_start,
@@ -136,7 +156,7 @@ def made(given: argparse.Namespace, budget: Budget, work: Path) -> dict[str, Any
         "processor": processor(),
         "seconds": round(sum(part["seconds"] for part in parts), 1),
         "parts": len(parts),
-        "jobs": max(part["jobs"] for part in parts),
+        "jobs": max((part["jobs"] for part in parts), default=0),
     }
 
 

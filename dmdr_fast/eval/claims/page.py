@@ -89,15 +89,28 @@ def _page(made: dict[str, Any], records: Sequence[Record], verdicts: Sequence[Ve
 def _made(made: dict[str, Any], records: Sequence[Record]) -> str:
     commits = ", ".join(f"`{c}`" for c in sorted({r.commit for r in records}))
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    hours, minutes = sum(r.seconds for r in records) / 3600, made["seconds"] / 60
+    hours = sum(r.seconds for r in records) / 3600
+    minutes = (made["seconds"] + made.get("before", {}).get("seconds", 0.0)) / 60
+    parts = made["parts"] + made.get("before", {}).get("parts", 0)
+    jobs = max(made["jobs"], made.get("before", made)["jobs"])
     lines = [
         f"- Commit {commits}; seeds {', '.join(map(str, made['seeds']))}; {versions}; {made['processor']}.",
         f"- {len(records)} runs, {hours:.2f} hours of one core each added up; {minutes:.0f} minutes on the clock, in "
-        f"{made['parts']} part{'s' * (made['parts'] != 1)}, {made['jobs']} runs side by side.",
+        f"{parts} part{'s' * (parts != 1)}, at most {jobs} side by side.",
+        *_kept(made),
         "- Data: [claims.json](claims.json). One row again, and whether it is the same to the last digit (on the same "
         "kind of processor): `python -m dmdr_fast.eval.claims --seeds 0 --only dmdr_refl --compare docs/claims.json`.",
     ]
     return "\n".join(lines)
+
+
+def _kept(made: dict[str, Any]) -> list[str]:
+    """What stands from an earlier page."""
+    if not made.get("kept"):
+        return []
+    before = made["before"]
+    versions = ", ".join(f"{name} {version}" for name, version in before["versions"].items())
+    return [f"- {made['kept']} of the runs stand from the page before: {versions}; {before['processor']}."]
 
 
 def _link(verdict: Verdict) -> str:

@@ -54,9 +54,16 @@ def read_rows(folder: Path) -> dict[str, dict[str, float | None]]:
 
 
 def write_json(path: Path, made: dict[str, Any], records: list[Record], verdicts: list[dict[str, Any]]) -> None:
-    """All data of the page: how it was made, every run, every verdict with its numbers."""
-    content = {"made": made, "runs": [asdict(r) for r in records], "claims": verdicts}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """All data of the page, one run a line: how it was made, every run, every verdict with its numbers."""
+
+    def lines(rows: list[dict[str, Any]]) -> str:
+        return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]"
+
+    runs = lines([asdict(r) for r in records])
+    path.write_text(
+        f'{{"made": {json.dumps(made, allow_nan=False)},\n"runs": {runs},\n"claims": {lines(verdicts)}}}\n',
+        encoding="utf-8",
+    )
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Record]]:

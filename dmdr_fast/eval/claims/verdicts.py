@@ -144,6 +144,16 @@ CLAIMS = (
         (*_METHODS, "dmd_only"),
         "methods",
     ),
+    Claim(
+        "reuse",
+        "Reused rollouts train a better student in the same time",
+        "Not the paper's: `train.rollout_reuse` as this trainer offers it, at equal time. The cold start's FD must be "
+        "lower than without, and DMDR's (ReFL) lower than DMDR's without where that has its reward. The rows at equal "
+        "updates stand beside them.",
+        (Test("cold_reuse_time", "cold_start", "fd"), Test("dmdr_reuse_time", "dmdr_refl", MATCHED_FD)),
+        ("cold_start", "cold_reuse", "cold_reuse_time", "dmdr_refl", "dmdr_reuse", "dmdr_reuse_time"),
+        "reuse",
+    ),
 )
 
 
@@ -190,9 +200,11 @@ def goals(records: Sequence[Record]) -> list[Goal]:
     """Of every method that was run, beside the teacher."""
     found = []
     for name in _METHODS:
-        mine = {m: spread_of(records, name, m) for m in ("reward", "fd")}
-        teacher = {m: spread_of(records, "teacher", m) for m in ("reward", "fd")}
-        if None in (*mine.values(), *teacher.values()):
+        mine, teacher = (
+            {m: s for m in ("reward", "fd") if (s := spread_of(records, one, m)) is not None}
+            for one in (name, "teacher")
+        )
+        if len(mine) + len(teacher) < 4:
             continue
         gain = mine["reward"].mean - teacher["reward"].mean
         found.append(Goal(name, gain, mine["fd"].mean / teacher["fd"].mean))
