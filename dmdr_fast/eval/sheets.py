@@ -101,7 +101,7 @@ def captioned_sheet(samples: np.ndarray, labels: np.ndarray, captions: Sequence[
         down, right = len(page) // order.shape[0], page.shape[1] // order.shape[1]
         top = down - _GAP - _CAPTION_LINES * _LINE
         places = [divmod(i, order.shape[1]) for i in range(shown)]
-        boxes = [(j * right, i * down + top, right - _GAP, _CAPTION_LINES) for i, j in places]
+        boxes = [(j * right + 2, i * down + top, right - _GAP - 2, _CAPTION_LINES) for i, j in places]
         texts = captions[:shown]
     picture = Image.fromarray(page)
     draw = ImageDraw.Draw(picture)
