@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmdr_fast.cli import Parser, load, run_user_command, user_path
+from dmdr_fast.disk import refusal
 from dmdr_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def export_run(
                 **given,
             )
     except SafetensorError as error:
+        if refusal(error):
+            raise
         raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
