@@ -242,7 +242,7 @@ def _unknown_key(path: str, source: str) -> str:
 
 
 def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Call ``main(argv)``; a UserError, or a write that the disk refuses, is one line of rank 0 on stderr and code 2."""
+    """Call ``main(argv)``; a UserError, or a write that the disk refuses, is one line on stderr (rank 0) and code 2."""
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except KeyboardInterrupt:
