@@ -34,7 +34,7 @@ def read_json(path: str, name: str, revision: str | None = None) -> dict[str, An
     file = resolve(path, name, revision)
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"pipeline {path}: {name} is no JSON ({error}): copy the pipeline again") from None
     if not isinstance(content, dict):
         raise ValueError(f"pipeline {path}: {name} must hold a JSON object, got {type(content).__name__}")
