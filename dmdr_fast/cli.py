@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dmdr_fast.config import Config
+from dmdr_fast.disk import refusal
 from dmdr_fast.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -242,7 +243,7 @@ def _unknown_key(path: str, source: str) -> str:
 
 
 def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Call ``main(argv)``; a :class:`UserError` becomes one line on stderr (of rank 0) and exit code 2."""
+    """Call ``main(argv)``; a UserError, or a write that the disk refuses, is one line on stderr (rank 0) and code 2."""
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except KeyboardInterrupt:
@@ -250,9 +251,13 @@ def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | 
     except BrokenPipeError:  # who read the output, as head does, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except UserError as error:
+    except Exception as error:
+        fault = refusal(error)
+        if fault is None and not isinstance(error, UserError):
+            raise
+        said = f"a file cannot be written ({fault}); free some space" if fault else str(error)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(said.split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(10)  # the launcher ends all ranks when the first one leaves: let rank 0 speak
         return 2

@@ -101,8 +101,6 @@ def export_run(
             )
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"export: {out} cannot be written ({error}); free some space, or name another folder") from None
     loaded = "".join(f", {name}={value!r}" for name, value in load_arguments(out).items())
     called = "".join(f", {name}={value!r}" for name, value in call_arguments(out).items())
     return f"DiffusionPipeline.from_pretrained({str(out)!r}{loaded})(prompt{called})"

@@ -194,6 +194,7 @@ class TextCache:
                 save_file(tensors, self.directory / aside, metadata=metadata)
                 (self.directory / aside).rename(self.directory / f"{name}.safetensors")
             except (OSError, SafetensorError) as error:
+                (self.directory / aside).unlink(missing_ok=True)
                 raise UserError(
                     f"text cache {self.directory}: cannot write a shard ({error}); free some space"
                 ) from None

@@ -44,10 +44,7 @@ def checkpoint_weights(run_dir: Path, step: int, model: PipelineModel, beside: P
         raise UserError(f"--step {step}: {beside} cannot be written ({error.strerror})") from None
     with aside:
         file = Path(aside.name) / f"step_{step:08d}.safetensors"
-        try:
-            save_file({n.removeprefix(Denoiser.prefix): t.contiguous() for n, t in weights.items()}, file, metadata)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"--step {step}: {beside} cannot be written ({error}); free some space") from None
+        save_file({n.removeprefix(Denoiser.prefix): t.contiguous() for n, t in weights.items()}, file, metadata)
         yield file
 
 

@@ -106,8 +106,11 @@ def save_generator(
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
         named = {name.removeprefix(Denoiser.prefix): weights[name].to(dtype).contiguous() for name in sorted(weights)}
-        save_file(named, aside, metadata=metadata)
-        aside.rename(path)
+        try:
+            save_file(named, aside, metadata=metadata)
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
     runtime.barrier()
 
 

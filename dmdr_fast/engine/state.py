@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmdr_fast.disk import Writes
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.errors import UserError
 
@@ -149,14 +151,14 @@ def _in_blocks(state: dict[str, Any], size: int) -> bool:
     return any(type(v) is not Tensor or not v.is_floating_point() or v.numel() not in (1, size) for v in tensors)
 
 
-def save_role(folder: Path, role: TrainedRole | AdapterRole, ema: EMA | None, ranks: Runtime) -> None:
-    """Write weights, optimizer and EMA into ``folder``. All ranks must call.
+def save_role(folder: Path, role: TrainedRole | AdapterRole, ema: EMA | None, ranks: Runtime, write: Writes) -> None:
+    """Write weights, optimizer and EMA into ``folder``, which ``write`` does. All ranks must call.
 
     One kind is written after the other: beside the role's own memory a rank's host holds one copy of one kind.
     """
     optimizer, writes = _torch_optimizer(role), ranks.is_main or _partitioned(role)
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        write(partial(folder.mkdir, parents=True, exist_ok=True))
     ranks.barrier()
     place: dict[str, Any] = {"parts": {}, "shapes": {}, "counts": defaultdict(dict)}
     place["loss_scale"] = role.loss_scale_state
@@ -178,11 +180,11 @@ def save_role(folder: Path, role: TrainedRole | AdapterRole, ema: EMA | None, ra
     for kind in kinds if ema is None else [*kinds, "ema"]:
         tensors = dict(_parts_of(kind, role, optimizer, ema))
         if writes:
-            save_file(tensors, folder / f"{kind}.{ranks.rank:05d}.safetensors")
+            write(partial(save_file, tensors, folder / f"{kind}.{ranks.rank:05d}.safetensors"))
     if writes:
-        (folder / f"parts.{ranks.rank:05d}.json").write_text(json.dumps(place))
+        write(partial((folder / f"parts.{ranks.rank:05d}.json").write_text, json.dumps(place)))
         if blocks:
-            torch.save(blocks, folder / f"blocks.{ranks.rank:05d}.pt")
+            write(partial(torch.save, blocks, folder / f"blocks.{ranks.rank:05d}.pt"))
 
 
 def _parts_of(

@@ -20,6 +20,7 @@ from dmdr_fast.algorithm.step import Update, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
+from dmdr_fast.disk import refusal
 from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
 from dmdr_fast.engine.compute import compiled_graphs
@@ -54,7 +55,7 @@ def train(config: Config) -> None:
     Raises:
         UserError: something in the configuration or on disk must be changed.
         RunEnded: ``train.max_skipped`` updates in a row had non-finite gradients, a reward failed, or a monitor saw
-            collapse and ``train.stop_on_collapse`` is set. A checkpoint was written.
+            collapse and ``train.stop_on_collapse`` is set: a checkpoint was written. Or the disk refuses a file.
     """
     with StopRequest(config.run_dir / "stop" if os.environ.get("RANK", "0") == "0" else None) as stop:
         ranks = runtime.start()
@@ -73,6 +74,12 @@ def train(config: Config) -> None:
                 )
                 return
             _run(Run.build(config, model, ranks, checkpoints, start), stop)
+        except Exception as error:
+            if (fault := refusal(error)) is None:
+                raise
+            raise RunEnded(
+                f"a file cannot be written ({fault}). Free some space, and go on with --resume auto"
+            ) from None
         finally:
             if lock is not None:
                 lock.release()
@@ -383,7 +390,10 @@ class Run:
             self._end(error, "mend the reward and go on with --resume auto")
 
     def _end(self, reason: str, remedy: str) -> NoReturn:
-        self._checkpoint()
+        try:
+            self._checkpoint()
+        except RunEnded as error:
+            raise RunEnded(f"{reason.rstrip('.')}. Then {error}") from None
         self.log.close()
         raise RunEnded(f"{reason.rstrip('.')}. A checkpoint of step {self.step} was written; {remedy}")
 

@@ -164,7 +164,12 @@ def write_report(run_dir: str | Path) -> Path:
         config=run.config_text,
     )
     path = run.directory / "report.html"
-    path.write_text(html, encoding="utf-8")
+    aside = path.with_suffix(".tmp")  # a torn report would pass for one
+    try:
+        aside.write_text(html, encoding="utf-8")
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 

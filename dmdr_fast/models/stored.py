@@ -55,7 +55,9 @@ def stored_tensors(path: str | Path) -> dict[str, Stored]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    for index in sorted(path.glob("*.safetensors.index.json")):
+    # Of a variant alone (fp16) where there is no other.
+    indexes = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors.index.*.json"))
+    for index in indexes:
         files = [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dmdr_fast.models.families.loading import variant_of
 from dmdr_fast.models.recompute import set_recompute
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class LatentDecoder(nn.Module):
         from diffusers import AutoencoderKL  # seconds to import, and optional: pixel-space models do without
 
         try:
-            return cls(AutoencoderKL.from_pretrained(str(path), torch_dtype=dtype))
+            return cls(AutoencoderKL.from_pretrained(str(path), torch_dtype=dtype, variant=variant_of(Path(path))))
         except OSError as error:
             raise FileNotFoundError(f"VAE: cannot load {path} ({_first_line(error)}): {remedy}") from error
         except (ValueError, TypeError, RuntimeError) as error:

@@ -8,6 +8,7 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
+from dmdr_fast.disk import Writes
 from dmdr_fast.engine import runtime
 from dmdr_fast.engine.engines import keep_masters
 from dmdr_fast.engine.shards import EMA
@@ -47,7 +48,7 @@ def test_the_average_follows_the_masters_and_resumes_exactly(tmp_path, kind):
         moved -= LR * velocity
         average = DECAY * average + (1 - DECAY) * moved
         if k == 2:
-            save_role(tmp_path / "role", one, ema, alone)
+            save_role(tmp_path / "role", one, ema, alone, Writes())
     for name, whole in ema.full(alone):
         assert whole.dtype == torch.float32
         torch.testing.assert_close(whole, first[name] + average, rtol=0, atol=1e-6)

@@ -111,7 +111,11 @@ class TextEncoder:
             log.info("loading the text encoders of %s (%s)", path, ", ".join(folders))
         try:
             return DiffusionPipeline.from_pretrained(
-                path, revision=self.family.revision, torch_dtype=self.dtype, **absent
+                path,
+                revision=self.family.revision,
+                torch_dtype=self.dtype,
+                variant=loading.local_variant(path, *folders) if encoders else None,
+                **absent,
             )
         except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(
