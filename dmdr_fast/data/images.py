@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmdr_fast.errors import UserError
 
+LONGEST = 8  # of the longer edge, in shorter ones: what lies beyond is cropped before the resizing
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -44,8 +45,13 @@ def _read_cropped(file: Path, height: int, width: int) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {file} cannot be read: {error}; replace or remove it") from error
+    except Exception as error:  # a decoder raises whatever a broken file leads it to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"image {file} cannot be read: {reason}; replace or remove it") from None
+    side = min(image.size)
+    if max(image.size) > LONGEST * side:  # resized whole, a strip of 1 x 60000 would take 180 GB at 1024 pixels
+        left, top = ((edge - min(edge, LONGEST * side)) // 2 for edge in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     factor = max(width / image.width, height / image.height)
     if factor != 1.0:
         image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)

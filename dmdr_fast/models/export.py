@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families import Denoiser, Family
-from dmdr_fast.models.families.loading import is_local
+from dmdr_fast.models.families.loading import WEIGHTS, is_local, variant_of
 from dmdr_fast.models.families.schedulers import grid_shift, student_scheduler
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.lora_export import diffusers_lora, merge
@@ -83,7 +83,7 @@ def export_pipeline(
 
 def call_arguments(folder: Path) -> dict[str, Any]:
     """The arguments that the exported pipeline in ``folder`` is called with; FileNotFoundError where it is none."""
-    return json.loads((folder / STUDENT).read_text())
+    return json.loads((folder / STUDENT).read_bytes())
 
 
 def load_arguments(folder: Path) -> dict[str, Any]:
@@ -138,10 +138,29 @@ def _copy_components(family: Family, folder: Path) -> None:
     for name in index:
         if name not in (family.folder, "scheduler") and (source / name).is_dir():
             shutil.copytree(source / name, folder / name)
+            _drop_variant(folder / name)
+
+
+def _drop_variant(component: Path) -> None:
+    """Weights that are there under a variant's name alone (fp16) get their plain one: the network has no variant."""
+    variant = variant_of(component)
+    if variant is None:
+        return
+    for file in list(component.iterdir()):
+        match = WEIGHTS.fullmatch(file.name)
+        if match and match[1] == variant:
+            file.rename(component / file.name.replace(f".{variant}", "", 1))
+        elif file.name.endswith(f".index.{variant}.json"):
+            content = json.loads(file.read_bytes())
+            content["weight_map"] = {n: f.replace(f".{variant}", "", 1) for n, f in content["weight_map"].items()}
+            (component / file.name.replace(f".{variant}.json", ".json")).write_text(
+                json.dumps(content, indent=2) + "\n"
+            )
+            file.unlink()
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "model_index.json").read_text())
+    return json.loads((folder / "model_index.json").read_bytes())
 
 
 def _write_scheduler(folder: Path, scheduler: Any) -> None:

@@ -9,13 +9,30 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from dmdr_fast.cli import parse, run_user_command
+from dmdr_fast.cli import parse, run_user_command, user_path
 from dmdr_fast.errors import UserError
 
 MOST_GPUS = 1024
+
+
+# Options that are numbers, from what they make sense to what no machine has.
+BOUNDS = {
+    "gpu_memory": (0.1, 1e5),
+    "flops": (0.1, 1e6),
+    "utilisation": (1e-3, 1.0),
+    "convolutions": (1e-3, 1.0),
+    "network": (1e-3, 1e5),
+    "nvlink": (1e-3, 1e5),
+    "latency": (0.0, 1e6),
+    "gpus_per_node": (1, 1024),
+    "reserve": (0.0, 1e4),
+    "reward_gb": (0.0, 1e4),
+    "resolution": (1, 2**15),
+    "batch": (1, 2**15),
+    "student_lora": (1, 2**15),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--batch", type=int, nargs="+", help="Micro-batch per GPU; several for --sweep.")
     own.add_argument("--student-lora", type=int, metavar="RANK", help="The generator as a LoRA of this rank.")
     add("--sweep", action="store_true", help="Sharing x activation x --batch x --gpus as a table.")
-    add("--plot", type=Path, metavar="PNG", help="Draw the sweep.")
+    add("--plot", type=user_path, metavar="PNG", help="Draw the sweep.")
     return parser
 
 
@@ -58,7 +75,13 @@ def main(argv: list[str]) -> int:
     options, rest = build_parser().parse_known_args(argv)
     if not all(1 <= count <= MOST_GPUS for count in options.gpus):
         raise UserError(f"--gpus: expected 1 to {MOST_GPUS}, got {' '.join(map(str, options.gpus))}")
+    for name, (least, most) in BOUNDS.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [least if given is None else given]:
+            if not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')}: expected {least:g} to {most:g}, got {value:g}")
     work, config = _workload(options, rest)
+    _check_resolution(work)
     if options.sweep:
         _sweep(work, options)
         return 0
@@ -80,10 +103,14 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     from dmdr_fast.plan.workload import GB, Adapter, Workload
 
     shape = None if options.model is None else find_shape(options.model)
-    work = Workload(shape) if config is None else workload(config, shape)
+    if config is None:
+        assert shape is not None
+        work = Workload(shape)
+    else:
+        work = workload(config, shape)
     if options.resolution is not None:
         size = options.resolution
-        if len(size) > 2 or min(size) < 1:
+        if len(size) > 2:
             raise UserError(f"--resolution: expected a side, or height and width, got {' '.join(map(str, size))}")
         work = replace(work, resolution=size[0] if len(size) == 1 else (size[0], size[1]))
     if options.activation is not None:
@@ -97,6 +124,20 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     if options.reward_gb:
         work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
     return shared(work, options.sharing or work.sharing), config
+
+
+def _check_resolution(work: Any) -> None:
+    shape, edge = work.shape, work.resolution
+    height, width = (edge, edge) if isinstance(edge, int) else edge
+    try:
+        if shape.family == "sit":
+            made = shape.config["input_size"] * (1 if shape.vae is None else 8)
+            if (height, width) != (made, made):
+                raise ValueError(f"{shape.name} makes images of {made} pixels, got {height} x {width}")
+        else:
+            shape.opened().latent_shape(height, width)
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise UserError(f"--resolution: {error}; give another one") from None
 
 
 def _hardware(options: argparse.Namespace) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,6 +35,7 @@ class RewardCost:
 
 def reward_cost(work: Workload) -> RewardCost:
     """The cost of ``work.reward`` per GPU; it depends on shape, resolution and chunk alone."""
+    assert work.reward is not None
     chunk = min(work.reward.chunk, work.batch)
     cost = _traced(work.shape, work.resolution, replace(work.reward, chunk=chunk), work.zero.own_linear)
     return replace(cost, weights=cost.weights + work.reward.stated)
@@ -55,7 +56,7 @@ def _traced(shape: Shape, resolution: int | tuple[int, int], options: RewardPass
             raise UserError(str(error)) from None
     family = None if shape.family == "sit" else shape.opened()
 
-    def decode(latent):
+    def decode(latent: Tensor) -> Tensor:
         if family is not None:
             return family.decode(vae, latent)
         return latent if vae is None else vae.decode(latent.to(vae.dtype)).sample
