@@ -17,23 +17,6 @@ from dmdr_fast.errors import UserError
 MOST_GPUS = 1024
 
 
-# Options that are numbers, from what they make sense to what no machine has.
-BOUNDS = {
-    "gpu_memory": (0.1, 1e5),
-    "flops": (0.1, 1e6),
-    "utilisation": (1e-3, 1.0),
-    "convolutions": (1e-3, 1.0),
-    "network": (1e-3, 1e5),
-    "nvlink": (1e-3, 1e5),
-    "latency": (0.0, 1e6),
-    "gpus_per_node": (1, 1024),
-    "reserve": (0.0, 1e4),
-    "resolution": (1, 2**15),
-    "batch": (1, 2**15),
-    "student_lora": (1, 2**15),
-}
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"plan: {message}")
@@ -71,13 +54,7 @@ def main(argv: list[str]) -> int:
     options, rest = build_parser().parse_known_args(argv)
     if not all(1 <= count <= MOST_GPUS for count in options.gpus):
         raise UserError(f"--gpus: expected 1 to {MOST_GPUS}, got {' '.join(map(str, options.gpus))}")
-    for name, (least, most) in BOUNDS.items():
-        given = getattr(options, name)
-        for value in given if isinstance(given, list) else [least if given is None else given]:
-            if not least <= value <= most:
-                raise UserError(f"--{name.replace('_', '-')}: expected {least:g} to {most:g}, got {value:g}")
     work = _workload(options, rest)
-    _check_resolution(work)
     if options.sweep:
         _sweep(work, options)
         return 0
@@ -110,19 +87,6 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
 
         work = replace(work, student_lora=Adapter(options.student_lora, default_targets(work.shape)))
     return shared(work, options.sharing or work.sharing)
-
-
-def _check_resolution(work: Any) -> None:
-    shape, edge = work.shape, work.resolution
-    try:
-        if shape.family == "sit":
-            made = shape.config["input_size"] * (1 if shape.vae is None else 8)
-            if edge != made:
-                raise ValueError(f"{shape.name} makes images of {made} pixels, got {edge}")
-        else:
-            shape.opened().latent_shape(edge, edge)
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-        raise UserError(f"--resolution: {error}; give another one") from None
 
 
 def _hardware(options: argparse.Namespace) -> Any:

@@ -143,39 +143,13 @@ def find_shape(name: str) -> Shape:
         family = open_family(name)
     except (ValueError, OSError) as error:
         raise UserError(f"teacher.pipeline: {error}") from None
-    shape = Shape(
+    return Shape(
         name=Path(name).name,
         family=family.name,
         transformer=json.dumps(dict(family.network_config)),
         vae=json.dumps(dict(family.vae_config)),
         length=family.length,
     )
-    _try(shape, family)
-    return shape
-
-
-def _try(shape: Shape, family: Family) -> None:
-    """Build what a folder's JSON describes.
-
-    Raises:
-        UserError: it cannot be built, or has no blocks.
-    """
-    for part, config, named in (
-        (family.folder, family.network_config, family.network),
-        ("vae", family.vae_config, family.vae),
-    ):
-        try:
-            if config.get("_class_name") != named:
-                raise ValueError(f"expected a {named}, got {config.get('_class_name')}")
-            if part == "vae":
-                shape.build_vae()
-            elif not count(shape)[0] or not all(depth >= 0 for depth in shape.depths) or not shape.depths[0]:
-                raise ValueError("a network without blocks")
-        except Exception as error:  # diffusers checks no value: a wrong one shows wherever it is first used
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(
-                f"teacher.pipeline: {shape.name}: {part}/config.json describes no network ({reason})"
-            ) from None
 
 
 @cache
