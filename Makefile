@@ -55,9 +55,10 @@ gpu-check:  ## tests, sanitizers and benchmarks of a GPU in at most 570 s, into 
 	$(PYTHON) -m benchmarks.gpu_check "$(OUT)"
 endif
 
-lint: install
+lint: install  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(VENV)/docs  ## the site: build/site/index.html; a warning is an error
 	$(BIN)/mkdocs build --quiet

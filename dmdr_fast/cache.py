@@ -87,7 +87,11 @@ def file_hash(file: Path) -> str:
     if status.st_size < _LARGE:
         return _sha256(file)
     key = {"file": str(file), "size": status.st_size, "changed": status.st_mtime_ns}
-    entry = cached("sha256", key, lambda folder: (folder / "sha256").write_text(_sha256(file)))
+
+    def write(folder: Path) -> None:
+        (folder / "sha256").write_text(_sha256(file))
+
+    entry = cached("sha256", key, write)
     return (entry / "sha256").read_text()
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from dmdr_fast.config import Config
 from dmdr_fast.disk import refusal
@@ -211,7 +212,7 @@ def _validated(values: dict, source: Path) -> Config:
         raise UserError(f"{_problem(problems[0], source)}{more}") from None
 
 
-def _problem(problem: dict, source: Path) -> str:
+def _problem(problem: ErrorDetails, source: Path) -> str:
     fields = dict(leaves())
     words = [str(w) for w in problem["loc"]]
     prefixes = [".".join(words[:n]) for n in range(len(words), 0, -1)]  # a fault inside a tuple or union is the key's

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from dmdr_fast.cli import accepted, leaves
 from dmdr_fast.config import Config
@@ -79,7 +80,7 @@ def _checked(values: dict[str, Any], config: Config) -> dict[str, Any]:
     return given
 
 
-def _problem(problem: dict[str, Any]) -> str:
+def _problem(problem: ErrorDetails) -> str:
     words = [str(word) for word in problem["loc"]]
     path, fields = ".".join(words), dict(leaves(DeepSpeedJSON))
     fields |= {f"optimizer.{name}": field for name, field in leaves(DeepSpeedOptimizer)}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmdr_fast.cli import Parser, load, run_user_command, user_path
-from dmdr_fast.disk import refusal
 from dmdr_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +86,10 @@ def export_run(
     model = PipelineModel.open(config)
     try:
         with run_weights(model, run_dir, weights, step, out.parent) as file:
-            tensors = load_file(file)
+            try:
+                tensors = load_file(file)
+            except SafetensorError as error:
+                raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
             given = {"lora": tensors, "lora_scale": lora_scale(file)} if is_lora(tensors) else {"weights": tensors}
             export_pipeline(
                 model.family,
@@ -97,10 +99,6 @@ def export_run(
                 resolution=config.model.resolution,
                 **given,
             )
-    except SafetensorError as error:
-        if refusal(error):
-            raise
-        raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
     loaded = "".join(f", {name}={value!r}" for name, value in load_arguments(out).items())

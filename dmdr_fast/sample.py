@@ -127,7 +127,7 @@ def grid_png(images: Tensor) -> bytes:
     """Images [N, 3, H, W] in [-1, 1] side by side in a grid as square as it can be, in their order, on white."""
     import torch
 
-    from dmdr_fast.eval.figures import image_png
+    from dmdr_fast.eval.sheets import image_png
 
     columns = math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -12,10 +12,11 @@ from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.rl.options import RLOptions
 from dmdr_fast.algorithm.rl.refl import Decode
-from dmdr_fast.algorithm.rollout import Network
+from dmdr_fast.algorithm.rollout import Network, Variant
 from dmdr_fast.algorithm.schedules import RenoiseLaw, real_score_lora_scale
 from dmdr_fast.algorithm.score_pass import ScorePass
 from dmdr_fast.algorithm.streams import Shard
+from dmdr_fast.ops.dmd import Prediction
 
 
 class Trained(Protocol):
@@ -90,10 +91,10 @@ class Recipe:
     cold_start_steps: int
     generator_steps: int
     fake_updates: int = 5
-    rollout_variant: str = "backward_simulation"
+    rollout_variant: Variant = "backward_simulation"
     rollout_reuse: int = 1
-    stop_step_per: str = "micro_step"
-    prediction: str = "flow"
+    stop_step_per: Literal["micro_step", "rank"] = "micro_step"
+    prediction: Prediction = "flow"
     path: Path = FLOW
     real_lora_scale: float = 0.0
     dynamic_guidance_step: int = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class RenoiseLaw:
     per: ``sample`` draws one t per sample, ``batch`` one for the whole micro-batch.
     """
 
-    kind: str = "dyna_rs"
+    kind: Literal["dyna_rs", "uniform", "logit_normal"] = "dyna_rs"
     alpha0: float = 4.0
     beta0: float = 1.5
     dynamic_step: int = 0
@@ -64,7 +65,7 @@ class RenoiseLaw:
     t_min: float = 0.001
     t_max: float = 0.999
     shift: float = 1.0
-    per: str = "sample"
+    per: Literal["sample", "batch"] = "sample"
 
     def beta(self, step: int) -> tuple[float, float]:
         """(alpha, beta) of DynaRS at this generator step."""

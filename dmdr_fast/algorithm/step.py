@@ -154,13 +154,14 @@ def leaf_gradient(
     ``index`` is (step,), or (step, epoch) where GRPO takes several generator steps on one batch of rollouts.
     """
     step, r, batch = index[0], sample.rollout, sample.batch
-    g, metrics = torch.zeros_like(x0), {}
+    g, metrics = torch.zeros_like(x0), Metrics()
     if recipe.uses_dmd(step):
         g, metrics["dmd_loss"] = dmd_part(sample, x0, nets, recipe, streams, index, guidance)
     if reward is None or not recipe.rl_active(step):
         return g, metrics
     if recipe.rl.method == "refl":
-        name, named = policy.batch_name(step, sample.shard), {}
+        name = policy.batch_name(step, sample.shard)
+        named: dict[str, list[Tensor]] = {}
 
         def score(images: Tensor, rows: slice) -> Tensor:
             total, each = reward.score(images, rows_of(batch.reward_inputs, rows), name)
@@ -175,6 +176,7 @@ def leaf_gradient(
             metrics["rl_grad_ratio"] = weight * g_reward.norm() / g.norm()
         g = g + weight * g_reward
     if recipe.kl_weight and recipe.rl.method != "grpo":
+        assert nets.reference is not None  # a run with a KL has one
         prediction = nets.reference(r.x_in, r.t_in, batch.condition)
         x0_ref = clean_sample(r.x_in, r.t_in, prediction, recipe.prediction, recipe.path)
         g_kl, metrics["kl"] = kl_leaf_gradient(x0, x0_ref, recipe.kl_weight)
@@ -233,8 +235,8 @@ def generator_update(
     gather: Gather = whole_batch,
 ) -> tuple[Metrics, bool]:
     """The generator's part of one update; GRPO may take several steps (``inner_epochs``) on one batch of rollouts."""
-    metrics, applied = {}, True
-    guidance = [None] * len(samples)
+    metrics, applied = Metrics(), True
+    guidance: list[Tensor | None] = [None] * len(samples)
     if reward is not None and recipe.rl_active(step) and policy.weighs_guidance(recipe.rl):
         weights, metrics = policy.guidance_of(
             [(s.batch, s.shard, s.rollout.x0) for s in samples], reward, recipe, step, gather
@@ -275,7 +277,7 @@ def dmdr_update(
     """R fake updates, then one generator update. ``shards`` are this rank's micro-batches of the global batch."""
     rl = reward is not None and recipe.rl_active(step)
     uses_dmd = recipe.uses_dmd(step) or not rl
-    metrics, skipped, samples = {}, [], []
+    metrics, skipped, samples = Metrics(), list[str](), list[Simulated]()
     for r in range(recipe.fake_updates if uses_dmd else 0):
         if r % recipe.rollout_reuse == 0:
             last = r + recipe.rollout_reuse >= recipe.fake_updates
@@ -294,7 +296,7 @@ def dmdr_update(
             for s, place in zip(shards, stop_places(recipe, shards), strict=True)
         ]
     experience = None
-    if rl and policy.has_losses(recipe.rl):
+    if rl and reward is not None and policy.has_losses(recipe.rl):
         experience = policy.collect(nets.generator, data, reward, recipe, streams, step, shards, device, gather)
         metrics |= experience.metrics()
     generator_metrics, applied = generator_update(
@@ -306,9 +308,9 @@ def dmdr_update(
     return Update(metrics, tuple(skipped))
 
 
-def _signs_of_collapse(samples: Sequence[Simulated], experience, recipe: Recipe) -> Metrics:
+def _signs_of_collapse(samples: Sequence[Simulated], experience: policy.Experience | None, recipe: Recipe) -> Metrics:
     seen = [(s.rollout.x0, s.batch.classes) for s in samples]
-    if not seen:
+    if experience is not None and not seen:
         seen = [(s.x0, s.batch.classes) for s in experience.scored]
     return {
         "diversity": torch.stack([diversity(x0, classes) for x0, classes in seen]).nanmean(),

@@ -111,7 +111,7 @@ class Config(Section):
         return self.model.resolution // self.decoder_factor
 
     @property
-    def cfg_mode(self) -> str:
+    def cfg_mode(self) -> Literal["standard", "offset", "per_token"]:
         """The form of guidance, with ``pipeline`` resolved: standard, offset or per_token."""
         mode = self.teacher.cfg_mode
         return PIPELINE_CFG.get(self.model.family, "standard") if mode == "pipeline" else mode

@@ -7,7 +7,7 @@ from typing import Literal
 from dmdr_fast.config.base import Count, Fraction, NonNegative, Place, Positive, PositiveFloat, Section, TorchSeed, key
 
 # How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
-PIPELINE_CFG = {"z_image": "offset", "qwen_image": "per_token"}
+PIPELINE_CFG: dict[str, Literal["offset", "per_token"]] = {"z_image": "offset", "qwen_image": "per_token"}
 
 
 class Model(Section):

@@ -88,9 +88,14 @@ class Evaluation(Section):
     """The honest table at the end: metrics.json."""
 
     samples: Count = key(2000, "Samples per row; 0: no evaluation.")
-    every: Count = key(0, "Generator updates between evaluations of the generator (evaluations.jsonl); 0: at the end.")
+    every: Count = key(
+        0,
+        "Generator updates between evaluations of the generator, with a sheet of its samples: evaluations.jsonl, "
+        "samples/, TensorBoard; 0: at the end.",
+    )
     data: Place | None = key(
-        None, "Real images: digits, or a folder of images. null: no evaluation, or with prompts one without FD."
+        None,
+        "Real images: digits, or a folder of images. null: no FD, and with class labels no evaluation at the end.",
     )
     prompts: File | None = key(None, "Prompts of the evaluation, as data.prompts; null: the first of data.prompts.")
     features: Place | None = key(None, "Feature classifier: digits, or folder or hub id of an image classifier.")

@@ -86,7 +86,7 @@ def _read(file: Path, source: Path, key: str) -> Iterator[Prompt]:
     for place, value in readers[file.suffix.lower()](file, key):
         text = value.strip(BLANK) if isinstance(value, str) else None
         fault = f"got {'nothing' if value is None else type(value).__name__}" if text is None else _fault(text)
-        if fault is not None:
+        if text is None or fault is not None:
             what = "a text" if file.suffix.lower() == ".txt" else f"a text in {key!r}"
             raise UserError(f"prompts {file}: {place} expected {what}, {fault}; correct it or drop it")
         yield Prompt(text, front + place)

@@ -38,7 +38,13 @@ Entry = dict[str, Tensor]
 class Encoder(Protocol):
     """What computes the embeddings (``dmdr_fast.models.families.TextEncoder``)."""
 
-    identity: dict[str, Any]
+    @property
+    def identity(self) -> dict[str, Any]: ...
+    @property
+    def limit(self) -> int: ...
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, uncut."""
 
     def encode(self, prompts: Sequence[str], *, negative: bool) -> list[Entry]:
         """One dictionary of CPU tensors per prompt."""
@@ -244,7 +250,7 @@ def _digest(prompt: str, negative: bool) -> str:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _stamp(file: Path) -> str:

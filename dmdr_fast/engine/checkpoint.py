@@ -42,8 +42,10 @@ NAME = re.compile(r"step_(\d{8})")
 WEIGHT = "weight.00000.safetensors"
 COUNTERS = {"skipped", "skipped_in_a_row", "reward_weight"}
 # What reading a file with another content than ours raises, of JSON, safetensors, base64, random states and tensors.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-UNREADABLE += (SafetensorError, pickle.UnpicklingError)
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 
 
 @dataclass(frozen=True)

@@ -161,17 +161,17 @@ class _InputsForZero3:
         self.names = names
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        args, kwargs = list(args), dict(kwargs)
-        for name in self.names[len(args) :]:
+        given, kwargs = list(args), dict(kwargs)
+        for name in self.names[len(given) :]:
             if name not in kwargs:
                 break
-            args.append(kwargs.pop(name))
-        tensors = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and not any(args[i].requires_grad for i in tensors):
-            first = next(i for i in tensors if args[i].is_floating_point())
+            given.append(kwargs.pop(name))
+        tensors = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and not any(given[i].requires_grad for i in tensors):
+            first = next(i for i in tensors if given[i].is_floating_point())
             if any(p.requires_grad for p in block.parameters()):
-                args[first] = args[first].detach().requires_grad_()
-        return tuple(args), kwargs
+                given[first] = given[first].detach().requires_grad_()
+        return tuple(given), kwargs
 
 
 def _apply_attention(network: nn.Module, config: Config, device: torch.device) -> Choice:

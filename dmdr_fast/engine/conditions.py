@@ -27,8 +27,10 @@ from dmdr_fast.models.families import Condition, Family, TextEncoder, to_device
 class Conditions(Protocol):
     """``count`` conditions; ``kind`` names their random stream."""
 
-    kind: str
-    count: int
+    @property
+    def kind(self) -> str: ...
+    @property
+    def count(self) -> int: ...
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The conditions numbered ``rows`` int64 [B], with the null condition beside them."""
@@ -36,6 +38,10 @@ class Conditions(Protocol):
 
     def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
         """(``Batch.classes``, ``Batch.reward_inputs``) alone, however many rows."""
+        ...
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        """What a person reads beside a sample of each row."""
         ...
 
 
@@ -66,6 +72,9 @@ class Labels:
         labels = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
         return labels, {"labels": labels}
 
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [f"class {row}" for row in rows]
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -92,7 +101,10 @@ class Prompts:
 
     def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
         numbers = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
-        return numbers, {"prompts": [self.prompts[row] for row in rows]}
+        return numbers, {"prompts": self.captions(rows)}
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [self.prompts[row] for row in rows]
 
 
 def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Conditions, Conditions]:
@@ -105,9 +117,11 @@ def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Cond
         UserError: a file of prompts that cannot be read, a prompt too long, a cache that is another encoder's.
     """
     if not isinstance(model, PipelineModel):
+        assert model.num_classes is not None  # which reads no prompts
         labels = Labels(model.num_classes, ranks.device)
         return labels, labels
     data = config.data
+    assert data.prompts is not None  # every family but SiT has some
     prompts = load_prompts(data.prompts, data.key)
     named = {"data.prompts": prompts}
     if config.eval.prompts is not None:

@@ -9,9 +9,10 @@ from typing import Any
 from dmdr_fast.config import Config
 from dmdr_fast.engine.identity import differences, evaluates_anew, other_run
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.engine.summary import SUMMARY
 from dmdr_fast.errors import UserError
 
-FINAL, SUMMARY = Path("final") / "generator.safetensors", Path("summary.json")
+FINAL = Path("final") / "generator.safetensors"
 COLD_START = Path("cold_start") / "generator.safetensors"
 SETTINGS = FINAL.with_name("settings.json")  # what the final weights were made with
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.config import Config
 from dmdr_fast.engine import compute
 from dmdr_fast.errors import UserError
@@ -20,7 +21,7 @@ from dmdr_fast.models.lora import LoraAdapter
 
 DEVICE = "cuda"
 # (function of tensors, values for its arguments, pool) -> a function that copies its arguments there and replays.
-capture: Callable[..., Callable[..., Tensor]] = torch.cuda.make_graphed_callables
+capture: Callable[..., Any] = torch.cuda.make_graphed_callables
 new_pool: Callable[[], Any] = torch.cuda.graph_pool_handle
 
 
@@ -36,7 +37,7 @@ class Graphs:
     def __init__(self) -> None:
         self.pool, self.count = new_pool(), 0
 
-    def of(self, network: nn.Module) -> Replayed:
+    def of(self, network: Network) -> Replayed:
         """``network`` (a module, or DeepSpeed's engine around one), replayed where it can be."""
         return Replayed(self, network)
 
@@ -63,9 +64,9 @@ class Replayed:
     adapters act. With grad, and inside ``compute.uncompiled()``, the network runs as it is.
     """
 
-    def __init__(self, graphs: Graphs, network: nn.Module) -> None:
+    def __init__(self, graphs: Graphs, network: Network) -> None:
         self.graphs, self.network = graphs, network
-        self.module: nn.Module = getattr(network, "module", network)  # an engine adds nothing where there is no grad
+        self.module: Any = getattr(network, "module", network)  # an engine adds nothing where there is no grad
         self.replays: dict[Any, Callable[..., Tensor]] = {}
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:

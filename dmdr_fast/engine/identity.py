@@ -53,6 +53,7 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     noted["ranks"] = ranks.world_size
     noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     if config.model.family != "sit":
+        assert config.data.prompts is not None  # every family but SiT has some
         noted["data.prompts (content)"] = f"sha256 {content_hash(prompt_files(config.data.prompts), ranks)[:16]}"
     optimizer = read_deepspeed_json(config).get("optimizer") or {}
     noted["optimizer (deepspeed.config)"] = optimizer.get("type")
@@ -93,7 +94,7 @@ def evaluates_anew(changes: list[str]) -> bool:
 
 
 def _is_identity(name: str, now: dict[str, Any]) -> bool:
-    unused = ("lora",) if now["sharing"] == "separate" else ()
+    unused: tuple[str, ...] = ("lora",) if now["sharing"] == "separate" else ()
     unused += ("student.lora.targets", "student.lora.scale") if not now["student.lora.rank"] else ()
     return name in ("teacher", "optimizer (deepspeed.config)") or (_below(name, IDENTITY) and not _below(name, unused))
 

@@ -29,6 +29,7 @@ from dmdr_fast.models.stored import (
     with_lora,
 )
 from dmdr_fast.models.vae import decoder_dtype, save_decoder_memory, speed_up_convolutions
+from dmdr_fast.ops.dmd import Prediction
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class PipelineModel:
             UserError: no pipeline, one of another family, weights that are missing, a resolution it cannot make.
         """
         teacher, name = config.teacher, config.model.family
+        assert teacher.pipeline is not None  # every family but SiT has one
         try:
             family = open_family(
                 teacher.pipeline, revision=teacher.revision, length=config.data.max_length, guidance=teacher.guidance
@@ -69,7 +71,7 @@ class PipelineModel:
         return cls(config, family, shape)
 
     @property
-    def prediction(self) -> str:
+    def prediction(self) -> Prediction:
         return self.family.prediction
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.passes import Schedule
@@ -12,6 +12,7 @@ from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.ops.dmd import Prediction
 
 if TYPE_CHECKING:
     from dmdr_fast.engine.networks import Roles  # which asks this file for the DMD options
@@ -48,9 +49,11 @@ def recipe_of(config: Config, model: Model) -> Recipe:
     )
 
 
-def dmd_options(config: Config, prediction: str, token: int) -> DMDOptions:
+def dmd_options(config: Config, prediction: Prediction, token: int) -> DMDOptions:
     """The ``dmd`` section and the teacher's guidance as the algorithm takes them."""
-    guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode} if config.uses_cfg else {}
+    guided: dict[str, Any] = {}
+    if config.uses_cfg:
+        guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode}
     own = config.dmd.model_dump(exclude={"score_dtype"})
     return DMDOptions(prediction=prediction, token=token, **guided, **own)
 

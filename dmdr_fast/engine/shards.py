@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -50,15 +51,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        current = [master_shard(self.parameters[n]).float() for n in self.shards]
+        masters = [master_shard(self.parameters[n]) for n in self.shards]
+        current = [master.float() for master in masters if master is not None]
         torch._foreach_lerp_(list(self.shards.values()), current, 1.0 - self.decay)
 
     def full(self, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor on the CPU). All ranks must iterate."""
+        parameter: Any  # with what DeepSpeed has hung on it
         for name, parameter in self.parameters.items():
             shard = self.shards.get(name)
             if hasattr(parameter, "ds_tensor"):
-                whole = runtime.concatenate(shard.to(runtime.device))[: parameter.ds_numel].view(parameter.ds_shape)
+                whole = runtime.concatenate(self.shards[name].to(runtime.device))[: parameter.ds_numel].view(
+                    parameter.ds_shape
+                )
             elif hasattr(parameter, "_hp_mapping"):
                 whole = torch.zeros(parameter.numel(), device=runtime.device)
                 if shard is not None:
@@ -66,7 +71,7 @@ class EMA:
                     whole[start : start + shard.numel()] = shard.to(runtime.device)
                 whole = runtime.sum(whole).view_as(parameter)
             else:
-                whole = shard
+                whole = self.shards[name]
             yield name, whole.cpu().clone()
 
 

@@ -127,7 +127,8 @@ def _split(found: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, St
             lora[f"{layer}.qkv.lora_{factor}_{part.lower()}"] = tensor
         elif match := PEFT.fullmatch(name):
             layer, factor = match.groups()
-            whole = alpha.get(PEFT.fullmatch(long_name)[1]) if factor == "B" else None
+            full = PEFT.fullmatch(long_name)
+            whole = alpha.get(full[1]) if full is not None and factor == "B" else None
             shape = torch.Size(reversed(tensor.shape))
             lora[f"{layer}.lora_{factor}"] = Stored(shape, partial(_transposed, tensor, whole))
         elif not long_name.endswith(".alpha"):

@@ -56,13 +56,17 @@ class Slot:
     parts: tuple[Part, ...]
 
 
+# (name, whole shape) of a parameter, by its id.
+Named = dict[int, tuple[str, tuple[int, ...]]]
+
+
 def slots(role: TrainedRole | AdapterRole, *, write: bool = False) -> Iterator[Slot]:
     """The tensors that this rank's optimizer steps; with ``write``, what is done to them reaches the network's weights.
 
     With ``write`` all ranks must iterate to the end.
     """
     optimizer = role.optimizer
-    named = {id(p): (n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in role.trained.items()}
+    named: Named = {id(p): (n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in role.trained.items()}
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage_3(optimizer, named, write)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -91,21 +95,21 @@ def _in_a_row(kept: Iterable[tuple[str, tuple[int, ...], int, int]]) -> tuple[Pa
     return tuple(parts)
 
 
-def _stage_2(optimizer: DeepSpeedZeroOptimizer, named: dict, write: bool) -> Iterator[Slot]:
+def _stage_2(optimizer: DeepSpeedZeroOptimizer, named: Named, write: bool) -> Iterator[Slot]:
     for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
         kept = [(named[id(p)], p._hp_mapping) for p in group if p._hp_mapping is not None]
         yield Slot(
             flat,
             tuple(
-                Part(*name, m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
-                for name, m in kept
+                Part(name, shape, m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
+                for (name, shape), m in kept
             ),
         )
     if write:
         optimizer.update_lp_params()
 
 
-def _stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, named: dict, write: bool) -> Iterator[Slot]:
+def _stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, named: Named, write: bool) -> Iterator[Slot]:
     if write:
         optimizer.checkpoint_event_prologue()  # small parameters, which are kept whole, are partitioned for now
     for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
@@ -118,7 +122,8 @@ def _stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, named: dict, write: bool)
             start = parameter.ds_zero_partition_rank * length
             kept = min(length, parameter.ds_numel - start)  # what lies beyond the parameter's end is padding
             if kept > 0:
-                parts.append(Part(*named[id(parameter)], start, offset, kept))
+                name, shape = named[id(parameter)]
+                parts.append(Part(name, shape, start, offset, kept))
             offset += length
         yield Slot(flat, tuple(parts))
         if write:
@@ -192,7 +197,7 @@ def _parts_of(
             continue
         flat = slot.master if kind == "weight" else state.get(kind)
         for part in slot.parts:
-            whole, offset = (ema.shards[part.name], 0) if kind == "ema" else (flat, part.offset)
+            whole, offset = (ema.shards[part.name], 0) if ema is not None and kind == "ema" else (flat, part.offset)
             values = whole.detach().reshape(-1)[offset : offset + part.length]
             yield part.name, values.to("cpu", copy=True)
 
@@ -211,7 +216,9 @@ def load_role(stored: StoredRole, role: TrainedRole | AdapterRole, ema: EMA | No
         state = _moved(blocks, slot.master.device) if blocks else _stored_state(stored, slot, optimizer)
         if state:
             optimizer.state[slot.master] = state
-        for part in slot.parts if ema is not None else ():
+        if ema is None:
+            continue
+        for part in slot.parts:
             shard = ema.shards[part.name]
             flat = shard.reshape(-1).to("cpu", copy=True)
             flat[: part.length] = stored.read("ema", part.name, part.start, part.length)
@@ -227,9 +234,9 @@ def _stored_state(stored: StoredRole, slot: Slot, optimizer: torch.optim.Optimiz
             value = _filled(zeros, stored, kind, slot).view(slot.master.shape)
             state[kind] = torch.empty_like(slot.master.data, dtype=zeros.dtype).copy_(value)
     for kind, counts in stored.counts.items():
-        value = next((counts[part.name] for part in slot.parts if part.name in counts), None)
-        if value is not None:
-            state[kind] = _counter(value, optimizer, slot.master.device)
+        count = next((counts[part.name] for part in slot.parts if part.name in counts), None)
+        if count is not None:
+            state[kind] = _counter(count, optimizer, slot.master.device)
     return state
 
 

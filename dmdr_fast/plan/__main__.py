@@ -75,7 +75,11 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
     from dmdr_fast.plan.workload import Adapter, Workload
 
     shape = None if options.model is None else find_shape(options.model)
-    work = Workload(shape) if config is None else workload(config, shape)
+    if config is None:
+        assert shape is not None
+        work = Workload(shape)
+    else:
+        work = workload(config, shape)
     if options.resolution is not None:
         work = replace(work, resolution=options.resolution)
     if options.activation is not None:

@@ -63,6 +63,7 @@ def _adapter(lora: Any, shape: Shape) -> Adapter:
 def _shape(config: Config) -> Shape:
     model = config.model
     if model.family != "sit":
+        assert config.teacher.pipeline is not None  # every family but SiT has one
         return find_shape(config.teacher.pipeline)
     sizes = ("depth", "hidden_size", "num_heads", "patch_size", "num_classes", "learn_sigma", "time_reversed")
     network = {"_class_name": "SiT", "input_size": config.latent_size, "in_channels": model.channels}

@@ -57,6 +57,7 @@ class LiveBytes(TorchDispatchMode):
 
     def keep_gradient(self, parameter: Tensor) -> None:
         """``parameter.grad`` has just been made or added to: its bytes are a gradient's."""
+        assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         if self.kinds.get(storage._cdata) == "activations":
             self.kinds[storage._cdata] = "gradients"

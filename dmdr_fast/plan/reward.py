@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +39,7 @@ class RewardCost:
 
 def reward_cost(work: Workload) -> RewardCost:
     """The cost of ``work.reward`` per GPU; it depends on shape, resolution and chunk alone."""
+    assert work.reward is not None
     chunk = min(work.reward.chunk, work.batch)
     return _traced(work.shape, work.resolution, replace(work.reward, chunk=chunk))
 
@@ -56,7 +57,7 @@ def _traced(shape: Shape, resolution: int, options: RewardPass) -> RewardCost:
             raise UserError(str(error)) from None
     family = None if shape.family == "sit" else shape.opened()
 
-    def decode(latent):
+    def decode(latent: Tensor) -> Tensor:
         if family is not None:
             return family.decode(vae, latent)
         return latent if vae is None else vae.decode(latent.to(vae.dtype)).sample

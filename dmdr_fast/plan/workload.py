@@ -18,7 +18,7 @@ class Adapter:
 
     rank: int
     targets: tuple[str, ...]
-    form: str = "standard"
+    form: Literal["standard", "post_projection"] = "standard"
 
 
 @dataclass(frozen=True)

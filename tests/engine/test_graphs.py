@@ -21,7 +21,7 @@ from tests.engine.test_memory_levers import config_of
 from tests.engine.test_roles import inputs, roles_of
 
 TAPED = Path(__file__).with_name("train_taped.py")
-STEPS = ("--train.cold_start_steps", "1", "--train.generator_steps", "3")
+STEPS = ("--train.cold_start_steps", "1", "--train.generator_steps", "2")
 LORA = ("--sharing", "shared_all", "--student.lora.rank", "4", "--memory.frozen", "int8")
 CASES = {
     "separate, stage 0": ("--sharing", "separate", "--deepspeed.stage", "0"),
@@ -71,23 +71,14 @@ def test_replayed_roles_follow_their_weights_inputs_and_scales(taped, ranks, tmp
     assert roles.graphs.count == (2 if lora else 3)  # generator; fake and teacher in one pass, or in two
 
 
-def test_a_whole_run_through_grpo(run, tmp_path):
-    """Stage 2, a policy's rollouts."""
+def test_the_start_and_the_log_tell_of_graphs(run, tmp_path):
     options = ("--rl.method", "grpo", "--rl.grpo.group_size", "2", "--student.steps", "2", "--deepspeed.stage", "2")
-    for name, extra in (("plain", {}), ("taped", {"script": TAPED})):
-        flag = ("--compute.cuda_graphs", "true") if extra else ()
-        code, out, err = run([*STEPS, *options, *flag, "--run_dir", tmp_path / name], **extra)
-        assert code == 0, err
+    given = [*STEPS, *options, "--compute.cuda_graphs", "true", "--run_dir", tmp_path]
+    code, out, err = run(given, script=TAPED)
+    assert code == 0, err
     assert "CUDA graphs of rollouts and the score pass" in out
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("plain", "taped")
-    ]
-    losses = [[{n: v for n, v in line.items() if "loss" in n or "reward" in n} for line in log] for log in logs]
-    assert losses[0] == losses[1]
-    assert [line["cuda_graphs"] for line in logs[1]] == [2.0] * 3
-    files = [(tmp_path / name / "final" / "generator.safetensors").read_bytes() for name in ("plain", "taped")]
-    assert files[0] == files[1]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["cuda_graphs"] for line in log] == [2.0] * 2
 
 
 class Network(nn.Module):

@@ -151,6 +151,7 @@ def _grpo_losses(
 
     def at(part: Scored, i: int) -> Loss:
         def build(generator: Network) -> tuple[Tensor, dict[str, Tensor]]:
+            assert part.trajectory is not None  # collect() keeps it for GRPO
             loss, stats = policy_loss(
                 generator,
                 part.trajectory,
@@ -175,6 +176,7 @@ def _dpo_loss(pair: Pair, nets: Networks, recipe: Recipe, streams: Streams, inde
     step, shard, device = index[0], pair.part.shard, pair.winner.device
 
     def build(generator: Network) -> tuple[Tensor, dict[str, Tensor]]:
+        assert nets.reference is not None  # a run with DPO has one
         if recipe.rl.dpo.times == "grid":
             points = streams.rng("dpo_t", *index).integers(len(recipe.grid) - 1, size=shard.total)
             t = torch.tensor([recipe.grid[i] for i in points[shard.start : shard.stop]], device=device)

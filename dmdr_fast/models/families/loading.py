@@ -52,9 +52,9 @@ def resolve(path: str, name: str, revision: str | None = None) -> Path:
         return folder / name
     from huggingface_hub import hf_hub_download
 
-    folder, _, file = name.rpartition("/")
+    subfolder, _, file = name.rpartition("/")
     try:
-        return Path(hf_hub_download(path, file, subfolder=folder or None, revision=revision))
+        return Path(hf_hub_download(path, file, subfolder=subfolder or None, revision=revision))
     except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
         raise FileNotFoundError(
             f"pipeline {path}: {name} could not be fetched ({first_line(error)}); give a local folder, or check the "

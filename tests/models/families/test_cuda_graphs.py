@@ -39,6 +39,8 @@ def made(request, case):
     """(network, its arguments), with an adapter that acts on each sample in its own way."""
     if case.name == "z_image" or (case.name, request.param) == ("sdxl", "fused"):
         pytest.skip("refused by the configuration")
+    if request.param == "int8" and case.name != "sd3":
+        pytest.skip("the same layers in every family")
     net = Denoiser(case.family, copy.deepcopy(case.network)).requires_grad_(False)
     add_lora(net, "fake", rank=2, targets=case.family.lora_targets).set_scale(torch.tensor([0.5, 2.0]))
     if request.param == "int8":
@@ -51,8 +53,8 @@ def made(request, case):
 
 
 @torch.no_grad()
-def test_nothing_that_a_capture_allocates_is_kept(made):
-    """Its memory is the graphs': another replay writes there."""
+def test_a_capture_keeps_nothing_and_asks_the_host_nothing(made):
+    """What it allocates is the graphs' memory: another replay writes there."""
     net, given = made
     net(*given)  # tables that are kept are made
     with tape.Tape() as recorded:
@@ -62,11 +64,8 @@ def test_nothing_that_a_capture_allocates_is_kept(made):
     gc.collect()
     assert len(results) > 100
     assert [kept for result in results if (kept := result()) is not None] == []
-
-
-@torch.no_grad()
-def test_no_forward_meets_the_host(made):
-    net, given = made[0].to(META), tree_map(lambda value: value.to(META), made[1])
+    # and no forward meets the host
+    net, given = net.to(META), tree_map(lambda value: value.to(META), given)
     net.lora_adapters["fake"].set_scale(torch.ones(2, device=META))
     net(*given)
     with OnDevice() as seen:
