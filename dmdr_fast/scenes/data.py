@@ -18,7 +18,7 @@ SIDE, SCAN = 16, 8  # pixels of a canvas and of a scan
 PALETTE = torch.tensor([[1, 0, 0], [0, 1, 0], [0.2, 0.4, 1], [1, 1, 0], [1, 0, 1], [1, 1, 1]])
 
 Part = Literal["teacher", "verifier", "held_out_verifier"]
-PARTS: dict[Part, tuple[int, ...]] = {"teacher": (0, 1), "verifier": (2,), "held_out_verifier": (3,)}
+PARTS: tuple[Part, ...] = ("teacher", "verifier", "held_out_verifier")
 
 # First rows (or columns) of the two scans along the axis that their relation leaves free: at most half a scan apart, so
 # that what is left of another is not above it as well.
@@ -36,13 +36,13 @@ class Scenes(NamedTuple):
 def scans(part: Part) -> tuple[Tensor, Tensor]:
     """A part's scans, fp32 [M, 8, 8] in 0..1, and their digits, int64 [M].
 
-    The scans of a digit go round: two to the teacher, one to each verifier. No scan is in two parts.
+    The scans of a digit go round the parts; no scan is in two of them.
     """
     images, labels = load_digits()
     rank = torch.zeros_like(labels)
     for digit in range(NUM_CLASSES):
         rank[labels == digit] = torch.arange(int((labels == digit).sum()))
-    mine = torch.isin(rank % 4, torch.tensor(PARTS[part]))
+    mine = rank % len(PARTS) == PARTS.index(part)
     return (images[mine, 0] + 1) / 2, labels[mine]
 
 
