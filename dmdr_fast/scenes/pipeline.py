@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
     from transformers import PreTrainedTokenizerFast
 
-TOKENS = 12  # of the longest caption, with its first and last token
+TOKENS = 13  # of the longest caption, with its first and last token
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(dict.fromkeys(re.findall(r"[a-z]+|:", re.sub("{.}", "", " ".join(map(" ".join, WORDINGS))))))
 VOCABULARY = (*SPECIAL, *WORDS, *COLOURS, *DIGITS)

@@ -11,6 +11,7 @@ from dmdr_fast import cli
 from dmdr_fast.data.text_cache import TextCache
 from dmdr_fast.models.families import TextEncoder, open_family
 from dmdr_fast.scenes import teacher
+from dmdr_fast.scenes.captions import WORDINGS, Attributes, caption
 from dmdr_fast.scenes.pipeline import TOKENS, VOCABULARY, build_tokenizer
 
 SMALL = {"seed": 5, "vae_steps": 4, "steps": 3}
@@ -117,8 +118,15 @@ def test_words_are_tokens():
     tokenizer = build_tokenizer()
     ids = tokenizer(["below a BLUE three: a white nine", "a cat"], padding="max_length", max_length=TOKENS).input_ids
     words = [[VOCABULARY[i] for i in row] for row in ids]
-    assert words[0] == ["<bos>", "below", "a", "blue", "three", ":", "a", "white", "nine", "<eos>", "<pad>", "<pad>"]
+    assert words[0] == ["<bos>", "below", "a", "blue", "three", ":", "a", "white", "nine", "<eos>", *["<pad>"] * 3]
     assert words[1][:4] == ["<bos>", "a", "<unk>", "<eos>"]
+
+
+def test_the_longest_caption_fills_the_tokens():
+    scene = Attributes(0, 7, 0, 2, 1)
+    captions = [caption(scene._replace(relation=r), wording) for r in range(2) for wording in range(len(WORDINGS[r]))]
+    ids = build_tokenizer()(captions).input_ids
+    assert max(map(len, ids)) == TOKENS and not any(VOCABULARY.index("<unk>") in row for row in ids)
 
 
 def test_mistakes_are_one_line(trained, capsys):
