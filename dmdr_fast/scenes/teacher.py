@@ -28,10 +28,9 @@ from dmdr_fast.algorithm.schedules import cosine_decay
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import Parser, run_user_command
 from dmdr_fast.errors import UserError
-from dmdr_fast.scenes.captions import Attributes, combinations
+from dmdr_fast.scenes.captions import combinations
 from dmdr_fast.scenes.data import Scenes, SceneSource
 from dmdr_fast.scenes.pipeline import TOKENS, build_pipeline, build_vae
-from dmdr_fast.scenes.verifier import load_verifier
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -61,7 +60,6 @@ def train_teacher(out: Path, *, seed: int = 0, vae_steps: int = VAE_STEPS, steps
         "commit": _commit(),
         "seconds": {"vae": round(vae_seconds), "pipeline": round(seconds), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "read_from_reconstructions": _read_from_reconstructions(vae.float(), seed),
         "sha256": {
             str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
             for file in sorted(out.rglob("*.safetensors"))
@@ -260,15 +258,6 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-@torch.no_grad()
-def _read_from_reconstructions(vae: AutoencoderKL, seed: int) -> dict[str, float]:
-    """The share of each attribute that the held-out verifier reads from decoded latents of unseen combinations."""
-    scenes = SceneSource("verifier", combinations(held_out=True), seed=seed)(range(STATISTICS))
-    images = vae.decode(vae.encode(scenes.images).latent_dist.mean).sample
-    right = (load_verifier("held_out_verifier").read(images) == scenes.attributes).double().mean(0)
-    return dict(zip(Attributes._fields, right.tolist(), strict=True))
 
 
 def main(argv: list[str]) -> None:
