@@ -27,8 +27,8 @@ claims: install  ## put the paper's claims to the test on digits: docs/claims.md
 malformed: install  ## hundreds of malformed inputs: each is one line, or right
 	$(BIN)/python -m tests.malformed
 
-torture: install  ## 40 SIGKILLs at random moments: each run resumes and ends with the uninterrupted run's bytes
-	$(BIN)/python -m tests.torture
+torture: install  ## 40 SIGKILLs at random moments, or those of ONLY=separate: a resumed run ends with the same bytes
+	$(BIN)/python -m tests.torture --only "$(ONLY)"
 
 # What an image with torch, Triton, CUDA, transformers and the usual scientific packages lacks; versions are the lock's.
 GPU_WHEELS := gpu-wheels

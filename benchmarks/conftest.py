@@ -30,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-no-compile", action="store_true", help="time the ops without torch.compile beside them")
     group.addoption("--bench-resources", action="store_true", help="print what the kernels need, compiled for sm_90")
     group.addoption("--bench-small", action="store_true", help="bench_step: networks so small that they show no speed")
+    group.addoption("--bench-large", action="store_true", help="bench_step: SiT-B/2 on a CPU too, which takes minutes")
     group.addoption("--bench-graphs", action="store_true", help="bench_step: rollouts and score pass as CUDA graphs")
-    group.addoption("--bench-blocks", choices=("eager", "fused", "compiled"), default="eager", help="bench_step's")
     group.addoption(
         "--bench-attention",
         choices=("sdpa", "cudnn", "flash_attn", "flash_attn_3"),

@@ -102,9 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def user_path(text: str) -> Path:
+    """A path of the command line; ``~`` is the user's folder, which shells put in only at the start of a word."""
+    return Path(os.path.expanduser(text))
+
+
 def _config_file(text: str) -> Path:
     """The file, or a shipped recipe where there is no such file and the text is its name."""
-    path, recipe = Path(text), CONFIGS / f"{text}.yaml"
+    path, recipe = user_path(text), CONFIGS / f"{text}.yaml"
     try:
         return recipe if not path.exists() and path.name == text and recipe.is_file() else path
     except OSError:  # a name that is too long
@@ -153,7 +158,7 @@ def dump(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.load(path.read_text(), Loader=_Loader)
+        values = yaml.load(path.read_bytes(), Loader=_Loader)  # UTF-8 whatever the locale, or what its mark says
         values = {} if values is None else values
     except OSError as error:
         names = [recipe.stem for recipe in CONFIGS.glob("*.yaml")]
@@ -189,6 +194,7 @@ def _assign(values: dict, path: str, text: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{section}: expected a group of keys, got {values!r}")
+    text = os.fsencode(text).decode("utf-8", "surrogateescape")  # another locale has taken it for its own
     try:
         values[last] = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -215,6 +221,8 @@ def _problem(problem: dict, source: Path) -> str:
         return _unknown_key(".".join(words), str(source))
     if not words:  # raised by Config itself: the message names its key
         return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "home":
+        return f"{path}: {problem['msg']}"
     wanted = f"expected {accepted(fields[path])}" if path in fields else "expected a group of keys"
     return f"{path}: {wanted}; got {_SHOWN.repr(problem['input'])}"
 

@@ -1,8 +1,8 @@
 """Which kernel runs: triton, cuda, cpu or reference, and why.
 
 Every public op lowers to raw functions ``<op>_fwd`` / ``<op>_bwd`` whose arguments are one named tuple, defined in
-``ops/``. ``reference`` has all of them in plain PyTorch. A backend (a module of this package, imported when an op
-first wants it; one that cannot load raises ImportError with the reason) has those that it registers:
+``ops/`` with their formulas in plain PyTorch, which ``reference`` runs. A backend (a module of this package, imported
+when an op first wants it; one that cannot load raises ImportError with the reason) has those that it registers:
 
     @implements("gated_residual_fwd")
     def gated_residual_fwd(run: Recorder, a: GatedResidual, out) -> None: ...
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.backends.plans import Plan, Recorder
-from dmdr_fast.reference.registry import RESULTS, first_tensor
+from dmdr_fast.reference import RESULTS, first_tensor
 
 _LOG = logging.getLogger("dmdr_fast")
 _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
@@ -74,6 +74,15 @@ class Choice:
 class _Implementation(NamedTuple):
     function: Callable[[Recorder, Any, Any], None]
     refuses: Callable[[Any], str | None] | None
+
+
+def at_most(most: float, unit: str, what: str, size: Callable[[Any], int]) -> Callable[[Any], str | None]:
+    """Why a raw function does not take ``what`` (plural) of more ``unit`` than ``most``, of its arguments."""
+
+    def refusal(a: Any) -> str | None:
+        return None if size(a) <= most else f"it takes {what} of at most {most} {unit}, these have {size(a)}"
+
+    return refusal
 
 
 class Backend:

@@ -10,12 +10,14 @@ on Triton without its plan: 29 us, with it 9.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.reference.registry import Result
+from dmdr_fast.backends.views import with_rows
+from dmdr_fast.reference import Result
 
 
 class Live(int):
@@ -73,9 +75,7 @@ class Recorder:
 
     def view(self, tensor: Tensor, *shape: int) -> Tensor:
         """``tensor`` in another shape, its last dimension contiguous; copied where strides do not allow it."""
-        view = tensor.reshape(shape)
-        if view.stride(-1) != 1 and view.shape[-1] != 1:
-            view = view.contiguous()
+        view = with_rows(tensor.reshape(shape))
         copied = view.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return view if copied else self.part(view, tensor)
 
@@ -84,6 +84,12 @@ class Recorder:
         place = self._places.get(id(tensor))
         self._repeatable &= place is not None
         return place
+
+    def on_device(self, start: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """``start(*args, **options)`` with the tensors' device as the thread's current one, where launches go."""
+        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
+        with torch.cuda.device(self.device) if elsewhere else nullcontext():
+            return start(*args, **options)
 
     def note(self, launch: Callable[[list[int]], None]) -> None:
         """``launch(values)`` starts what was just started, with the pointers and ints of another call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, TorchSeed, key
+from dmdr_fast.config.base import Count, Fraction, NonNegative, Place, Positive, PositiveFloat, Section, TorchSeed, key
 
 # How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
 PIPELINE_CFG = {"z_image": "offset", "qwen_image": "per_token"}
@@ -44,8 +44,8 @@ class TeacherTraining(Section):
 class Teacher(Section):
     """The multi-step teacher: real score, and the start of the generator and the fake score."""
 
-    weights: str | None = key(None, "Weights: a .safetensors or .pt path, or hf://ORG/REPO/FILE. null: see train.data.")
-    pipeline: str | None = key(None, "Diffusers pipeline of a text-to-image family: its folder or hub id.")
+    weights: Place | None = key(None, "Weights: a .safetensors or .pt file, or hf://ORG/REPO/FILE. null: train.data.")
+    pipeline: Place | None = key(None, "Diffusers pipeline of a text-to-image family: its folder or hub id.")
     revision: str | None = key(None, "Branch, tag or commit of a hub id; null: its main branch.")
     guidance: NonNegative | None = key(
         None,
@@ -68,7 +68,7 @@ class Decoder(Section):
     """From latents to images. A text-to-image family has its pipeline's VAE and reads neither kind nor path."""
 
     kind: Literal["identity", "vae"] = key("identity", "identity: latents are images; vae: diffusers' AutoencoderKL.")
-    path: str | None = key(None, "Folder or hub id of the VAE.")
+    path: Place | None = key(None, "Folder or hub id of the VAE.")
     dtype: Literal["auto", "fp32", "bf16"] = key(
         "auto", "Type of the VAE's weights and of the decoding; auto: bf16 on CUDA, fp32 on a CPU."
     )
@@ -89,7 +89,7 @@ class StudentLoRA(Section):
 class Student(Section):
     """The few-step generator."""
 
-    weights: str | None = key(
+    weights: Place | None = key(
         None,
         "Where the generator starts: a run, a checkpoint, a file of weights or of an adapter, or "
         "hf://ORG/REPO/FILE; null: at the teacher.",
@@ -108,7 +108,7 @@ class Student(Section):
 class Fake(Section):
     """The fake score."""
 
-    weights: str | None = key(
+    weights: Place | None = key(
         None, "Where the fake score starts, as student.weights; shared_score and shared_all take an adapter."
     )
 

@@ -96,7 +96,7 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
     if config.teacher.weights is not None:
         yield f"teacher.weights: model.family {family} takes the weights of teacher.pipeline; leave it out"
     if config.data.prompts is None:
-        yield f"data.prompts: missing; model.family {family} needs a .txt, .jsonl or .parquet file of prompts"
+        yield f"data.prompts: missing; model.family {family} needs a file of prompts, or a folder of Parquet files"
     if family == "sdxl" and config.student.shift != 1.0:
         yield f"student.shift: {config.student.shift:g}; SDXL's noise path has no shift, set it to 1"
     if family == "sdxl" and config.rl.method == "grpo" and config.rl.grpo.mode == "policy":

@@ -188,18 +188,19 @@ class CheckpointFolder:
 
 def shared_fault(path: Path, ranks: Runtime) -> str | None:
     """Why a checkpoint cannot be trusted, None when it can. Ranks share the reading; all get the same answer."""
-    faults = [f for f in ranks.gather(_local_fault(path, ranks)) if f]
+    faults = [f for f in ranks.gather(fault(path, ranks.rank, ranks.world_size)) if f]
     return faults[0] if faults else None
 
 
-def _local_fault(path: Path, ranks: Runtime) -> str | None:
+def fault(path: Path, rank: int = 0, ranks: int = 1, *, prefixes: tuple[str, ...] = ("",)) -> str | None:
+    """The same of one rank's share of the files; the checksums of those whose names begin so are looked at."""
     try:
         manifest = dict(json.loads((path / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return f"no readable {MANIFEST} in it" if path.is_dir() else "no such folder"
     if "trainer.json" not in manifest or "rank_00000.pt" in manifest:
         return "written by another version of dmdr_fast"
-    for name in sorted(manifest)[ranks.rank :: ranks.world_size]:
+    for name in sorted(name for name in manifest if name.startswith(prefixes))[rank::ranks]:
         file = path / name
         try:
             found = [file.stat().st_size, _sha256(file)]

@@ -20,8 +20,7 @@ from dmdr_fast.models.lora import LoraAdapter
 def master_shard(parameter: nn.Parameter) -> Tensor | None:
     """The fp32 master weights of a trained parameter that this rank keeps; None where it keeps none of them.
 
-    ZeRO-3: a flat, padded slice. ZeRO-2: the flat part of it in this rank's optimizer partition. Stage 0: all of it
-    (of a fused optimizer that ``deepspeed.config`` names the bf16 or fp16 values: its master is out of reach).
+    ZeRO-3: a flat, padded slice. ZeRO-2: the flat part of it in this rank's optimizer partition. Stage 0: all of it.
     """
     if hasattr(parameter, "ds_tensor"):
         return deepspeed.utils.safe_get_local_fp32_param(parameter)

@@ -94,7 +94,7 @@ def _noted_scale(place: Path) -> float:
     """The scale of a file's adapter: ours is noted in the file, PEFT's beside it, diffusers' in it in PEFT's words."""
     settings = (place if place.is_dir() else place.parent) / "adapter_config.json"
     if settings.is_file():
-        return _peft_scale(json.loads(settings.read_text()))
+        return _peft_scale(json.loads(settings.read_bytes()))
     if place.suffix != ".safetensors":
         return 1.0
     with safe_open(place, framework="pt") as file:

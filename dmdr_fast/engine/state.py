@@ -325,6 +325,9 @@ class StoredRole:
     def _open(self, kind: str, rank: str) -> tuple[Any, set[str]]:
         """A file and the names in it."""
         if (kind, rank) not in self._files:
-            file = safe_open(self.folder / f"{kind}.{rank}.safetensors", framework="pt")
+            name = f"{kind}.{rank}.safetensors"
+            if name not in self.names:
+                raise UserError(f"{self.folder}: {name} is not in its manifest")
+            file = safe_open(self.folder / name, framework="pt")
             self._files[kind, rank] = file, set(file.keys())
         return self._files[kind, rank]

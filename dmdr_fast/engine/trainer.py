@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
-import deepspeed
 import torch
 from torch import Tensor
 
@@ -26,9 +25,10 @@ from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
 from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.engines import DTYPES
-from dmdr_fast.engine.evaluation import Evaluator
+from dmdr_fast.engine.evaluation import Evaluator, Shown, drop_evaluations_after
+from dmdr_fast.engine.finished import COLD_START, FINAL, SETTINGS, is_finished
 from dmdr_fast.engine.go_on import resume_command
-from dmdr_fast.engine.identity import evaluates_anew, run_settings
+from dmdr_fast.engine.identity import run_settings
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.memory import build_probe
 from dmdr_fast.engine.model import Model, open_model
@@ -42,11 +42,10 @@ from dmdr_fast.engine.score import Rounding, can_measure, rounding_line, score_r
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.engine.stopping import StopRequest
+from dmdr_fast.engine.summary import SUMMARY, origin, write_summary
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
-
-FINAL, SUMMARY = Path("final") / "generator.safetensors", Path("summary.json")
 
 
 def train(config: Config) -> None:
@@ -67,7 +66,7 @@ def train(config: Config) -> None:
             changes = [] if start is None else checkpoints.changes(start)
             for change in changes:
                 ranks.say(f"since the checkpoint: {change}")
-            if start is not None and not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]:
+            if is_finished(config, checkpoints.settings, start, changes, ranks):
                 ranks.say(
                     f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
                     "run_dir for another run, or start anew with --resume never"
@@ -112,11 +111,14 @@ class Run:
     checkpoints: CheckpointFolder
     log: RunLog
     telemetry: Telemetry
+    origin: dict[str, str | None]  # of the process, for the report; empty but on rank 0
     step: int
     skipped: int = 0
     skipped_in_a_row: int = 0
     pending: list[dict[str, Tensor]] = field(default_factory=list)  # metrics since the last flush, on the device
+    began_at: float = 0.0  # on the monotonic clock, had the run never stopped
     flushed_at: float = 0.0
+    elapsed: float = 0.0  # seconds from the first update on to the last flush, those before a resume included
     samples_seen: int = 0  # by this process, over all ranks
 
     @classmethod
@@ -168,12 +170,14 @@ class Run:
                 enabled=ranks.is_main,
             ),
             telemetry=Telemetry(ranks.device),
+            origin=origin() if ranks.is_main else {},
             step=state["step"],
             **state["counters"],
         )
         if ranks.is_main:
             (config.run_dir / "config.yaml").write_text(dump(config))
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # that of a run that was finished
+            drop_evaluations_after(config.run_dir, run.step)
         ranks.say(describe(config, run.recipe, roles, ranks))
         if can_measure(config):
             ranks.say(rounding_line(run._rounding(), config))
@@ -187,6 +191,8 @@ class Run:
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
         self.flushed_at = time.monotonic()
+        self.elapsed = self.log.elapsed_before
+        self.began_at = self.flushed_at - self.elapsed
         if config.resume == "auto" and self._evaluation_due and not self._evaluator().has_row(self.step):
             self._evaluate(stop)  # the run was stopped in it
         while self.step < config.train.generator_steps:
@@ -224,22 +230,31 @@ class Run:
                 ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config.run_dir)}")
                 return False
         self._snapshot_cold_start()
+        settings = config.run_dir / SETTINGS
+        if ranks.is_main:
+            settings.unlink(missing_ok=True)
         self._save_generator(config.run_dir / FINAL, DTYPES[config.export.dtype])
+        if ranks.is_main:
+            settings.write_text(json.dumps(self.checkpoints.settings, indent=1))
         return True
 
     @property
     def _evaluation_due(self) -> bool:
-        every = self.config.eval.every
-        return bool(every and self.step and self.step % every == 0 and self._evaluates)
+        evaluation = self.config.eval
+        return bool(evaluation.every and evaluation.samples and self.step and self.step % evaluation.every == 0)
 
     def _evaluate(self, stop: StopRequest) -> bool:
-        """Add the row of the generator as it is; True, and maybe no row, where the run is asked to stop meanwhile."""
+        """Measure and show the generator as it is; True, and maybe nothing done, where the run is asked to stop."""
 
         def asked() -> bool:
             return self.ranks.any(stop.asked)
 
-        self._evaluator().append(self._role_in_training(), self.step, asked)
+        self._show(self._evaluator().append(self._role_in_training(), self.step, asked))
         return asked()
+
+    def _show(self, shown: Shown | None) -> None:
+        if shown is not None:
+            self.log.evaluation(self.step - 1, shown.row, shown.sheet)
 
     def _begin_update(self) -> None:
         """What changes with the step: the cold start's end, the reference, the learning rates."""
@@ -284,13 +299,26 @@ class Run:
     def finish(self) -> None:
         """Write the evaluation and the report."""
         config, final = self.config, self.config.run_dir / FINAL
-        self.log.close()
+        table = None
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
-            table = self._evaluator().run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})
+            generators = {name: path for name, path in generators.items() if path.is_file()}
+            table, shown = self._evaluator().run(self.roles.teacher, generators, self.step)
+            if not self._evaluation_due:  # which has shown it
+                self._show(shown)
+        self.log.close()
+        if table is not None:
             self.ranks.say(table_text(table))
         if self.ranks.is_main:
-            self._summarise()
+            write_summary(
+                config,
+                self.ranks,
+                self.origin,
+                self.roles.trained_parameters,
+                updates=self.step,
+                skipped=self.skipped,
+                elapsed=self.elapsed,
+            )
             self.ranks.say(f"weights: {final}")
             if config.log.report:
                 self.ranks.say(f"report: {write_report(config.run_dir)}")
@@ -315,22 +343,9 @@ class Run:
         self._save_generator(path)
         return path
 
-    def _summarise(self) -> None:
-        """summary.json: what ran, for the report."""
-        summary = {
-            "updates": self.step,
-            "skipped": self.skipped,
-            "ranks": self.ranks.world_size,
-            "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "CPU",
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "parameters_trained": self.roles.trained_parameters,
-        }
-        (self.config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))
-
     @property
     def _cold_start_weights(self) -> Path:
-        return self.config.run_dir / "cold_start" / "generator.safetensors"
+        return self.config.run_dir / COLD_START
 
     def _snapshot_cold_start(self) -> None:
         if self.step == self.config.train.cold_start_steps:
@@ -378,9 +393,11 @@ class Run:
         values = dict(zip(names, self.ranks.mean(stacked).tolist(), strict=True))
         now, samples = time.monotonic(), len(self.pending) * batch
         self.samples_seen += samples
+        self.elapsed = now - self.began_at
         alpha, beta = self.recipe.renoise.beta(self.step - 1)
         values |= {
             "samples_per_second": samples / (now - self.flushed_at),
+            "elapsed_seconds": self.elapsed,
             "skipped": float(self.skipped),
             "renoise_alpha": alpha,
             "renoise_beta": beta,
@@ -397,6 +414,8 @@ class Run:
             values["score_rounding"] = self._rounding().error
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
+        if phase == "dmdr":
+            values["reward_weight"] = self.recipe.rl_weight(self.step - 1)
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
         self.pending.clear()
         self.flushed_at = now
@@ -422,17 +441,6 @@ class Run:
 
 def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
-
-
-def is_finished(config: Config, checkpoint: Path) -> bool:
-    """Whether the run has made all of its updates, up to that checkpoint, and written all that it leaves."""
-    folder, step = config.run_dir, int(checkpoint.name.rpartition("_")[2])
-    try:
-        written = json.loads((folder / SUMMARY).read_text())["updates"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    left = [FINAL, Path("report.html")] if config.log.report else [FINAL]
-    return step >= config.train.generator_steps and written == step and all((folder / p).is_file() for p in left)
 
 
 def diagnosis(update: Update, roles: Roles, ranks: runtime.Runtime) -> str:

@@ -82,7 +82,7 @@ def export_pipeline(
 
 def call_arguments(folder: Path) -> dict[str, Any]:
     """The arguments that the exported pipeline in ``folder`` is called with; FileNotFoundError where it is none."""
-    return json.loads((folder / STUDENT).read_text())
+    return json.loads((folder / STUDENT).read_bytes())
 
 
 def load_arguments(folder: Path) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _copy_components(family: Family, folder: Path) -> None:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "model_index.json").read_text())
+    return json.loads((folder / "model_index.json").read_bytes())
 
 
 def _write_scheduler(folder: Path, scheduler: Any) -> None:

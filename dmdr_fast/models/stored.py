@@ -56,7 +56,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     for index in sorted(path.glob("*.safetensors.index.json")):
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(f"weights: {path} lacks shard {missing[0]} of {len(files)}: copy the weights again")

@@ -47,14 +47,6 @@ def shaped(op: str, name: str, value: Tensor, shape: Sequence[int], meaning: str
     on_device(op, name, value, on, on_name)
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the arithmetic and of per-sample scalars: float64 where any tensor is, else float32."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
-
-
 def scalar(op: str, name: str, value: Tensor | float, sample: Tensor, dtype: torch.dtype, **bounds: float) -> Tensor:
     """One number per sample, contiguous and of ``dtype``: a python number in ``bounds`` and a 0-d tensor serve all."""
     if not isinstance(value, Tensor):
@@ -193,8 +185,3 @@ def _range(minimum: float, above: float, maximum: float) -> str:
 
 def _short(value: torch.dtype) -> str:
     return str(value).removeprefix("torch.")
-
-
-def wanted(needed, **gradients: Tensor | None) -> dict[str, Tensor | None]:
-    """The gradients that are needed; the empty tensors of those that are not are left out."""
-    return {name: grad for name, grad in gradients.items() if getattr(needed, name)}

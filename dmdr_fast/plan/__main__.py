@@ -9,10 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from dmdr_fast.cli import parse, run_user_command
+from dmdr_fast.cli import parse, run_user_command, user_path
 from dmdr_fast.errors import UserError
 
 MOST_GPUS = 1024
@@ -46,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--batch", type=int, nargs="+", help="Micro-batch per GPU; several for --sweep.")
     own.add_argument("--student-lora", type=int, metavar="RANK", help="The generator as a LoRA of this rank.")
     add("--sweep", action="store_true", help="Sharing x activation x --batch x --gpus as a table.")
-    add("--plot", type=Path, metavar="PNG", help="Draw the sweep.")
+    add("--plot", type=user_path, metavar="PNG", help="Draw the sweep.")
     return parser
 
 

@@ -120,7 +120,7 @@ def published() -> Iterator[Shape]:
 
 
 def _read(path: Path) -> Shape:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_bytes())
     return Shape(**values | {part: json.dumps(values[part]) for part in ("transformer", "vae")})
 
 

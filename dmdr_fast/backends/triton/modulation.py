@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,25 @@ _TILE = 4096
 refuses = functools.partial(rows_refuses, _LONGEST_ROW)
 
 
-@implements("layer_norm_modulate_fwd", refuses=refuses("x", "shift", "scale"))
-def layer_norm_modulate_fwd(run: Launches, a, out) -> None:
-    g = Grouped(run, a.x, a.shift, a.scale)
-    run.launch(
-        layer_norm_modulate_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.vectors(a.shift)),
-        rows(g.vectors(a.scale)), *out, g.tokens, float(a.eps), **row_tile(g.width, 64),
-    )  # fmt: skip
+def norm_forward(name: str, kernel: Any, tensors: str) -> None:
+    """Register ``kernel``, of one program per row, as the forward ``name``.
+
+    ``tensors`` are its first arguments: x and h have a row of their own for each, all others are vectors.
+    """
+    vectors = [tensor for tensor in tensors.split() if tensor not in ("x", "h")]
+
+    @implements(name, refuses=refuses("x", *vectors))
+    def launch(run: Launches, a, out) -> None:
+        g = Grouped(run, a.x, *(getattr(a, vector) for vector in vectors))
+        given = [(g.vectors if tensor in vectors else g.rows)(getattr(a, tensor)) for tensor in tensors.split()]
+        tile = row_tile(g.width, 64)
+        run.launch(kernel, (g.groups * g.tokens,), *map(rows, given), *out, g.tokens, float(a.eps), **tile)
+
+
+norm_forward("layer_norm_modulate_fwd", layer_norm_modulate_kernel, "x shift scale")
+norm_forward(
+    "gated_residual_layer_norm_modulate_fwd", gated_residual_layer_norm_modulate_kernel, "x h gate shift scale"
+)
 
 
 @implements("layer_norm_modulate_bwd", refuses=refuses("x", "scale"))
@@ -74,16 +87,6 @@ def gated_residual_bwd(run: Launches, a, out) -> None:
         PER_TOKEN=grad_gate.per_token, GATE_PER_TOKEN=gate.shape[1] != 1, **tile,
     )  # fmt: skip
     finish(run, grad_gate)
-
-
-@implements("gated_residual_layer_norm_modulate_fwd", refuses=refuses("x", "gate", "shift", "scale"))
-def gated_residual_layer_norm_modulate_fwd(run: Launches, a, out) -> None:
-    g = Grouped(run, a.x, a.gate, a.shift, a.scale)
-    run.launch(
-        gated_residual_layer_norm_modulate_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.rows(a.h)),
-        *(rows(g.vectors(vector)) for vector in (a.gate, a.shift, a.scale)), *out, g.tokens,
-        float(a.eps), **row_tile(g.width, 64),
-    )  # fmt: skip
 
 
 @implements("gated_residual_layer_norm_modulate_bwd", refuses=refuses("residual", "gate", "scale"))

@@ -67,6 +67,8 @@ def kept_of(path: Path | None, jobs: Sequence[Job]) -> tuple[dict[str, Any] | No
     if path is None:
         return None, {}
     before, records = read_json(path)
+    older = before.pop("before", {"seconds": 0.0, "parts": 0})
+    before |= {name: before[name] + older[name] for name in older.keys() & {"seconds", "parts"}}
     wanted = {(job.name, job.seed): job.settings for job in jobs}
     return before, {(r.name, r.seed): r for r in records if wanted.get((r.name, r.seed)) == r.settings}
 

@@ -27,7 +27,7 @@ def read_json(path: str, name: str, revision: str | None = None) -> dict[str, An
     """
     file = resolve(path, name, revision)
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"pipeline {path}: {name} is no JSON ({error}): copy the pipeline again") from None
     if not isinstance(content, dict):
@@ -123,7 +123,7 @@ def check_weights(path: str, folder: str) -> None:
         return
     directory = Path(path).expanduser() / folder
     for index in sorted(directory.glob("*.index.json")):
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        wanted = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         missing = [name for name in wanted if not (directory / name).is_file()]
         if missing:
             raise FileNotFoundError(

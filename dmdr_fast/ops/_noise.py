@@ -1,10 +1,13 @@
-"""Philox4x32-10, the counter-based generator behind every seeded draw.
+"""The seeded stream of normals: Box-Muller over Philox4x32-10, the counter-based generator behind every seeded draw.
 
 Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A block of four 32-bit
 words is a pure function of a 128-bit counter and a 64-bit key, so any element can be drawn anywhere.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +60,15 @@ def seeded_blocks(seed: Tensor, first: int, count: int) -> Tensor:
         (block & _MASK, (block >> 32) & _MASK, key[1].expand(count), stream[1].expand(count)),
     )
     return philox4x32(counter, torch.stack((key[0], stream[0])))
+
+
+def seeded_normals(size: Sequence[int], seed: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """The stream's normals: Box-Muller in float64, rounded once."""
+    count = math.prod(size)
+    first, skip = divmod(offset, 4)
+    words = seeded_blocks(seed, first, (skip + count + 3) // 4)
+    u = ((words[0::2] >> 8) + 1).double() * 2.0**-24
+    theta = (words[1::2] >> 8).double() * 2.0**-24
+    radius, angle = torch.sqrt(-2.0 * torch.log(u)), (2.0 * math.pi) * theta
+    lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)))  # [cos|sin, pair, block]
+    return lanes.permute(2, 1, 0).reshape(-1)[skip : skip + count].to(dtype, copy=True).reshape(size)
