@@ -171,6 +171,6 @@ def _check_prompts(config: Config) -> None:
                 raise UserError(f"{name}: {error}") from None
             try:
                 for prompt in prompts if scenes else ():
-                    parse(prompt)
+                    parse(prompt.text)
             except ValueError as error:
                 raise UserError(f"{name}: {path}: {error}, which the reward {scenes} reads") from None
