@@ -27,8 +27,8 @@ claims: install  ## put the paper's claims to the test on digits: docs/claims.md
 malformed: install  ## hundreds of malformed inputs: each is one line, or right
 	$(BIN)/python -m tests.malformed
 
-torture: install  ## 40 SIGKILLs at random moments: each run resumes and ends with the uninterrupted run's bytes
-	$(BIN)/python -m tests.torture
+torture: install  ## 40 SIGKILLs at random moments, or those of ONLY=separate: a resumed run ends with the same bytes
+	$(BIN)/python -m tests.torture --only "$(ONLY)"
 
 # What an image with torch, Triton, CUDA, transformers and the usual scientific packages lacks; versions are the lock's.
 GPU_WHEELS := gpu-wheels
@@ -55,9 +55,10 @@ gpu-check:  ## tests, sanitizers and benchmarks of a GPU in at most 570 s, into 
 	$(PYTHON) -m benchmarks.gpu_check "$(OUT)"
 endif
 
-lint: install
+lint: install  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(VENV)/docs  ## the site: build/site/index.html; a warning is an error
 	$(BIN)/mkdocs build --quiet

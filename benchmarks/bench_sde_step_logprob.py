@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import eager
-from benchmarks.case import DTYPES, Case, latent_shapes, tensor_bytes
+from benchmarks.case import DTYPES, Case, latent_shapes, per_sample, tensor_bytes
+from dmdr_fast.ops import SDEStep
 
 OPTIONS = {"kind": "flow_grpo", "eta": 0.7}
+
+
+def sde_step_logprob(
+    x: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    kind: str,
+    eta: float,
+    next_sample: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> SDEStep:
+    """The step of Flow-GRPO's trainers (kind "flow_grpo"), in float32 as they have it."""
+    x, v, dtype = x.float(), v.float(), x.dtype
+    t, dt = per_sample(sigma, x), per_sample(sigma_next - sigma, x)
+    std_dev = torch.sqrt(t / (1 - torch.where(t == 1, per_sample(sigma_next, x), t))) * eta
+    mean = x * (1 + std_dev**2 / (2 * t) * dt) + v * (1 + std_dev**2 * (1 - t) / (2 * t)) * dt
+    std = std_dev * torch.sqrt(-dt)
+    if next_sample is None:
+        next_sample = (mean + std * torch.randn_like(mean)).to(dtype)
+    logprob = (
+        -((next_sample.detach().float() - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    )
+    return SDEStep(next_sample, logprob.mean(dim=tuple(range(1, x.dim()))), mean, std.flatten())
 
 
 def times(inputs, batch):
@@ -29,7 +57,7 @@ def test_sampling(bench, shape, dtype):
             shape,
             dtype,
             tensors,
-            eager.sde_step_logprob,
+            sde_step_logprob,
             forward_bytes=tensor_bytes(3, shape, dtype) + tensor_bytes(1, shape, torch.float32),
             options=OPTIONS,
             outputs=("next_sample", "mean"),
@@ -52,7 +80,7 @@ def test_replay(bench, shape, dtype):
             shape,
             dtype,
             tensors,
-            eager.sde_step_logprob,
+            sde_step_logprob,
             # The mean is a result in float32; the backward makes the velocity's gradient of x, v and next_sample.
             forward_bytes=tensor_bytes(3, shape, dtype) + tensor_bytes(1, shape, torch.float32),
             backward_bytes=tensor_bytes(4, shape, dtype),

@@ -53,7 +53,8 @@ class Case:
         shape: of the largest input; printed.
         dtype: of the tensors that :class:`Inputs` draws.
         tensors: draws the op's tensor arguments, by name.
-        eager: the same call in eager PyTorch, as a trainer writes it; same keywords, returns the same outputs.
+        eager: the same call in eager PyTorch, as a trainer writes it: broadcasts and autograd, in the dtype of the
+            tensors. Same keywords, same outputs; a baseline, not a truth: the gate compares with float64.
         forward_bytes, backward_bytes: the floor: every large tensor read once and written once.
         wrt: arguments that get a gradient. Empty: forward only.
         options: the other keyword arguments.
@@ -115,6 +116,11 @@ def tensor_bytes(passes: float, shape: tuple[int, ...], dtype: torch.dtype) -> i
 def latent_shapes() -> tuple[tuple[int, ...], ...]:
     """The latents to measure: on a GPU also a video's, SD3.5's are gone in a few microseconds there."""
     return (LATENTS, VIDEO_LATENTS) if torch.cuda.is_available() else (LATENTS,)
+
+
+def per_sample(scalar: Tensor, like: Tensor) -> Tensor:
+    """A scalar per sample in the tensors' dtype, broadcast."""
+    return scalar.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def upstream(outputs: tuple[Tensor, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:

@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-no-compile", action="store_true", help="time the ops without torch.compile beside them")
     group.addoption("--bench-resources", action="store_true", help="print what the kernels need, compiled for sm_90")
     group.addoption("--bench-small", action="store_true", help="bench_step: networks so small that they show no speed")
-    group.addoption("--bench-blocks", choices=("eager", "fused", "compiled"), default="eager", help="bench_step's")
+    group.addoption("--bench-large", action="store_true", help="bench_step: SiT-B/2 on a CPU too, which takes minutes")
+    group.addoption("--bench-graphs", action="store_true", help="bench_step: rollouts and score pass as CUDA graphs")
     group.addoption(
         "--bench-attention",
         choices=("sdpa", "cudnn", "flash_attn", "flash_attn_3"),
@@ -82,15 +83,17 @@ def bench(record, device, request) -> Callable[[Case], None]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     stash, option = session.config.stash, session.config.getoption
-    if not stash[ROWS]:
+    rows = stash[ROWS]
+    if not rows:
         return
     if stash[MACHINE]["device"]["kind"] == "cpu":  # a GPU's own is measured there: benchmarks/gpu_check/host.py
-        stash[ROWS] = host.added(stash[ROWS])
+        rows = stash[ROWS] = host.added(rows)
     if option("bench_json") is not None:
-        records.save(option("bench_json"), stash[ROWS], stash[MACHINE])
+        records.save(option("bench_json"), rows, stash[MACHINE])
     if option("bench_plot") is not None:
-        plot.save(option("bench_plot"), stash[ROWS], stash[MACHINE])
-    if BEFORE in stash and records.regressions(stash[ROWS], stash[BEFORE])[0]:
+        plot.save(option("bench_plot"), rows, stash[MACHINE])
+    before = stash.get(BEFORE, None)
+    if before is not None and records.regressions(rows, before)[0]:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -111,7 +114,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def _summarise_comparison(terminalreporter, config: pytest.Config) -> None:
-    slower, notes = records.regressions(config.stash[ROWS], config.stash[BEFORE])
+    rows, before = config.stash[ROWS], config.stash[BEFORE]
+    slower, notes = records.regressions(rows, before)
     terminalreporter.section(f"compared with {config.getoption('bench_compare')}")
     for line in slower:
         terminalreporter.write_line(f"FAILED {line}", red=True)

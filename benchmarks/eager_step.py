@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dmdr_fast.models.sit import SiT
+from dmdr_fast.models.sit_layers import SiTBlock
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class Draws:
 class DenseLora:
     """q + s q (A_q B_q), v + s v (A_v B_v) on the output of every qkv layer of a frozen network, by hooks."""
 
-    def __init__(self, network: nn.Module, weights: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]):
+    def __init__(self, network: SiT, weights: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]):
         self.scale = 0.0
         self.pairs = [tuple(nn.Parameter(tensor.clone()) for tensor in layer) for layer in weights]
         network.requires_grad_(False)
         for block, pairs in zip(network.blocks, self.pairs, strict=True):
-            block.attn.qkv.register_forward_hook(lambda module, args, out, pairs=pairs: self._add(out, *pairs))
+            cast(SiTBlock, block).attn.qkv.register_forward_hook(
+                lambda module, args, out, pairs=pairs: self._add(out, *pairs)
+            )
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for layer in self.pairs for parameter in layer]
@@ -63,8 +69,8 @@ class EagerUpdate:
 
     def __init__(
         self,
-        generator: nn.Module,
-        base: nn.Module,
+        generator: SiT,
+        base: SiT,
         lora: DenseLora,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
         grid: tuple[float, ...],

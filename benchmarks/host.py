@@ -21,7 +21,7 @@ _KEYS = {"forward": "forward", "forward + backward": "both"}
 def added(rows: Sequence[Row]) -> list[Row]:
     """The rows with their ``host``; as they are where it cannot be measured (no triton, no gcc)."""
     times = _measured(sorted({_op(row) for row in rows}))
-    return [replace(row, host=times.get(_op(row), {}).get(_KEYS.get(row.what))) for row in rows]
+    return [replace(row, host=times.get(_op(row), {}).get(_KEYS.get(row.what, ""))) for row in rows]
 
 
 def _op(row: Row) -> str:

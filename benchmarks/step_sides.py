@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import eager
+from benchmarks.bench_preprocess_reward import RewardPreprocessing
 from benchmarks.eager_step import DenseLora, Draws, EagerUpdate, FakeDraws
 from dmdr_fast import ops
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe, RewardModel
-from dmdr_fast.algorithm.rollout import draw_stop_step
+from dmdr_fast.algorithm.rollout import Network, draw_stop_step
 from dmdr_fast.algorithm.score_pass import shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
-from dmdr_fast.models.attention import Choice, set_attention
+from dmdr_fast.models.attention import AttentionKernel, Choice, set_attention
 from dmdr_fast.models.blocks import repeated_blocks
+from dmdr_fast.models.cast import ReadAs
+from dmdr_fast.models.eight_bit import quantise_blocks
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.sit import SiT
 from dmdr_fast.patch import patch
@@ -38,7 +41,7 @@ class Size:
     """The SiT, the micro-batch, the dtype of the weights, and the width of the decoder before the reward."""
 
     name: str
-    network: dict[str, int]
+    network: dict[str, Any]
     batch: int
     dtype: torch.dtype
     decoder_width: int
@@ -46,14 +49,29 @@ class Size:
 
 @dataclass(frozen=True)
 class ComputePath:
-    """How the networks of this package's side run: ``compute.blocks`` and ``memory.attention`` of a configuration."""
+    """How the networks of this package's side run, by the keys of a configuration.
 
-    blocks: str
-    attention: str
+    Attributes:
+        blocks: ``compute.blocks``.
+        attention: ``memory.attention``.
+        graphs: ``compute.cuda_graphs``.
+        float8: ``memory.frozen: float8``, of the base of the scores.
+        scores: ``dmd.score_dtype``; None is the dtype of the weights.
+    """
+
+    blocks: Literal["eager", "fused", "compiled"] = "eager"
+    attention: AttentionKernel = "sdpa"
+    graphs: bool = False
+    float8: bool = False
+    scores: torch.dtype | None = None
 
     def __str__(self) -> str:
         """What differs from plain layers over torch's own attention, for the name of a row."""
-        return "".join(f", {taken}" for taken in (self.blocks, self.attention) if taken not in ("eager", "sdpa"))
+        taken: list[str] = [each for each in (self.blocks, self.attention) if each not in ("eager", "sdpa")]
+        taken += ["CUDA graphs"] * self.graphs
+        taken += ["float8 base"] * self.float8
+        taken += [] if self.scores is None else [f"{str(self.scores).removeprefix('torch.')} scores"]
+        return "".join(f", {each}" for each in taken)
 
     def apply(self, network: nn.Module) -> None:
         set_attention(network, Choice(self.attention))
@@ -64,17 +82,43 @@ class ComputePath:
 
             compile_blocks(repeated_blocks(network))
 
+    def replayed(self, *networks: nn.Module) -> Sequence[Network]:
+        """The networks, whose forwards without grad are replayed where that was asked for."""
+        if not self.graphs:
+            return networks
+        from dmdr_fast.engine.graphs import Graphs
+
+        graphs = Graphs()
+        return [graphs.of(network) for network in networks]
+
+    def for_scores(self, scored: Network, base: nn.Module, own: torch.dtype) -> Network:
+        """``scored``, which runs ``base`` with weights of dtype ``own``, as the score pass calls it."""
+        dtype, read_as = self.scores, ReadAs(base, own)
+        if dtype is None:
+            return scored
+
+        def cast(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            with read_as(dtype):
+                return scored(x_t, t, condition)
+
+        return cast
+
 
 class Fused:
     """This package's update: ``Fused(...)(step)``."""
 
     def __init__(self, size: Size, recipe: Recipe, device: torch.device, path: ComputePath):
         generator, base, adapter = _networks(size, device)
-        path.apply(generator), path.apply(base)
-        self.optimizers = _optimizers(generator.parameters(), adapter.parameters())
+        if path.float8:
+            quantise_blocks(base, "float8")
+        path.apply(generator)
+        path.apply(base)
+        self.optimizers = _optimizers(generator.parameters(), adapter.parameters(), fused=True)
+        rolled, scored = path.replayed(generator, base)
+        scored = path.for_scores(scored, base, size.dtype)
         fake = _Trained(base, self.optimizers[1], before=lambda: adapter.set_scale(FAKE_SCALE))
-        scores = shared_scores(base, adapter.set_scale, fake_scale=FAKE_SCALE)
-        self.networks = Networks(_Trained(generator, self.optimizers[0]), fake, scores)
+        scores = shared_scores(scored, adapter.set_scale, fake_scale=FAKE_SCALE)
+        self.networks = Networks(_Trained(rolled, self.optimizers[0]), fake, scores)
         self.null = generator.null_condition
         decoder, classifier = _reward_networks(size, device)
 
@@ -87,7 +131,7 @@ class Fused:
     def __call__(self, step: int) -> None:
         dmdr_update(self.networks, self._data, self.reward, self.recipe, STREAMS, step, [self.shard], self.device)
 
-    def _data(self, index: tuple[int, int], shard: Shard, group: int = 1) -> Batch:
+    def _data(self, index: tuple[int, ...], shard: Shard, group: int = 1) -> Batch:
         labels = _labels(index, shard.size, self.device)
         return Batch(labels, self.null(labels), labels, {"labels": labels})
 
@@ -101,9 +145,9 @@ class Eager:
         plain = _network(size, device).to(device, size.dtype)
         plain.load_state_dict({name: value for name, value in base.state_dict().items() if "lora" not in name})
         lora = DenseLora(plain, [tuple(tensor.detach() for tensor in layer) for layer in layers])
-        self.optimizers = _optimizers(generator.parameters(), lora.parameters())
+        self.optimizers = _optimizers(generator.parameters(), lora.parameters(), fused=None)
         decoder, classifier = _reward_networks(size, device)
-        preprocess = eager.RewardPreprocessing(MEAN, STD).to(device)
+        preprocess = RewardPreprocessing(MEAN, STD).to(device)
         self.engine = EagerUpdate(
             generator,
             plain,
@@ -123,19 +167,22 @@ class Eager:
         self.engine.update(self.draws[step])
 
 
-def balanced_steps(steps: int) -> tuple[int, int]:
-    """Two step counters whose 2 R stop steps have the mean (N - 1) / 2, each as near to it as R allows."""
+def balanced_steps(steps: int, reuse: int = 1) -> tuple[int, int]:
+    """Two step counters whose rollouts' stop steps have the mean (N - 1) / 2, each as near to it as can be.
+
+    ``reuse`` fake updates share a rollout.
+    """
     found: list[int] = []
-    twice = FAKE_UPDATES * (steps - 1)
+    twice = len(_stops(0, steps, reuse)) * (steps - 1)
     for total in (twice // 2, twice - twice // 2):
-        found.append(next(s for s in itertools.count() if sum(_stops(s, steps)) == total and s not in found))
+        found.append(next(s for s in itertools.count() if sum(_stops(s, steps, reuse)) == total and s not in found))
     return found[0], found[1]
 
 
 class _Trained:
     """A network with AdamW and a norm bound, as ``dmdr_fast.algorithm.recipe.Trained`` asks."""
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
+    def __init__(self, network: Network, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None):
         self.network, self.optimizer, self.before = network, optimizer, before
 
     def __call__(self, x_t, t, condition):
@@ -195,12 +242,15 @@ def _log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def _optimizers(*roles: Iterable[nn.Parameter]) -> Optimizers:
-    """AdamW for both roles, its moments in place so that no measurement counts them."""
+def _optimizers(*roles: Iterable[nn.Parameter], fused: bool | None) -> Optimizers:
+    """AdamW for both roles, ``fused`` as the trainer has it or None, torch's default, as the reference has it.
+
+    The moments are in place, so that no measurement counts them.
+    """
     optimizers = []
     for parameters in roles:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=fused)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # of zero gradients: it moves nothing
@@ -211,7 +261,7 @@ def _optimizers(*roles: Iterable[nn.Parameter]) -> Optimizers:
 
 def _draws(step: int, batch: int, recipe: Recipe, device: torch.device) -> Draws:
     """The very draws that ``dmdr_update`` makes at ``step``."""
-    steps, shard = len(recipe.grid) - 1, Shard(0, batch, batch)
+    steps, reuse, shard = len(recipe.grid) - 1, recipe.rollout_reuse, Shard(0, batch, batch)
 
     def noise(purpose: str, *counters: int) -> torch.Tensor:
         return STREAMS.noise(purpose, *counters, shape=LATENT, shard=shard, device=device)
@@ -219,22 +269,24 @@ def _draws(step: int, batch: int, recipe: Recipe, device: torch.device) -> Draws
     def times(purpose: str, *counters: int) -> torch.Tensor:
         return STREAMS.times(recipe.renoise, purpose, *counters, step=step, shard=shard, device=device)
 
+    # Where rollouts are shared the reference runs the same one again: it has no other structure.
     fake = [
         FakeDraws(
-            labels=_labels((step, r), batch, device),
-            rollout=[noise("rollout", step, r, i) for i in range(steps)],
-            stop=stop,
+            labels=_labels((step, r - r % reuse), batch, device),
+            rollout=[noise("rollout", step, r - r % reuse, i) for i in range(steps)],
+            stop=_stops(step, steps, reuse)[r // reuse],
             t=times("fake_t", step, r),
             noise=noise("fake_noise", step, r),
         )
-        for r, stop in enumerate(_stops(step, steps))
+        for r in range(FAKE_UPDATES)
     ]
     return Draws(fake, times("dmd_t", step), noise("dmd_noise", step))
 
 
-def _stops(step: int, steps: int) -> list[int]:
-    return [draw_stop_step(STREAMS.rng("stop", step, r), steps) for r in range(FAKE_UPDATES)]
+def _stops(step: int, steps: int, reuse: int = 1) -> list[int]:
+    """The stop step of every rollout of an update."""
+    return [draw_stop_step(STREAMS.rng("stop", step, r), steps) for r in range(0, FAKE_UPDATES, reuse)]
 
 
-def _labels(index: tuple[int, int], batch: int, device: torch.device) -> torch.Tensor:
+def _labels(index: tuple[int, ...], batch: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(STREAMS.rng("labels", *index).integers(1000, size=batch)).to(device)

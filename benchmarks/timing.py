@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 # A run of an alternative on the i-th set of inputs: (seconds of the forward, seconds of forward + backward).
 Run = Callable[[int], tuple[float, float]]
@@ -35,6 +36,20 @@ class Readings:
 
     forward: list[float]
     total: list[float]
+
+
+def wall(call: Callable[[int], object], device: torch.device) -> Run:
+    """``call(i)`` timed as a whole, until the device is done."""
+
+    def timed(index: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        call(index)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return seconds, seconds
+
+    return timed
 
 
 def interleave(runs: Mapping[str, Run], *, seconds: float, least: int = 3, most: int = 50) -> dict[str, Readings]:

@@ -3,6 +3,11 @@
 Importing the package needs neither a GPU nor triton, deepspeed or diffusers: each is imported where it is used.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dmdr_fast.patch.apply import patch as patch  # which the module of that name is, called
+
 __version__ = "0.1.0"
 
 

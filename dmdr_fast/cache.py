@@ -17,9 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from dmdr_fast.errors import UserError
+from dmdr_fast.locks import take
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,11 @@ def file_hash(file: Path) -> str:
     if status.st_size < _LARGE:
         return _sha256(file)
     key = {"file": str(file), "size": status.st_size, "changed": status.st_mtime_ns}
-    entry = cached("sha256", key, lambda folder: (folder / "sha256").write_text(_sha256(file)))
+
+    def write(folder: Path) -> None:
+        (folder / "sha256").write_text(_sha256(file))
+
+    entry = cached("sha256", key, write)
     return (entry / "sha256").read_text()
 
 
@@ -97,8 +100,7 @@ def _locked(entry: Path):
     """The entry's exclusive lock; what an earlier holder left half-built is no one's, and removed."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(entry.with_name(entry.name + ".lock"))
-        lock.acquire()
+        lock = take(entry.with_name(entry.name + ".lock"))
     except OSError as error:
         raise UserError(
             f"cannot write the cache {entry.parent}: {error.strerror or error}. "

@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from dmdr_fast.config import Config
+from dmdr_fast.disk import refusal
 from dmdr_fast.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -102,9 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def user_path(text: str) -> Path:
+    """A path of the command line; ``~`` is the user's folder, which shells put in only at the start of a word."""
+    return Path(os.path.expanduser(text))
+
+
 def _config_file(text: str) -> Path:
     """The file, or a shipped recipe where there is no such file and the text is its name."""
-    path, recipe = Path(text), CONFIGS / f"{text}.yaml"
+    path, recipe = user_path(text), CONFIGS / f"{text}.yaml"
     try:
         return recipe if not path.exists() and path.name == text and recipe.is_file() else path
     except OSError:  # a name that is too long
@@ -153,7 +160,7 @@ def dump(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.load(path.read_text(), Loader=_Loader)
+        values = yaml.load(path.read_bytes(), Loader=_Loader)  # UTF-8 whatever the locale, or what its mark says
         values = {} if values is None else values
     except OSError as error:
         names = [recipe.stem for recipe in CONFIGS.glob("*.yaml")]
@@ -189,6 +196,7 @@ def _assign(values: dict, path: str, text: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{section}: expected a group of keys, got {values!r}")
+    text = os.fsencode(text).decode("utf-8", "surrogateescape")  # another locale has taken it for its own
     try:
         values[last] = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -204,7 +212,7 @@ def _validated(values: dict, source: Path) -> Config:
         raise UserError(f"{_problem(problems[0], source)}{more}") from None
 
 
-def _problem(problem: dict, source: Path) -> str:
+def _problem(problem: ErrorDetails, source: Path) -> str:
     fields = dict(leaves())
     words = [str(w) for w in problem["loc"]]
     prefixes = [".".join(words[:n]) for n in range(len(words), 0, -1)]  # a fault inside a tuple or union is the key's
@@ -215,6 +223,8 @@ def _problem(problem: dict, source: Path) -> str:
         return _unknown_key(".".join(words), str(source))
     if not words:  # raised by Config itself: the message names its key
         return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "home":
+        return f"{path}: {problem['msg']}"
     wanted = f"expected {accepted(fields[path])}" if path in fields else "expected a group of keys"
     return f"{path}: {wanted}; got {_SHOWN.repr(problem['input'])}"
 
@@ -233,7 +243,7 @@ def _unknown_key(path: str, source: str) -> str:
 
 
 def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Call ``main(argv)``; a :class:`UserError` becomes one line on stderr (of rank 0) and exit code 2."""
+    """Call ``main(argv)``; a UserError, or a write that the disk refuses, is one line on stderr (rank 0) and code 2."""
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except KeyboardInterrupt:
@@ -241,9 +251,13 @@ def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | 
     except BrokenPipeError:  # who read the output, as head does, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except UserError as error:
+    except Exception as error:
+        fault = refusal(error)
+        if fault is None and not isinstance(error, UserError):
+            raise
+        said = f"a file cannot be written ({fault}); free some space" if fault else str(error)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(said.split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(10)  # the launcher ends all ranks when the first one leaves: let rank 0 speak
         return 2

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from dmdr_fast.cli import accepted, leaves
 from dmdr_fast.config import Config
@@ -40,7 +41,7 @@ def read_deepspeed_json(config: Config) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = json.loads(path.read_text(), object_pairs_hook=_without_doubles)
+        values = json.loads(path.read_bytes(), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from None
     if not isinstance(values, dict):
@@ -79,13 +80,15 @@ def _checked(values: dict[str, Any], config: Config) -> dict[str, Any]:
     return given
 
 
-def _problem(problem: dict[str, Any]) -> str:
+def _problem(problem: ErrorDetails) -> str:
     words = [str(word) for word in problem["loc"]]
     path, fields = ".".join(words), dict(leaves(DeepSpeedJSON))
     fields |= {f"optimizer.{name}": field for name, field in leaves(DeepSpeedOptimizer)}
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path, [*fields, *_groups(fields)], n=1, cutoff=0.0)[0]
         return f"{path}: unknown key; did you mean {near}?"
+    if problem["type"] == "home":
+        return f"{path}: {problem['msg']}"
     if problem["type"] == "missing":
         return f"{path}: missing; expected {accepted(fields[path])}"
     if path not in fields and path not in _groups(fields):  # a fault inside a list is the key's
@@ -162,6 +165,9 @@ def _check_use(given: dict[str, Any], config: Config) -> None:
             raise ValueError(f"{where}.nvme_path: missing; name a folder on the NVMe disk")
         if name == "offload_optimizer" and config.sharing == "shared_all":
             raise ValueError(f"{where}: the small adapters of sharing shared_all stay on the device; leave it out")
+    summed, dtype = given.get("data_types", {}).get("grad_accum_dtype"), config.deepspeed.dtype
+    if stage == 0 and summed not in (None, dtype):
+        raise ValueError(f"data_types.grad_accum_dtype: {summed}; deepspeed.stage 0 sums in {dtype}; leave it out")
     if given.get("optimizer") is None:
         return
     if config.sharing == "shared_all":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmdr_fast.cli import Parser, load, run_user_command
+from dmdr_fast.cli import Parser, load, run_user_command, user_path
 from dmdr_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ FINAL = Path("final") / "generator.safetensors"
 def main(argv: list[str]) -> None:
     """Write the pipeline and say how it is called. Mistakes exit with 2."""
     parser = Parser(prog="dmdr-export", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="A run of a text-to-image family, finished or not.")
-    parser.add_argument("out", type=Path, help="Folder to write; it must not be there yet.")
+    parser.add_argument("run_dir", type=user_path, help="A run of a text-to-image family, finished or not.")
+    parser.add_argument("out", type=user_path, help="Folder to write; it must not be there yet.")
     add_source(parser)
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], help="Type of the network's files (default: the run's export.dtype)."
@@ -36,7 +36,7 @@ def add_source(parser: Parser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--step", type=int, help="The generator of this checkpoint of the run.")
     source.add_argument(
-        "--weights", type=Path, help=f"Generator: a .safetensors of the run (default: RUN_DIR/{FINAL})."
+        "--weights", type=user_path, help=f"Generator: a .safetensors of the run (default: RUN_DIR/{FINAL})."
     )
 
 
@@ -83,21 +83,22 @@ def export_run(
     config = load(run_dir / "config.yaml")
     if config.model.family == "sit":
         raise UserError(f"export: {run_dir} is a run of SiT, which no diffusers pipeline holds; use {run_dir / FINAL}")
-    model, out = PipelineModel.open(config), out.expanduser()
+    model = PipelineModel.open(config)
     try:
         with run_weights(model, run_dir, weights, step, out.parent) as file:
-            tensors = load_file(file)
+            try:
+                tensors = load_file(file)
+            except SafetensorError as error:
+                raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
             given = {"lora": tensors, "lora_scale": lora_scale(file)} if is_lora(tensors) else {"weights": tensors}
             export_pipeline(
                 model.family,
                 out,
-                grid=timestep_grid(config.student.steps, shift=config.student.shift),
+                grid=timestep_grid(config.student.steps, shift=config.student.shift, times=config.student.times),
                 dtype=DTYPES[dtype or config.export.dtype],
-                resolution=config.model.resolution,
+                size=config.model.sizes[0],
                 **given,
             )
-    except SafetensorError as error:
-        raise UserError(f"export: {file} is damaged ({error}); go back to a checkpoint with --step") from None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
     loaded = "".join(f", {name}={value!r}" for name, value in load_arguments(out).items())

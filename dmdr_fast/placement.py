@@ -74,8 +74,9 @@ def _place(launcher: str, names: tuple[str, ...], environ: MutableMapping[str, s
 
 def first_host(nodes: str) -> str:
     """The first of Slurm's list of hosts: ``node[003-010,12],login1`` -> ``node003``."""
-    prefix, number, suffix = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)", nodes).groups("")
-    return f"{prefix}{number}{suffix}"
+    first = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)", nodes)
+    assert first is not None  # each part may be empty
+    return "".join(first.groups(""))
 
 
 def _number(environ: MutableMapping[str, str], name: str, default: str = "") -> int:

@@ -51,7 +51,7 @@ def _check_rewards(config: Config) -> dict[str, str]:
     from dmdr_fast.rewards.registry import KINDS, is_differentiable, prepare_reward, weights_of_reward
 
     num_classes = config.model.num_classes if config.model.family == "sit" else None
-    names = {}
+    names: dict[str, str] = {}
     for where, terms in (("reward.terms", config.reward.terms), ("reward.held_out", config.reward.held_out)):
         for term in terms:
             try:
@@ -72,7 +72,7 @@ def _check_rewards(config: Config) -> dict[str, str]:
 
 def _check_places(config: Config, rewards: dict[str, str]) -> None:
     """Whether every folder is there, and the hub has what is asked of it."""
-    names = {key: (name, None) for key, name in rewards.items()}
+    names: dict[str, tuple[str, str | None]] = {key: (name, None) for key, name in rewards.items()}
     if config.decoder.kind == "vae" and config.decoder.path is not None:
         names["decoder.path"] = (config.decoder.path, None)
     if config.eval.samples and config.eval.data is not None:
@@ -81,7 +81,7 @@ def _check_places(config: Config, rewards: dict[str, str]) -> None:
         if config.eval.features not in (None, "digits"):
             names["eval.features"] = (config.eval.features, None)
     teacher = config.teacher
-    if config.model.family != "sit":
+    if teacher.pipeline is not None:
         names["teacher.pipeline"] = (teacher.pipeline, teacher.revision)
     elif teacher.weights is not None and teacher.weights.startswith(HUB_PREFIX):
         names["teacher.weights"] = ("/".join(teacher.weights.removeprefix(HUB_PREFIX).split("/")[:2]), None)
@@ -111,7 +111,7 @@ def _is_file(path: str) -> bool:
 
 
 # Packages that a choice needs: any one of them will do.
-PACKAGES = {
+PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "optimizer.kind": {"adamw_8bit": ("bitsandbytes", "torchao"), "paged_adamw_8bit": ("bitsandbytes",)},
     "memory.frozen": {"float8": ("torchao",)},
     "memory.attention": {"flash_attn": ("flash_attn",), "flash_attn_3": ("flash_attn_interface",)},
@@ -171,6 +171,6 @@ def _check_prompts(config: Config) -> None:
                 raise UserError(f"{name}: {error}") from None
             try:
                 for prompt in prompts if scenes else ():
-                    parse(prompt)
+                    parse(prompt.text)
             except ValueError as error:
                 raise UserError(f"{name}: {path}: {error}, which the reward {scenes} reads") from None

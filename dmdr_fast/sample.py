@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmdr_fast.cli import Parser, load, run_user_command
-from dmdr_fast.data.prompts import load_prompts
+from dmdr_fast.cli import Parser, load, run_user_command, user_path
+from dmdr_fast.data.prompts import Prompt, is_prompt_file, load_prompts
 from dmdr_fast.errors import UserError
 from dmdr_fast.export import add_source, run_weights
 
@@ -22,15 +22,17 @@ def main(argv: list[str]) -> None:
     """Draw one image per prompt and write them as one PNG. Mistakes exit with 2."""
     parser = Parser(prog="dmdr-sample", description=__doc__)
     parser.add_argument(
-        "source", type=Path, help="A run of a text-to-image family, finished or not, or a pipeline that was exported."
+        "source",
+        type=user_path,
+        help="A run of a text-to-image family, finished or not, or an exported pipeline.",
     )
-    parser.add_argument("--prompts", nargs="+", required=True, help="Prompts, or one .txt, .jsonl or .parquet file.")
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write.")
+    parser.add_argument("--prompts", nargs="+", required=True, help="Prompts, or one file of them, as data.prompts.")
+    parser.add_argument("--out", type=user_path, default=Path("grid.png"), help="PNG to write.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
     add_source(parser)
     options = parser.parse_args(argv)
     given = options.prompts
-    prompts = load_prompts(given[0]) if len(given) == 1 and Path(given[0]).is_file() else given
+    prompts = [p.text for p in load_prompts(given[0])] if len(given) == 1 and is_prompt_file(given[0]) else given
     if (options.source / "config.yaml").is_file():
         source = {"weights": options.weights, "step": options.step}
         images = sample_run(options.source, prompts, seed=options.seed, **source)
@@ -69,7 +71,8 @@ def sample_run(
     if config.model.family == "sit":
         raise UserError(f"sample: {run_dir} is a run on class labels; its samples are in report.html")
     ranks, model = runtime.start(), PipelineModel.open(config)
-    (conditions,) = cached_prompts(config, model, ranks, [tuple(prompts)])
+    given = [Prompt(text, f"prompt {number}") for number, text in enumerate(prompts, 1)]
+    (conditions,) = cached_prompts(config, model, ranks, {"--prompts": given}).values()
     recipe, streams, images = recipe_of(config, model), Streams(seed), []
     with run_weights(model, run_dir, weights, step, run_dir) as file:
         generator = frozen_role(model, config, ranks.device, file)
@@ -124,7 +127,7 @@ def grid_png(images: Tensor) -> bytes:
     """Images [N, 3, H, W] in [-1, 1] side by side in a grid as square as it can be, in their order, on white."""
     import torch
 
-    from dmdr_fast.eval.figures import image_png
+    from dmdr_fast.eval.sheets import image_png
 
     columns = math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)

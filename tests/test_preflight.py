@@ -26,7 +26,6 @@ def refused(tmp_path, *flags, recipe="digits"):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--log.wandb", "mine"], "log.wandb: wandb is not installed; pip install wandb"),
         (["--reward.held_out", "[{kind: clip_score, path: /no/where}]"], "reward.held_out: clip_score: path: no such"),
         (["--reward.terms", "[{kind: hps, options: {clip: a/b/c}}]"], "reward.terms: hps: clip: no such folder"),
         (["--reward.terms", "[{kind: classifier}]"], "reward.terms: classifier: expected path"),
@@ -41,6 +40,13 @@ def refused(tmp_path, *flags, recipe="digits"):
 )  # fmt: skip
 def test_told_before_loading(tmp_path, flags, words):
     assert words in refused(tmp_path, *flags)
+
+
+def test_a_package_that_is_missing_is_told_before_loading(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    assert refused(tmp_path, "--log.wandb", "mine") == (
+        "log.wandb: wandb is not installed; pip install wandb, or leave log.wandb out"
+    )
 
 
 def test_rewards_of_scenes_are_told_of_other_prompts_and_sizes(tmp_path):

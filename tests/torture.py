@@ -3,6 +3,9 @@
 Small digits runs of every sharing, at stage 0 (one process) and 3 (two ranks), with eager and compiled blocks. SIGKILL
 goes to all processes of a run at a moment drawn between its start and the time that the uninterrupted run took. The run
 then starts again with ``--resume auto``, is killed up to three times in all, and goes on to its end.
+
+In parts: ``--only separate``, ``--only shared_score`` and ``--only shared_all`` are the 40 kills together, each at the
+moments that it has in the whole.
 """
 
 from __future__ import annotations
@@ -146,24 +149,33 @@ def torture(combination: Combination, kills: int, draw: random.Random, folder: P
         yield Outcome(done, finish(run) or differing(run_dir, whole))
 
 
+def shares(kills: int) -> dict[Combination, int]:
+    """``kills`` over the combinations, as evenly as it goes: parts that ``--only`` chooses add up to the whole."""
+    count = len(COMBINATIONS)
+    return {c: kills // count + (i < kills % count) for i, c in enumerate(COMBINATIONS)}
+
+
 def main() -> int:
     """Print a line per run and the tally. 1 where bytes differ or a run fails, 0 where none does."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
-    parser.add_argument("--kills", type=int, default=40, help="Of all combinations together (40).")
+    parser.add_argument("--kills", type=int, default=40, help="Of all twelve combinations together (40).")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments (0).")
-    parser.add_argument("--only", default="", help='Combinations whose name has it: "shared_all stage-3", "compiled".')
+    parser.add_argument(
+        "--only",
+        default="",
+        help='A part of the kills: those of the combinations whose name has it ("separate", "stage-3 compiled").',
+    )
     options = parser.parse_args()
-    chosen = [c for c in COMBINATIONS if options.only in str(c)]
+    chosen = {c: kills for c, kills in shares(options.kills).items() if options.only in str(c)}
     if not chosen:
         parser.error(f"--only {options.only}: expected a part of one of: {', '.join(map(str, COMBINATIONS))}")
     phases: Counter[str] = Counter()
-    runs, faults = 0, []
+    runs, faults, began = 0, [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dmdr_fast-torture-") as folder:
         os.environ["DMDR_FAST_CACHE"] = f"{folder}/cache"
         # The first run trains the teacher and starts the server of the runs: no uninterrupted run is timed with that.
-        finish(chosen[0].start(Path(folder) / "first"))
-        for i, combination in enumerate(chosen):
-            kills = options.kills // len(chosen) + (i < options.kills % len(chosen))
+        finish(next(iter(chosen)).start(Path(folder) / "first"))
+        for i, (combination, kills) in enumerate(chosen.items()):
             draw = random.Random(f"{options.seed} {combination}")
             for outcome in torture(combination, kills, draw, Path(folder) / str(i)):
                 runs += 1
@@ -173,7 +185,8 @@ def main() -> int:
                 if outcome.differs:
                     faults.append(f"{combination}: {outcome.differs}")
     print(
-        f"\n{phases.total()} kills of {runs} runs; {runs - len(faults)} ended with equal bytes, {len(faults)} did not"
+        f"\n{phases.total()} kills of {runs} runs; {runs - len(faults)} ended with equal bytes, {len(faults)} did not; "
+        f"{time.monotonic() - began:.0f} s"
     )
     print("\n".join([f"  {name:<32}{phases[name]:>4}" for name in PHASES] + faults))
     return 1 if faults else 0

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks import cuda, machine
 from benchmarks.measure import forced
-from tests.kernels.host.measure import calls, with_backward
+from tests.cases import host_calls
+from tests.kernels.host.measure import with_backward
 
 CALLS, ROUNDS = 20, 7  # few enough that the queue of launches, of about a thousand, never fills
 
@@ -26,14 +27,14 @@ def main(names: list[str]) -> None:
         a = torch.randn(4, 4)
         print(json.dumps({"call": "a + b", "us": microseconds(lambda: a + a, on_gpu)}), flush=True)
         for backend in ("triton", "cuda") if on_gpu else ("reference",):
-            for name, (forward, wrt) in calls().items():
+            for name, one in host_calls().items():
                 if names and name not in names:
                     continue
                 with forced(backend):
-                    both = with_backward(forward, wrt)
-                    found = {"us": [microseconds(call, on_gpu) for call in (forward, both)]}
+                    both = with_backward(one.call, one.wrt)
+                    found = {"us": [microseconds(call, on_gpu) for call in (one.call, both)]}
                     if on_gpu:
-                        found["launches"] = [cuda.launches(call) for call in (forward, both)]
+                        found["launches"] = [cuda.launches(call) for call in (one.call, both)]
                 print(json.dumps({"call": name, "backend": backend, **found}), flush=True)
 
 

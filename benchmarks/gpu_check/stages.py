@@ -37,6 +37,7 @@ _PYTEST = "$PYTHON -m pytest -q -p no:cacheprovider"
 _GPU = "$PYTHON -m pytest -v -m gpu"  # -v: what was run is told where the limit comes first
 _OPS = "tests/kernels tests/cuda tests/ops"
 _STEP = f'{_PYTEST} benchmarks/bench_step.py --bench-lines "$OUT/lines.jsonl"'
+_BLOCKS = f'{_PYTEST} benchmarks/bench_blocks.py --bench-lines "$OUT/lines.jsonl"'
 _OPS_FILES = '--bench-no-compile --bench-lines "$OUT/lines.jsonl" --bench-json "$OUT/ops.json"'
 _ONCE = "$PYTHON -m benchmarks.gpu_check.once"
 _BUILD = "cmake -S . -G Ninja -DCMAKE_BUILD_TYPE=Release"
@@ -49,9 +50,10 @@ _DIGITS = (
 )
 
 
-def _step(name: str, limit: int, options: str, modules: tuple[str, ...] = ()) -> Stage:
+def _step(name: str, limit: int, chosen: str, modules: tuple[str, ...] = (), options: str = "") -> Stage:
     command = f"{_STEP} {options}"
-    return Stage(f"step: {name}", limit, command, f"{command} --bench-small -k 'not CFG'", modules=modules, tests=True)
+    dry = f"{command} --bench-small -k '{chosen} and not CFG'"
+    return Stage(f"step: {name}", limit, f"{command} -k '{chosen}'", dry, modules=modules, tests=True)
 
 
 STAGES = (
@@ -96,19 +98,30 @@ STAGES = (
         modules=("triton",),
         dry_programs=("gcc",),
     ),
-    _step("eager", 40, "--bench-blocks eager"),
-    _step("fused", 40, "--bench-blocks fused"),
-    _step("compiled", 90, "--bench-blocks compiled", ("pydantic",)),
-    _step("cuDNN", 40, "--bench-attention cudnn"),
-    _step("FlashAttention 2", 40, "--bench-attention flash_attn", ("flash_attn",)),
-    _step("FlashAttention 3", 40, "--bench-attention flash_attn_3", ("flash_attn_interface",)),
+    _step("eager", 40, "eager and 16"),
+    _step("fused", 40, "fused and 16"),
+    _step("compiled", 90, "compiled and 16", ("pydantic",)),
+    _step("CUDA graphs", 90, "compiled and 16", ("pydantic",), "--bench-graphs"),
+    _step("cuDNN", 40, "eager and 16", options="--bench-attention cudnn"),
+    _step("everything on", 90, "everything", ("pydantic",)),
+    _step("FlashAttention 2", 40, "eager and 16", ("flash_attn",), "--bench-attention flash_attn"),
+    _step("FlashAttention 3", 40, "eager and 16", ("flash_attn_interface",), "--bench-attention flash_attn_3"),
     Stage(
         "ops",
         100,
-        f"{_PYTEST} benchmarks --ignore benchmarks/bench_step.py {_OPS_FILES}",
+        f"{_PYTEST} benchmarks --ignore benchmarks/bench_step.py --ignore benchmarks/bench_blocks.py {_OPS_FILES}",
         f"{_PYTEST} benchmarks/bench_renoise.py -k 'given_noise and float32' {_OPS_FILES}",
         tests=True,
     ),
+    Stage(
+        "blocks",
+        90,  # half of it is their compilation
+        _BLOCKS,
+        f"{_BLOCKS} -k 'sit and 256'",
+        modules=("pydantic",),
+        tests=True,
+    ),
+    _step("micro-batch 64", 120, "64", ("pydantic",)),
     Stage("memcheck", 50, f"{_SANITIZE} --tool memcheck {_ONCE}", _ONCE, programs=("compute-sanitizer",)),
     Stage(
         "racecheck", 50, f"{_SANITIZE} --tool racecheck {_ONCE}", f"{_ONCE} silu_mul", programs=("compute-sanitizer",)
@@ -118,7 +131,7 @@ STAGES = (
         40,
         f"ncu --target-processes all --clock-control none --kernel-name '{_ROWS}' --launch-count 40"
         f" --section SpeedOfLight --section Occupancy --section LaunchStats {_ONCE} --large",
-        f"{_ONCE} --large rms_norm_scale",
+        f"{_ONCE} --large silu_mul",
         programs=("ncu",),
     ),
     Stage(

@@ -299,5 +299,23 @@ void dmd_gradient_bwd(const dmdr_dmd_gradient_args &args) {
   });
 }
 
+inline dmdr_status check(const dmdr_dmd_gradient_args &args) {
+  if (has_bad_dtype({args.x0, args.x_t, args.pred_fake, args.pred_real, args.pred_real_uncond, args.grad}))
+    return DMDR_ERROR_DTYPE;
+  const bool bad_mode = outside(args.cfg_mode, DMDR_CFG_OFFSET) || outside(args.prediction, DMDR_X0) ||
+                        outside(args.normalizer, DMDR_NO_NORMALIZER) || outside(args.eps_mode, DMDR_EPS_NONE) ||
+                        outside(args.nan_policy, DMDR_NAN_KEEP);
+  return bad_mode || has_bad_size(args.shape) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+#if defined(DMDR_EXPORTS)
+int64_t dmdr_dmd_gradient_workspace(int64_t outer_rows, int64_t inner) {
+  return 4 * outer_rows * dmdr::DMDR_LEVEL::ceil_div(inner, DMDR_DMD_BLOCK);
+}
+#endif
+
+DMDR_ENTRY(dmd_gradient_fwd, dmdr_dmd_gradient_args)
+DMDR_ENTRY(dmd_gradient_bwd, dmdr_dmd_gradient_args)

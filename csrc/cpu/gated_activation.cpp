@@ -88,5 +88,14 @@ void gated_activation_bwd(const dmdr_gated_activation_args &args) {
   });
 }
 
+inline dmdr_status check(const dmdr_gated_activation_args &args) {
+  if (has_bad_dtype({args.value, args.gate, args.out, args.grad, args.grad_value, args.grad_gate}))
+    return DMDR_ERROR_DTYPE;
+  return has_bad_size(args.shape) || outside(args.activation, DMDR_SILU) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+DMDR_ENTRY(gated_activation_fwd, dmdr_gated_activation_args)
+DMDR_ENTRY(gated_activation_bwd, dmdr_gated_activation_args)

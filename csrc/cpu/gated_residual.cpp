@@ -101,5 +101,16 @@ void gated_residual_bwd(const dmdr_gated_residual_args &args) {
       });
 }
 
+inline dmdr_status check(const dmdr_gated_residual_args &args) {
+  if (has_bad_dtype({args.x, args.h, args.gate, args.shift, args.scale, args.residual, args.y, args.grad_residual,
+                     args.grad_y, args.grad_x, args.grad_h, args.grad_gate, args.grad_shift, args.grad_scale}))
+    return DMDR_ERROR_DTYPE;
+  const bool bad = outside(args.gather, DMDR_GATHER_ALL) || outside(args.gather_gate, DMDR_GATHER_ALL);
+  return bad || has_bad_size(args.shape) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+DMDR_ENTRY(gated_residual_fwd, dmdr_gated_residual_args)
+DMDR_ENTRY(gated_residual_bwd, dmdr_gated_residual_args)

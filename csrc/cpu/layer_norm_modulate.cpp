@@ -60,5 +60,21 @@ void layer_norm_modulate_bwd(const dmdr_layer_norm_modulate_args &args) {
       });
 }
 
+inline dmdr_status check(const dmdr_layer_norm_modulate_args &args) {
+  if (has_bad_dtype({args.x, args.shift, args.scale, args.y, args.grad_y, args.grad_x, args.grad_shift,
+                     args.grad_scale}))
+    return DMDR_ERROR_DTYPE;
+  return has_bad_size(args.shape) || outside(args.gather, DMDR_GATHER_ALL) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+#if defined(DMDR_EXPORTS)
+int64_t dmdr_modulation_workspace(int64_t batch, int64_t rows, int64_t features, int64_t vectors) {
+  return batch * dmdr::DMDR_LEVEL::ceil_div(rows, DMDR_NORM_BLOCK) * vectors * features;
+}
+#endif
+
+DMDR_ENTRY(layer_norm_modulate_fwd, dmdr_layer_norm_modulate_args)
+DMDR_ENTRY(layer_norm_modulate_bwd, dmdr_layer_norm_modulate_args)

@@ -280,5 +280,26 @@ void multi_lora_bwd(const dmdr_multi_lora_args &args) {
     });
 }
 
+inline dmdr_status check(const dmdr_multi_lora_args &args) {
+  if (has_bad_dtype({args.x, args.base, args.out, args.A, args.B, args.grad, args.grad_x})) return DMDR_ERROR_DTYPE;
+  const bool bad = args.batch < 0 || args.rows < 0 || args.in_features <= 0 || args.rank <= 0 || args.out_features < 0;
+  return bad ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+#if defined(DMDR_EXPORTS)
+int64_t dmdr_multi_lora_workspace(int64_t batch, int64_t rows, int64_t in_features, int64_t rank, int64_t out_features,
+                                  int64_t backward) {
+  using namespace dmdr::DMDR_LEVEL;
+  if (!backward) return in_features * padded(rank) + rank * padded(out_features);
+  const int64_t units = batch * ceil_div(rows, DMDR_LORA_UNIT);
+  const int64_t parts = DMDR_LORA_PARTS(units);
+  const int64_t part = rank * (in_features + out_features) + 2 * DMDR_LORA_UNIT * padded(rank);
+  return out_features * padded(rank) + rank * padded(in_features) + parts * part;
+}
+#endif
+
+DMDR_ENTRY_BF16(multi_lora_fwd, dmdr_multi_lora_args)
+DMDR_ENTRY_BF16(multi_lora_bwd, dmdr_multi_lora_args)

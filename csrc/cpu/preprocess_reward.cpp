@@ -247,5 +247,27 @@ void preprocess_reward_bwd(const Args &args) {
   });
 }
 
+inline dmdr_status check(const dmdr_preprocess_reward_args &args) {
+  if (has_bad_dtype({args.image, args.out})) return DMDR_ERROR_DTYPE;
+  const bool bad = args.batch < 0 || args.channels < 0 || args.height < 0 || args.width < 0 || args.out_height <= 0 ||
+                   args.out_width <= 0 || args.num_threads < 1;
+  return bad ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+#if defined(DMDR_EXPORTS)
+int64_t dmdr_preprocess_reward_workspace(int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+                                         int64_t antialias, int64_t num_threads) {
+  using namespace dmdr;
+  const int64_t bands = band_words(out_height, filter_width(height, out_height, antialias)) +
+                        band_words(out_width, filter_width(width, out_width, antialias)) +
+                        band_words(height, transposed_width(height, out_height, antialias)) +
+                        band_words(width, transposed_width(width, out_width, antialias));
+  return bands + (num_threads * resize_scratch(width, out_height, out_width) + 1) / 2;
+}
+#endif
+
+DMDR_ENTRY(preprocess_reward_fwd, dmdr_preprocess_reward_args)
+DMDR_ENTRY(preprocess_reward_bwd, dmdr_preprocess_reward_args)

@@ -178,5 +178,24 @@ void qk_norm_rope_bwd(const dmdr_qk_norm_rope_args &args) {
   }
 }
 
+inline dmdr_status check(const dmdr_qk_norm_rope_args &args) {
+  if (has_bad_dtype({args.cos, args.sin})) return DMDR_ERROR_DTYPE;
+  bool bad = args.batch < 0 || args.rows < 0 || args.features <= 0;
+  for (const dmdr_qk_side *side : {&args.q, &args.k}) {
+    if (has_bad_dtype({side->x, side->weight, side->out, side->grad, side->grad_x})) return DMDR_ERROR_DTYPE;
+    bad = bad || side->heads < 0 || (side->grad.data != nullptr && args.features > DMDR_ROPE_FEATURES);
+  }
+  return bad || (args.cos.data != nullptr && args.features % 2 != 0) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+#if defined(DMDR_EXPORTS)
+int64_t dmdr_qk_norm_rope_workspace(int64_t batch, int64_t rows, int64_t features) {
+  return batch * dmdr::DMDR_LEVEL::ceil_div(rows, DMDR_NORM_BLOCK) * features;
+}
+#endif
+
+DMDR_ENTRY(qk_norm_rope_fwd, dmdr_qk_norm_rope_args)
+DMDR_ENTRY(qk_norm_rope_bwd, dmdr_qk_norm_rope_args)

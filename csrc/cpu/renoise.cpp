@@ -86,5 +86,14 @@ void renoise_scale_bwd(const dmdr_renoise_args &args) {
   });
 }
 
+inline dmdr_status check(const dmdr_renoise_args &args) {
+  if (has_bad_dtype({args.x0, args.noise, args.out})) return DMDR_ERROR_DTYPE;
+  return has_bad_size(args.shape) || args.offset < 0 ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+DMDR_ENTRY(renoise_fwd, dmdr_renoise_args)
+DMDR_ENTRY(renoise_bwd, dmdr_renoise_args)
+DMDR_ENTRY(renoise_scale_bwd, dmdr_renoise_args)

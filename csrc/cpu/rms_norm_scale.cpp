@@ -88,5 +88,16 @@ void rms_norm_scale_bwd(const dmdr_rms_norm_scale_args &args) {
       });
 }
 
+inline dmdr_status check(const dmdr_rms_norm_scale_args &args) {
+  if (has_bad_dtype({args.x, args.weight, args.scale, args.residual, args.y, args.grad_y, args.grad_x,
+                     args.grad_weight, args.grad_scale}))
+    return DMDR_ERROR_DTYPE;
+  const bool bad = outside(args.gather_weight, DMDR_GATHER_ALL) || outside(args.gather, DMDR_GATHER_ALL);
+  return bad || has_bad_size(args.shape) ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+DMDR_ENTRY(rms_norm_scale_fwd, dmdr_rms_norm_scale_args)
+DMDR_ENTRY(rms_norm_scale_bwd, dmdr_rms_norm_scale_args)

@@ -157,5 +157,22 @@ void sde_step_bwd(const dmdr_sde_step_args &args) {
       });
 }
 
+inline dmdr_status check(const dmdr_sde_step_args &args) {
+  if (has_bad_dtype({args.x, args.v, args.next_sample, args.mean, args.grad_next, args.grad_mean, args.grad_x,
+                     args.grad_v}))
+    return DMDR_ERROR_DTYPE;
+  const bool bad = has_bad_size(args.shape) || args.offset < 0 || outside(args.kind, DMDR_SDE_CPS);
+  return bad ? DMDR_ERROR_ARGUMENT : DMDR_OK;
+}
+
 }  // namespace DMDR_LEVEL
 }  // namespace dmdr
+
+#if defined(DMDR_EXPORTS)
+int64_t dmdr_sde_step_workspace(int64_t outer_rows, int64_t inner) {
+  return outer_rows * dmdr::DMDR_LEVEL::ceil_div(inner, DMDR_SDE_BLOCK);
+}
+#endif
+
+DMDR_ENTRY(sde_step_fwd, dmdr_sde_step_args)
+DMDR_ENTRY(sde_step_bwd, dmdr_sde_step_args)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dmdr_fast import ops
-from dmdr_fast.algorithm.guidance import guide
+from dmdr_fast.algorithm.guidance import Mode, guide
 from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.score_pass import ScorePass, Scores
+from dmdr_fast.ops.dmd import EpsMode, NaNPolicy, Normalizer, Prediction, Reduction
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class DMDOptions:
     """
 
     cfg_scale: float = 1.0
-    cfg_mode: str = "standard"
+    cfg_mode: Mode = "standard"
     token: int = 1
-    prediction: str = "flow"
-    normalizer: str = "per_sample"
+    prediction: Prediction = "flow"
+    normalizer: Normalizer = "per_sample"
     eps: float = 1e-8
-    eps_mode: str = "add"
-    nan_policy: str = "keep"
-    reduction: str = "mean"
+    eps_mode: EpsMode = "add"
+    nan_policy: NaNPolicy = "keep"
+    reduction: Reduction = "mean"
 
     @property
     def uses_cfg(self) -> bool:
@@ -91,7 +92,7 @@ def dmd_gradient(
     """
     real, uncond, mode = scores.real, scores.real_uncond, options.cfg_mode
     scale = None if uncond is None else options.guided_scale(guidance)
-    if uncond is not None and mode == "per_token":
+    if uncond is not None and scale is not None and mode == "per_token":
         real, uncond, scale = guide(real, uncond, scale, mode, options.token), None, None
     return ops.dmd_gradient(
         x0,
@@ -111,7 +112,7 @@ def dmd_gradient(
     )
 
 
-def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: str = "flow") -> Tensor:
+def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: Prediction = "flow") -> Tensor:
     """The fake score's loss at x_t = alpha x0 + sigma noise, mean over all elements (0-d), computed in fp32 or fp64.
 
     ``flow`` mean |v - (noise - x0)|^2; ``eps`` mean |eps_hat - noise|^2; ``x0`` mean |x0_hat - x0|^2.
@@ -123,7 +124,9 @@ def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: str
     return (prediction.to(dtype) - targets[kind]().to(dtype)).square().mean()
 
 
-def fake_loss(fake, x0: Tensor, t: Tensor, noise: Tensor, cond: Any, kind: str = "flow", path: Path = FLOW) -> Tensor:
+def fake_loss(
+    fake, x0: Tensor, t: Tensor, noise: Tensor, cond: Any, kind: Prediction = "flow", path: Path = FLOW
+) -> Tensor:
     """One denoising loss of the fake score (graded) on the generator's samples x0, renoised to t."""
     x_t = ops.renoise(x0.detach(), *path.alpha_sigma(t), noise=noise)
     with torch.enable_grad():

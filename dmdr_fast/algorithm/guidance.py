@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from torch import Tensor
 
-MODES = ("standard", "offset", "per_token")
+Mode = Literal["standard", "offset", "per_token"]
+MODES = get_args(Mode)
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor, mode: str = "standard", token: int = 1) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor, mode: Mode = "standard", token: int = 1) -> Tensor:
     """The guided prediction of c = ``cond`` and u = ``uncond`` [B, ...] at w = ``scale``, a number or [B].
 
     standard   u + w (c - u)

@@ -30,11 +30,12 @@ def saturation(x0: Tensor, bound: float) -> Tensor:
 class OutputGradient:
     """A generator that notes the norm of the gradient that reaches its output: what a loss asks of it.
 
-    Used around a role's forward while losses are built; ``norm`` is 0-d, None before a backward.
+    Used around a role's forward while losses are built; ``norm`` is 0-d, to be read after a backward.
     """
 
     def __init__(self, network) -> None:
-        self.network, self.squares = network, None
+        self.network = network
+        self.squares: Tensor | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, condition) -> Tensor:
         prediction = self.network(x_t, t, condition)
@@ -47,5 +48,6 @@ class OutputGradient:
         self.squares = squares if self.squares is None else self.squares + squares
 
     @property
-    def norm(self) -> Tensor | None:
-        return None if self.squares is None else self.squares.sqrt()
+    def norm(self) -> Tensor:
+        assert self.squares is not None, "no gradient has reached the output"
+        return self.squares.sqrt()

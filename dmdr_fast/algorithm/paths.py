@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dmdr_fast.ops.dmd import Prediction
+
 
 class Path(Protocol):
     """The coefficients of a path."""
@@ -60,7 +62,7 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
 FLOW = FlowPath()
 
 
-def clean_sample(x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "flow", path: Path = FLOW) -> Tensor:
+def clean_sample(x_t: Tensor, t: Tensor, prediction: Tensor, kind: Prediction = "flow", path: Path = FLOW) -> Tensor:
     """The sample x0_hat that a prediction at x_t means.
 
     ``flow`` x_t - t v; ``eps`` (x_t - sigma eps) / alpha; ``v`` alpha x_t - sigma v; ``x0`` the prediction itself.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import FLOW, Path, clean_sample
 from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.ops.dmd import Prediction
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]  # (x_t [B, ...], t fp32 [B], condition) -> prediction, x_t's shape
+Variant = Literal["backward_simulation", "same_step"]
 Noise = Callable[[int], Tensor]  # the i-th noise of this rollout, latent shape
 
 
@@ -56,8 +58,8 @@ def truncated_rollout(
     grid: tuple[float, ...],
     stop: int,
     *,
-    variant: str = "backward_simulation",
-    kind: str = "flow",
+    variant: Variant = "backward_simulation",
+    kind: Prediction = "flow",
     path: Path = FLOW,
 ) -> Rollout:
     """Run the generator from pure noise up to grid step ``stop``.
@@ -95,7 +97,13 @@ def renoised(x0: Tensor, t: float, noise: Tensor, path: Path = FLOW) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    generator: Network, noise: Noise, condition: Any, grid: tuple[float, ...], *, kind: str = "flow", path: Path = FLOW
+    generator: Network,
+    noise: Noise,
+    condition: Any,
+    grid: tuple[float, ...],
+    *,
+    kind: Prediction = "flow",
+    path: Path = FLOW,
 ) -> Tensor:
     """The full N-step rollout: what the trained generator is used as."""
     return truncated_rollout(generator, noise, condition, grid, len(grid) - 2, kind=kind, path=path).x0
@@ -109,7 +117,7 @@ def ode_sample(
     steps: int,
     *,
     shift: float = 1.0,
-    kind: str = "flow",
+    kind: Prediction = "flow",
     path: Path = FLOW,
 ) -> Tensor:
     """The multi-step teacher: the probability-flow ODE from t = 1 to 0 on a shifted uniform grid.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -41,8 +42,13 @@ def shift_time(t, shift: float):
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def timestep_grid(steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
-    """The student's grid 1 = t_0 > t_1 > ... > t_N = 0: shift_time(1 - i/N)."""
+def timestep_grid(steps: int, *, shift: float = 1.0, times: tuple[float, ...] | None = None) -> tuple[float, ...]:
+    """The student's grid 1 = t_0 > t_1 > ... > t_N = 0: shift_time(1 - i/N), or ``times`` and 0.
+
+    A first time below 1 is where pure noise enters, as it is: x_{t_0} = noise.
+    """
+    if times is not None:
+        return (*times, 0.0)
     return tuple(shift_time(1.0 - i / steps, shift) for i in range(steps + 1))
 
 
@@ -55,7 +61,7 @@ class RenoiseLaw:
     per: ``sample`` draws one t per sample, ``batch`` one for the whole micro-batch.
     """
 
-    kind: str = "dyna_rs"
+    kind: Literal["dyna_rs", "uniform", "logit_normal"] = "dyna_rs"
     alpha0: float = 4.0
     beta0: float = 1.5
     dynamic_step: int = 0
@@ -64,7 +70,7 @@ class RenoiseLaw:
     t_min: float = 0.001
     t_max: float = 0.999
     shift: float = 1.0
-    per: str = "sample"
+    per: Literal["sample", "batch"] = "sample"
 
     def beta(self, step: int) -> tuple[float, float]:
         """(alpha, beta) of DynaRS at this generator step."""

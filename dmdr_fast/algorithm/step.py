@@ -45,6 +45,7 @@ class Simulated:
     batch: Batch
     rollout: Rollout
     shard: Shard
+    size: int = 0  # its number, see Recipe.sizes
 
 
 def simulate(
@@ -57,16 +58,18 @@ def simulate(
     device: torch.device,
     group: int = 1,
     place: int = 0,
+    size: int = 0,
 ) -> Simulated:
     """Draw the conditions and the stop step of update ``index`` (step, fake update) and roll the generator out.
 
-    Micro-batches of one ``place`` have one stop step.
+    Micro-batches of one ``place`` have one stop step. ``size``: the number of the samples' shape.
     """
+    shape, noise = recipe.shapes[size], streams.of_size(size)
     batch = data(index, shard, group)
     stop = draw_stop_step(streams.rng("stop", *index, *([place] if place else [])), len(recipe.grid) - 1)
     rollout = truncated_rollout(
         generator,
-        lambda i: streams.noise("rollout", *index, i, shape=recipe.latent_shape, shard=shard, device=device),
+        lambda i: noise.noise("rollout", *index, i, shape=shape, shard=shard, device=device),
         batch.condition,
         recipe.grid,
         stop,
@@ -74,7 +77,25 @@ def simulate(
         kind=recipe.prediction,
         path=recipe.path,
     )
-    return Simulated(batch, rollout, shard)
+    return Simulated(batch, rollout, shard, size)
+
+
+def simulate_all(
+    generator: Trained,
+    data: Data,
+    recipe: Recipe,
+    streams: Streams,
+    index: tuple[int, int],
+    shards: Sequence[Shard],
+    device: torch.device,
+    group: int = 1,
+) -> list[Simulated]:
+    """:func:`simulate` for each of this rank's micro-batches, with its stop step and its size."""
+    places, sizes = stop_places(recipe, shards, group), recipe.sizes(streams, index, len(shards), group)
+    return [
+        simulate(generator, data, recipe, streams, index, shard, device, group, place, size)
+        for shard, place, size in zip(shards, places, sizes, strict=True)
+    ]
 
 
 def stop_places(recipe: Recipe, shards: Sequence[Shard], group: int = 1) -> Sequence[int]:
@@ -97,9 +118,9 @@ def fake_update(
     """F <- F - lr grad of its denoising loss on the generator's samples, renoised by DynaRS."""
     losses = []
     for sample in samples:
-        x0, shard = sample.rollout.x0, sample.shard
+        x0, shard, own = sample.rollout.x0, sample.shard, streams.of_size(sample.size)
         t = streams.times(recipe.renoise, "fake_t", *index, step=index[0], shard=shard, device=x0.device)
-        noise = streams.noise("fake_noise", *index, shape=recipe.latent_shape, shard=shard, device=x0.device)
+        noise = own.noise("fake_noise", *index, shape=x0.shape[1:], shard=shard, device=x0.device)
         loss = fake_loss(fake, x0, t, noise, sample.batch.condition, recipe.prediction, recipe.path)
         fake.backward(loss, last=sample is samples[-1])
         losses.append(loss.detach())
@@ -127,7 +148,7 @@ def dmd_part(
     return dmd_leaf_gradient(
         x0,
         streams.times(recipe.renoise, "dmd_t", *index, step=step, shard=shard, device=x0.device),
-        streams.noise_seed("dmd_noise", *index, device=x0.device),
+        streams.of_size(sample.size).noise_seed("dmd_noise", *index, device=x0.device),
         batch.condition,
         batch.uncond if recipe.dmd.uses_cfg else None,
         nets.score,
@@ -154,13 +175,14 @@ def leaf_gradient(
     ``index`` is (step,), or (step, epoch) where GRPO takes several generator steps on one batch of rollouts.
     """
     step, r, batch = index[0], sample.rollout, sample.batch
-    g, metrics = torch.zeros_like(x0), {}
+    g, metrics = torch.zeros_like(x0), Metrics()
     if recipe.uses_dmd(step):
         g, metrics["dmd_loss"] = dmd_part(sample, x0, nets, recipe, streams, index, guidance)
     if reward is None or not recipe.rl_active(step):
         return g, metrics
     if recipe.rl.method == "refl":
-        name, named = policy.batch_name(step, sample.shard), {}
+        name = policy.batch_name(step, sample.shard)
+        named: dict[str, list[Tensor]] = {}
 
         def score(images: Tensor, rows: slice) -> Tensor:
             total, each = reward.score(images, rows_of(batch.reward_inputs, rows), name)
@@ -175,6 +197,7 @@ def leaf_gradient(
             metrics["rl_grad_ratio"] = weight * g_reward.norm() / g.norm()
         g = g + weight * g_reward
     if recipe.kl_weight and recipe.rl.method != "grpo":
+        assert nets.reference is not None  # a run with a KL has one
         prediction = nets.reference(r.x_in, r.t_in, batch.condition)
         x0_ref = clean_sample(r.x_in, r.t_in, prediction, recipe.prediction, recipe.path)
         g_kl, metrics["kl"] = kl_leaf_gradient(x0, x0_ref, recipe.kl_weight)
@@ -233,8 +256,8 @@ def generator_update(
     gather: Gather = whole_batch,
 ) -> tuple[Metrics, bool]:
     """The generator's part of one update; GRPO may take several steps (``inner_epochs``) on one batch of rollouts."""
-    metrics, applied = {}, True
-    guidance = [None] * len(samples)
+    metrics, applied = Metrics(), True
+    guidance: list[Tensor | None] = [None] * len(samples)
     if reward is not None and recipe.rl_active(step) and policy.weighs_guidance(recipe.rl):
         weights, metrics = policy.guidance_of(
             [(s.batch, s.shard, s.rollout.x0) for s in samples], reward, recipe, step, gather
@@ -275,26 +298,20 @@ def dmdr_update(
     """R fake updates, then one generator update. ``shards`` are this rank's micro-batches of the global batch."""
     rl = reward is not None and recipe.rl_active(step)
     uses_dmd = recipe.uses_dmd(step) or not rl
-    metrics, skipped, samples = {}, [], []
+    metrics, skipped, samples = Metrics(), list[str](), list[Simulated]()
     for r in range(recipe.fake_updates if uses_dmd else 0):
         if r % recipe.rollout_reuse == 0:
             last = r + recipe.rollout_reuse >= recipe.fake_updates
             group = recipe.rl.group_size if rl and last and policy.weighs_guidance(recipe.rl) else 1
-            samples = [
-                simulate(nets.generator, data, recipe, streams, (step, r), s, device, group, place)
-                for s, place in zip(shards, stop_places(recipe, shards, group), strict=True)
-            ]
+            samples = simulate_all(nets.generator, data, recipe, streams, (step, r), shards, device, group)
         fake_metrics, applied = fake_update(nets.fake, samples, recipe, streams, (step, r))
         metrics |= fake_metrics
         if not applied:
             skipped.append("fake")
     if not uses_dmd and (recipe.rl.method == "refl" or (recipe.kl_weight and recipe.rl.method == "dpo")):
-        samples = [
-            simulate(nets.generator, data, recipe, streams, (step, 0), s, device, place=place)
-            for s, place in zip(shards, stop_places(recipe, shards), strict=True)
-        ]
+        samples = simulate_all(nets.generator, data, recipe, streams, (step, 0), shards, device)
     experience = None
-    if rl and policy.has_losses(recipe.rl):
+    if rl and reward is not None and policy.has_losses(recipe.rl):
         experience = policy.collect(nets.generator, data, reward, recipe, streams, step, shards, device, gather)
         metrics |= experience.metrics()
     generator_metrics, applied = generator_update(
@@ -306,9 +323,9 @@ def dmdr_update(
     return Update(metrics, tuple(skipped))
 
 
-def _signs_of_collapse(samples: Sequence[Simulated], experience, recipe: Recipe) -> Metrics:
+def _signs_of_collapse(samples: Sequence[Simulated], experience: policy.Experience | None, recipe: Recipe) -> Metrics:
     seen = [(s.rollout.x0, s.batch.classes) for s in samples]
-    if not seen:
+    if experience is not None and not seen:
         seen = [(s.x0, s.batch.classes) for s in experience.scored]
     return {
         "diversity": torch.stack([diversity(x0, classes) for x0, classes in seen]).nanmean(),

@@ -1,8 +1,8 @@
 """Which kernel runs: triton, cuda, cpu or reference, and why.
 
 Every public op lowers to raw functions ``<op>_fwd`` / ``<op>_bwd`` whose arguments are one named tuple, defined in
-``ops/``. ``reference`` has all of them in plain PyTorch. A backend (a module of this package, imported when an op
-first wants it; one that cannot load raises ImportError with the reason) has those that it registers:
+``ops/`` with their formulas in plain PyTorch, which ``reference`` runs. A backend (a module of this package, imported
+when an op first wants it; one that cannot load raises ImportError with the reason) has those that it registers:
 
     @implements("gated_residual_fwd")
     def gated_residual_fwd(run: Recorder, a: GatedResidual, out) -> None: ...
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.backends.plans import Plan, Recorder
-from dmdr_fast.reference.registry import RESULTS, first_tensor
+from dmdr_fast.reference import RESULTS, first_tensor
 
 _LOG = logging.getLogger("dmdr_fast")
 _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
@@ -38,7 +38,8 @@ _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 CUDA_FIRST: frozenset[str] = frozenset()
 
 # What os.environ decodes at every look, which takes four times as long.
-_ENVIRONMENT, _BACKEND = os.environ._data, os.environ.encodekey("DMDR_FAST_BACKEND")
+_ENVIRONMENT = vars(os.environ)["_data"]
+_BACKEND = os.environ.encodekey("DMDR_FAST_BACKEND")
 
 _loaded: dict[str, Backend | str] = {}
 _logged: set[tuple[str, str]] = set()
@@ -74,6 +75,15 @@ class Choice:
 class _Implementation(NamedTuple):
     function: Callable[[Recorder, Any, Any], None]
     refuses: Callable[[Any], str | None] | None
+
+
+def at_most(most: float, unit: str, what: str, size: Callable[[Any], int]) -> Callable[[Any], str | None]:
+    """Why a raw function does not take ``what`` (plural) of more ``unit`` than ``most``, of its arguments."""
+
+    def refusal(a: Any) -> str | None:
+        return None if size(a) <= most else f"it takes {what} of at most {most} {unit}, these have {size(a)}"
+
+    return refusal
 
 
 class Backend:
@@ -146,7 +156,9 @@ def run(name: str, args: tuple) -> tuple[Outputs, Plan | None]:
     """Run the raw function ``name`` on the backend that fits its arguments: (results, plan for such calls)."""
     backend, refused, device = _select(name, args)
     if backend is not None:
-        return _loaded[backend].run(name, args)
+        loaded = _loaded[backend]
+        assert isinstance(loaded, Backend)
+        return loaded.run(name, args)
     if device is not None and forced() != "reference":
         _fall_back(name, device, refused)
     return reference.run(name, args), None
@@ -179,7 +191,7 @@ def load(backend: str) -> Backend | str:
 
 def _select(name: str, args: tuple) -> tuple[str | None, list[tuple[str, str]], str | None]:
     """(backend or None for the reference, who refused and why, ``_kernel_device``)."""
-    device, refused = _kernel_device(args), []
+    device, refused = _kernel_device(args), list[tuple[str, str]]()
     for backend in _candidates(forced(), device, name):
         why = _refusal(backend, device, name, args)
         if why is None:

@@ -10,12 +10,14 @@ on Triton without its plan: 29 us, with it 9.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.reference.registry import Result
+from dmdr_fast.backends.views import with_rows
+from dmdr_fast.reference import Result
 
 
 class Live(int):
@@ -45,7 +47,7 @@ class Recorder:
             value.place = place
         self._held: list[Tensor] = tensors
         self._first_new = len(tensors) + len(live)
-        self._allocations: list[tuple[Callable[..., Tensor], tuple]] = []
+        self._allocations: list[Callable[[], Tensor]] = []
         self._launches: list[Callable[[list[int]], None]] = []
         self._repeatable = True
 
@@ -73,9 +75,7 @@ class Recorder:
 
     def view(self, tensor: Tensor, *shape: int) -> Tensor:
         """``tensor`` in another shape, its last dimension contiguous; copied where strides do not allow it."""
-        view = tensor.reshape(shape)
-        if view.stride(-1) != 1 and view.shape[-1] != 1:
-            view = view.contiguous()
+        view = with_rows(tensor.reshape(shape))
         copied = view.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return view if copied else self.part(view, tensor)
 
@@ -85,23 +85,28 @@ class Recorder:
         self._repeatable &= place is not None
         return place
 
+    def on_device(self, start: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """``start(*args, **options)`` with the tensors' device as the thread's current one, where launches go."""
+        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
+        with torch.cuda.device(self.device) if elsewhere else nullcontext():
+            return start(*args, **options)
+
     def note(self, launch: Callable[[list[int]], None]) -> None:
         """``launch(values)`` starts what was just started, with the pointers and ints of another call."""
         self._launches.append(launch)
 
     def plan(self, outputs: Tensor | tuple[Tensor, ...]) -> Plan | None:
         """The notes; None where they cannot be repeated. ``outputs`` is what the function returned."""
-        several = isinstance(outputs, tuple)
-        places = [self.place(output) for output in (outputs if several else (outputs,))]
+        places = [self.place(output) for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
         # What a graph allocates once is the graph's; on meta tensors nothing was launched.
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing or self.device.type == "meta" or not self._repeatable:
             return None
-        made = [place[0] - self._first_new for place in places]
+        made = [place[0] - self._first_new for place in places if place is not None]
         # What the notes keep of the recorder must not keep the tensors of this call.
         self._places.clear()
         self._held.clear()
-        return Plan(self._allocations, self._launches, made if several else made[0])
+        return Plan(self._allocations, self._launches, made if isinstance(outputs, tuple) else made[0])
 
     def allocate(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
         """``function(*args, **options, device=...)``: called again for every call."""
@@ -116,7 +121,12 @@ class Recorder:
 class Plan:
     """Allocations and launches of a call, to be repeated; see the module."""
 
-    def __init__(self, allocations: list, launches: list, outputs: list[int] | int) -> None:
+    def __init__(
+        self,
+        allocations: list[Callable[[], Tensor]],
+        launches: list[Callable[[list[int]], None]],
+        outputs: list[int] | int,
+    ) -> None:
         self._allocations, self._launches, self._outputs = allocations, launches, outputs
 
     def __call__(self, values: list[int]) -> Tensor | tuple[Tensor, ...]:
@@ -126,7 +136,7 @@ class Plan:
         for launch in self._launches:
             launch(values)
         outputs = self._outputs
-        return made[outputs] if type(outputs) is int else tuple([made[index] for index in outputs])
+        return made[outputs] if isinstance(outputs, int) else tuple([made[index] for index in outputs])
 
 
 def _bound(function: Callable, args: tuple, options: dict) -> Callable[[], Tensor]:

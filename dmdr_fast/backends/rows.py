@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -64,10 +64,18 @@ class Grouped:
         self.groups, self.width = math.prod(x.shape[: self.depth]), x.shape[-1]
         self.tokens = math.prod(x.shape[self.depth : -1])
 
+    @overload
+    def rows(self, tensor: Tensor) -> Tensor: ...
+    @overload
+    def rows(self, tensor: None) -> None: ...
     def rows(self, tensor: Tensor | None) -> Tensor | None:
         """A tensor of x's shape as [G, S, D]; copied where its strides do not merge."""
         return None if tensor is None else self._run.view(tensor, self.groups, self.tokens, self.width)
 
+    @overload
+    def vectors(self, tensor: Tensor) -> Tensor: ...
+    @overload
+    def vectors(self, tensor: None) -> None: ...
     def vectors(self, tensor: Tensor | None) -> Tensor | None:
         """A vector as [1 or G, 1 or S, D]."""
         return None if tensor is None else self._run.view(tensor, *self.vector_shape(tensor.shape))

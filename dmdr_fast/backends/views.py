@@ -21,6 +21,25 @@ class Strided(NamedTuple):
     strides: Sequence[int]
 
 
+def with_rows(tensor: Tensor) -> Tensor:
+    """``tensor``; a copy only if its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strided(tensor: Tensor) -> Strided:
+    """All but the last dimension are outer ones; copied only if the last one is not contiguous."""
+    rows = with_rows(tensor)
+    return Strided(rows, rows.stride()[:-1])
+
+
+def table(tensor: Tensor | None) -> Strided | None:
+    """cos or sin [T, D] or [B, T, D] with the strides of B, 0 where it is one for the whole batch, and of T."""
+    if tensor is None:
+        return None
+    rows = with_rows(tensor)
+    return Strided(rows, (0 if rows.dim() == 2 or rows.shape[0] == 1 else rows.stride(0), rows.stride(-2)))
+
+
 class SharedView(NamedTuple):
     """See :func:`shared_view`.
 
@@ -41,7 +60,7 @@ class SharedView(NamedTuple):
 
     def strided(self) -> list[Strided | None]:
         return [
-            tensor if tensor is None else Strided(tensor, strides)
+            None if tensor is None or strides is None else Strided(tensor, strides)
             for tensor, strides in zip(self.tensors, self.strides, strict=True)
         ]
 

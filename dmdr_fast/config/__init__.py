@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from dmdr_fast.config.base import Count, Section, key
+from dmdr_fast.config.base import Count, File, Place, Section, key
 from dmdr_fast.config.compute import Compute
 from dmdr_fast.config.data import Data
 from dmdr_fast.config.distillation import DMD, DynaDG, DynaRS, Renoise
@@ -70,9 +70,9 @@ __all__ = [
 class Config(Section):
     """dmdr_fast: distil a multi-step diffusion transformer into a 1-4 step generator by DMD and RL at once."""
 
-    run_dir: Path = key(Path("runs/dmdr"), "Where checkpoints, logs, the final weights and the report go.")
+    run_dir: File = key(Path("runs/dmdr"), "Where checkpoints, logs, the final weights and the report go.")
     seed: Count = key(0, "Seed of everything that is drawn.")
-    resume: str = key(
+    resume: Place = key(
         "auto", "auto: the newest good checkpoint in run_dir; never: start anew; or a path. Newer ones are dropped."
     )
     sharing: Literal["separate", "shared_score", "shared_all"] = key(
@@ -107,11 +107,11 @@ class Config(Section):
 
     @property
     def latent_size(self) -> int:
-        """Side of the latent, in latent pixels."""
-        return self.model.resolution // self.decoder_factor
+        """Side of SiT's latent, in latent pixels."""
+        return self.model.sizes[0][0] // self.decoder_factor
 
     @property
-    def cfg_mode(self) -> str:
+    def cfg_mode(self) -> Literal["standard", "offset", "per_token"]:
         """The form of guidance, with ``pipeline`` resolved: standard, offset or per_token."""
         mode = self.teacher.cfg_mode
         return PIPELINE_CFG.get(self.model.family, "standard") if mode == "pipeline" else mode

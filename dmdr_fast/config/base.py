@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 def _no_truth_value(value: object) -> object:
@@ -13,6 +16,21 @@ def _no_truth_value(value: object) -> object:
     return value
 
 
+def _at_home(value: object) -> object:
+    """A path with the user's folder in place of a ``~`` at its start."""
+    if not isinstance(value, (str, Path)) or not str(value).startswith("~"):
+        return value
+    expanded = os.path.expanduser(value)
+    if str(expanded).startswith("~"):
+        raise PydanticCustomError(
+            "home", "nobody's home folder: {path}; write ./ in front of a name with ~", {"path": str(value)}
+        )
+    return expanded
+
+
+_HOME = BeforeValidator(_at_home)
+File = Annotated[Path, _HOME]
+Place = Annotated[str, _HOME]  # a path, or what only the reader tells from one: a hub id, a URL, a built-in name
 _NUMBER = BeforeValidator(_no_truth_value)
 Positive = Annotated[int, _NUMBER, Field(gt=0)]
 Count = Annotated[int, _NUMBER, Field(ge=0)]

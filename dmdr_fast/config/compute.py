@@ -15,3 +15,8 @@ class Compute(Section):
         "The repeated blocks of every network. eager: as the model has them; fused: with the fused ops; compiled: each "
         "kind of block compiled by torch.compile; auto: compiled on CUDA, on a CPU what was measured faster.",
     )
+    cuda_graphs: bool = key(
+        False,
+        "Replay forwards without grad (rollouts, score pass) as CUDA graphs: one launch for a forward. On CUDA at "
+        "deepspeed.stage 0 and 2; the memory of a forward stays taken.",
+    )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Literal
 
-from dmdr_fast.config.base import Positive, Section
+from dmdr_fast.config.base import File, Positive, Section
 from dmdr_fast.config.base import key as documented
 
 
 class Data(Section):
     """The prompts, and where their embeddings are kept. Runs on class labels read none of it."""
 
-    prompts: Path | None = documented(None, "Prompts: a .txt (one a line), .jsonl or .parquet file.")
-    key: str = documented("prompt", "Key or column of the prompt in .jsonl and .parquet files.")
+    prompts: File | None = documented(
+        None,
+        "Prompts: a .txt (one a line), .jsonl, .json, .csv or .parquet file, or a folder of Parquet files.",
+    )
+    key: str = documented("prompt", "Key or column of the prompt, in any file but a .txt.")
     negative_prompt: str = documented("", "The prompt of the unconditional prediction in CFG.")
     max_length: Positive | None = documented(None, "Text tokens that a prompt may have; null: the pipeline's default.")
-    cache: Path | None = documented(None, "Folder of the text embeddings; null: DMDR_FAST_CACHE, or the user's cache.")
+    too_long: Literal["error", "truncate", "skip"] = documented(
+        "error",
+        "A prompt of more tokens. error: all are named with their lines; truncate: its first whole words, for rewards "
+        "too; skip: it is left out.",
+    )
+    cache: File | None = documented(None, "Folder of the text embeddings; null: DMDR_FAST_CACHE, or the user's cache.")

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from dmdr_fast.config.base import Place
+
 # 5e8 is a float in JSON.
 Elements = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
 Count = Annotated[Elements, Field(ge=0)]
@@ -24,7 +26,7 @@ class OffloadParameters(_Group):
     """ZeRO-3's parameters on the host or on NVMe."""
 
     device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
+    nvme_path: Place | None = None
     buffer_count: Count = 5
     buffer_size: Count = 10**8
     max_in_cpu: Count = 10**9
@@ -35,7 +37,7 @@ class OffloadOptimizer(_Group):
     """The optimizer's state and step on the host."""
 
     device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
+    nvme_path: Place | None = None
     buffer_count: Count = 4
     pin_memory: bool = True
     pipeline_read: bool = False
@@ -131,7 +133,7 @@ class FlopsProfiler(_Group):
     module_depth: Elements = -1
     top_modules: Positive = 1
     detailed: bool = True
-    output_file: str | None = None
+    output_file: Place | None = None
 
 
 class CommsLogger(_Group):

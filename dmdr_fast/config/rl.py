@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from dmdr_fast.config.base import Count, Fraction, NonNegative, Number, Positive, PositiveFloat, Section, key
+from dmdr_fast.config.base import Count, Fraction, NonNegative, Number, Place, Positive, PositiveFloat, Section, key
 
 
 class RewardTerm(Section):
     """One reward: a kind that the registry knows, or a user's own by import path."""
 
-    kind: str = key("digits", "A registered reward, or the user's own class: package.module:Name or path/file.py:Name.")
-    path: str | None = key(None, "Folder or hub id of its weights, where it has any.")
+    kind: Place = key(
+        "digits", "A registered reward, or a class of your own: package.module:Name or path/file.py:Name."
+    )
+    path: Place | None = key(None, "Folder or hub id of its weights, where it has any.")
     name: str | None = key(None, "Its name in the logs; null: the kind's own.")
     weight: Number = key(1.0, "Its weight in the sum of the rewards.")
     normalize: Literal["none", "running"] = key("none", "running: divided by its own running standard deviation.")

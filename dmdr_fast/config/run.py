@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
-from dmdr_fast.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, key
+from dmdr_fast.config.base import Count, File, Fraction, NonNegative, Place, Positive, PositiveFloat, Section, key
 
 
 class Train(Section):
@@ -58,7 +57,7 @@ class DeepSpeed(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = key(
         "fp32", "Compute type of the networks; master weights are fp32. fp16: with a dynamic loss scale, on GPUs."
     )
-    config: Path | None = key(None, "A DeepSpeed JSON whose keys come on top (offload, buckets, optimizer, ...).")
+    config: File | None = key(None, "A DeepSpeed JSON whose keys come on top (offload, buckets, optimizer, ...).")
 
 
 class Checkpoint(Section):
@@ -89,11 +88,16 @@ class Evaluation(Section):
     """The honest table at the end: metrics.json."""
 
     samples: Count = key(2000, "Samples per row; 0: no evaluation.")
-    every: Count = key(0, "Generator updates between evaluations of the generator (evaluations.jsonl); 0: at the end.")
-    data: str | None = key(
-        None, "Real images: digits, or a folder of images. null: no evaluation, or with prompts one without FD."
+    every: Count = key(
+        0,
+        "Generator updates between evaluations of the generator, with a sheet of its samples: evaluations.jsonl, "
+        "samples/, TensorBoard; 0: at the end.",
     )
-    prompts: Path | None = key(None, "Prompts of the evaluation, as data.prompts; null: the first of data.prompts.")
-    features: str | None = key(None, "Feature classifier: digits, or folder or hub id of an image classifier.")
+    data: Place | None = key(
+        None,
+        "Real images: digits, or a folder of images. null: no FD, and with class labels no evaluation at the end.",
+    )
+    prompts: File | None = key(None, "Prompts of the evaluation, as data.prompts; null: the first of data.prompts.")
+    features: Place | None = key(None, "Feature classifier: digits, or folder or hub id of an image classifier.")
     teacher_steps: Positive = key(50, "Euler steps of the multi-step teacher.")
     batch_size: Positive = key(128, "Samples per rank and forward.")

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ RECIPE = {
     "max_scaling": 0.1,
     "max_shift": 0.1,
 }
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def fit_classifier(model: nn.Module, images: Tensor, labels: Tensor, *, seed: int, steps: int, noise: float) -> None:
@@ -48,7 +51,7 @@ def fit_classifier(model: nn.Module, images: Tensor, labels: Tensor, *, seed: in
     """
 
     def loss(rng: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(images), (RECIPE["batch_size"],), generator=rng)
+        chosen = torch.randint(len(images), (int(RECIPE["batch_size"]),), generator=rng)
         logits = model(augment(images[chosen], rng, noise=noise))
         return F.cross_entropy(logits, labels[chosen], label_smoothing=RECIPE["label_smoothing"])
 
@@ -82,7 +85,7 @@ def augment(images: Tensor, rng: torch.Generator, *, noise: float) -> Tensor:
     cos, sin = scale * angle.cos(), scale * angle.sin()
     shift_x, shift_y = shift_x * RECIPE["max_shift"], shift_y * RECIPE["max_shift"]
     affine = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(count, 2, 3)
-    grid = F.affine_grid(affine, images.shape, align_corners=False)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     moved = F.grid_sample(images + 1, grid, align_corners=False) - 1  # what comes in at the edge is background
     std = torch.rand(count, 1, 1, 1, generator=rng) * noise
     return moved + std * torch.randn(images.shape, generator=rng)
@@ -96,14 +99,14 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def digits_classifier(
     kind: str,
-    architecture: Callable[[], nn.Module],
+    architecture: Callable[[], Network],
     *,
     seed: int,
     steps: int,
     noise: float,
     on_held_out: bool = False,
     root: Path | None = None,
-) -> tuple[nn.Module, float]:
+) -> tuple[Network, float]:
     """``architecture()`` fitted on the digits not held out: (frozen model on the CPU, accuracy on the held-out ones).
 
     With ``on_held_out`` the two parts change places: a judge that has seen none of the other classifiers' data.

@@ -14,18 +14,18 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dmdr_fast.cache import cache_root
 from dmdr_fast.errors import UserError
+from dmdr_fast.locks import take
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,13 @@ Entry = dict[str, Tensor]
 class Encoder(Protocol):
     """What computes the embeddings (``dmdr_fast.models.families.TextEncoder``)."""
 
-    identity: dict[str, Any]
+    @property
+    def identity(self) -> dict[str, Any]: ...
+    @property
+    def limit(self) -> int: ...
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """ValueError where a prompt is too long."""
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, uncut."""
 
     def encode(self, prompts: Sequence[str], *, negative: bool) -> list[Entry]:
         """One dictionary of CPU tensors per prompt."""
@@ -81,8 +84,7 @@ class TextCache:
             How many embeddings were computed.
 
         Raises:
-            UserError: a prompt longer than the encoder takes (all are checked first), encoders that cannot be loaded,
-                or nothing can be written.
+            UserError: encoders that cannot be loaded, or nothing can be written.
         """
         wanted = [(p, False) for p in list(dict.fromkeys(prompts))[part::parts]]
         wanted += [(n, True) for n in (dict.fromkeys(negatives) if part == 0 else ())]
@@ -90,7 +92,7 @@ class TextCache:
         if not self._missing(wanted):
             return 0
         name = f"fill-{part}-of-{parts}"
-        with FileLock(self.directory / f"{name}.lock"):
+        with self._locked(name):
             self._index()  # another job may have been here while this one waited
             missing = self._missing(wanted)
             for left_over in self.directory.glob(f".{name}.*"):
@@ -99,6 +101,11 @@ class TextCache:
                 self._compute(missing, f".{name}.{os.getpid()}")
         self._index()
         return len(missing)
+
+    def lacks(self, prompts: Iterable[str], *, negative: bool = False) -> list[str]:
+        """Those of the prompts that it has no embedding of, each once."""
+        self._index()
+        return [prompt for prompt, _ in self._missing((p, negative) for p in dict.fromkeys(prompts))]
 
     def get(self, prompt: str, *, negative: bool = False) -> Entry:
         """The embedding's tensors, memory-mapped: read-only by convention, on the CPU.
@@ -130,19 +137,36 @@ class TextCache:
                 aside.write_text(json.dumps(self.encoder.identity, sort_keys=True, indent=2) + "\n")
                 aside.rename(key_file)
         except OSError as error:
-            raise UserError(
-                f"text cache {self.directory}: cannot be written ({error.strerror or error}); make it writable, or set "
-                "DMDR_FAST_CACHE to a directory that is"
-            ) from error
-        if json.loads(key_file.read_text()) != json.loads(json.dumps(self.encoder.identity)):
+            raise self._not_written(error) from None
+        try:
+            same = json.loads(key_file.read_text()) == json.loads(json.dumps(self.encoder.identity))
+        except ValueError:
+            same = False
+        if not same:
             raise UserError(f"text cache {self.directory}: its key.json is another encoder's; delete the directory")
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        try:
+            lock = take(self.directory / f"{name}.lock")
+        except OSError as error:
+            raise self._not_written(error) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _not_written(self, error: OSError) -> UserError:
+        return UserError(
+            f"text cache {self.directory}: cannot be written ({error.strerror or error}); make it writable, or set "
+            "DMDR_FAST_CACHE to a directory that is"
+        )
 
     def _missing(self, wanted: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
         return [(prompt, negative) for prompt, negative in wanted if _digest(prompt, negative) not in self._places]
 
     def _compute(self, missing: list[tuple[str, bool]], aside: str) -> None:
         try:
-            self.encoder.check([prompt for prompt, _ in missing])
             held: dict[str, Entry] = {}
             for negative in (False, True):
                 prompts = [p for p, n in missing if n == negative]
@@ -170,6 +194,7 @@ class TextCache:
                 save_file(tensors, self.directory / aside, metadata=metadata)
                 (self.directory / aside).rename(self.directory / f"{name}.safetensors")
             except (OSError, SafetensorError) as error:
+                (self.directory / aside).unlink(missing_ok=True)
                 raise UserError(
                     f"text cache {self.directory}: cannot write a shard ({error}); free some space"
                 ) from None
@@ -225,7 +250,7 @@ def _digest(prompt: str, negative: bool) -> str:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _stamp(file: Path) -> str:

@@ -20,28 +20,32 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
 from dmdr_fast.config import Config
+from dmdr_fast.disk import Writes
 from dmdr_fast.engine.identity import differences, other_run
 from dmdr_fast.engine.random_state import random_state, set_random_state
 from dmdr_fast.engine.roles import AdapterRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.engine.shards import EMA
 from dmdr_fast.engine.state import StoredRole, load_role, save_role
-from dmdr_fast.errors import UserError
+from dmdr_fast.errors import RunEnded, UserError
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_(\d{8})")
 WEIGHT = "weight.00000.safetensors"
 COUNTERS = {"skipped", "skipped_in_a_row", "reward_weight"}
 # What reading a file with another content than ours raises, of JSON, safetensors, base64, random states and tensors.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-UNREADABLE += (SafetensorError, pickle.UnpicklingError)
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 
 
 @dataclass(frozen=True)
@@ -67,31 +71,52 @@ class CheckpointFolder:
         return sorted(int(m[1]) for p in self.folder.iterdir() if (m := NAME.fullmatch(p.name)))
 
     def save(self, step: int, trained: Trained, counters: dict[str, Any], rewards: dict[str, Any]) -> Path:
-        """Write the checkpoint of ``step`` and drop the oldest beyond ``checkpoint.keep``. All ranks must call."""
+        """Write the checkpoint of ``step`` and drop the oldest beyond ``checkpoint.keep``. All ranks must call.
+
+        Raises:
+            RunEnded: the disk of a rank refuses it; those that were there before are whole.
+        """
         final, aside = self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.partial"
+        ranks, write = self.runtime, Writes()
+        if ranks.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            write(partial(aside.mkdir, parents=True))
+        ranks.barrier()
+        for name, role in trained.roles.items():
+            save_role(aside / name, role, trained.ema if name == "generator" else None, ranks, write)
+        write(partial((aside / f"random.{ranks.rank:05d}.json").write_text, json.dumps(random_state())))
+        if ranks.is_main:
+            state = {"step": step, "settings": self.settings, "counters": counters, "rewards": rewards}
+            write(partial((aside / "trainer.json").write_text, json.dumps(state, indent=1)))
+        ranks.barrier()
+        digests = write(partial(self._digests, aside)) or {}
+        parts = ranks.gather((digests, write.fault))
+        if ranks.is_main and not any(fault for _, fault in parts):
+            write(partial(self._finish, aside, final, {k: v for part, _ in parts for k, v in part.items()}))
+        if faults := [fault for part in (parts, ranks.gather((None, write.fault))) for _, fault in part if fault]:
+            self._give_up(step, aside, faults[0])
+        return final
+
+    def _finish(self, aside: Path, final: Path, entries: dict[str, Any]) -> None:
+        (aside / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True))
+        _sync(aside / MANIFEST)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _sync(self.folder)
+        for old in self.steps()[: -self.kept.keep]:
+            if not self._stays(old):
+                shutil.rmtree(self.folder / f"step_{old:08d}")
+
+    def _give_up(self, step: int, aside: Path, fault: str) -> NoReturn:
         if self.runtime.is_main:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
         self.runtime.barrier()
-        for name, role in trained.roles.items():
-            save_role(aside / name, role, trained.ema if name == "generator" else None, self.runtime)
-        (aside / f"random.{self.runtime.rank:05d}.json").write_text(json.dumps(random_state()))
-        if self.runtime.is_main:
-            state = {"step": step, "settings": self.settings, "counters": counters, "rewards": rewards}
-            (aside / "trainer.json").write_text(json.dumps(state, indent=1))
-        self.runtime.barrier()
-        entries = {k: v for part in self.runtime.gather(self._digests(aside)) for k, v in part.items()}
-        if self.runtime.is_main:
-            (aside / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True))
-            _sync(aside / MANIFEST)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            _sync(self.folder)
-            for old in self.steps()[: -self.kept.keep]:
-                if not self._stays(old):
-                    shutil.rmtree(self.folder / f"step_{old:08d}")
-        self.runtime.barrier()
-        return final
+        left = self.steps()
+        newest = f"that of step {left[-1]} is whole" if left else "there is none before it"
+        raise RunEnded(
+            f"the checkpoint of step {step} cannot be written ({fault}); {newest}. Free some space, and go on with "
+            "--resume auto"
+        )
 
     def _stays(self, step: int) -> bool:
         every = self.kept.keep_every
@@ -188,18 +213,19 @@ class CheckpointFolder:
 
 def shared_fault(path: Path, ranks: Runtime) -> str | None:
     """Why a checkpoint cannot be trusted, None when it can. Ranks share the reading; all get the same answer."""
-    faults = [f for f in ranks.gather(_local_fault(path, ranks)) if f]
+    faults = [f for f in ranks.gather(fault(path, ranks.rank, ranks.world_size)) if f]
     return faults[0] if faults else None
 
 
-def _local_fault(path: Path, ranks: Runtime) -> str | None:
+def fault(path: Path, rank: int = 0, ranks: int = 1, *, prefixes: tuple[str, ...] = ("",)) -> str | None:
+    """The same of one rank's share of the files; the checksums of those whose names begin so are looked at."""
     try:
         manifest = dict(json.loads((path / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return f"no readable {MANIFEST} in it" if path.is_dir() else "no such folder"
     if "trainer.json" not in manifest or "rank_00000.pt" in manifest:
         return "written by another version of dmdr_fast"
-    for name in sorted(manifest)[ranks.rank :: ranks.world_size]:
+    for name in sorted(name for name in manifest if name.startswith(prefixes))[rank::ranks]:
         file = path / name
         try:
             found = [file.stat().st_size, _sha256(file)]

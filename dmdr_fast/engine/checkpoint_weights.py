@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmdr_fast.config import Config
-from dmdr_fast.engine.checkpoint import NAME, stored_role
+from dmdr_fast.engine.checkpoint import NAME, fault, stored_role
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.pipeline_model import PipelineModel
 from dmdr_fast.errors import UserError
@@ -25,7 +25,7 @@ def checkpoint_weights(run_dir: Path, step: int, model: PipelineModel, beside: P
     """A file as ``final/generator.safetensors``, of the checkpoint of ``step``; in a temporary folder in ``beside``.
 
     Raises:
-        UserError: there is no such checkpoint, or it cannot be read.
+        UserError: there is no such checkpoint, or it is damaged.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     if not folder.is_dir():
@@ -56,8 +56,19 @@ def steps_in_words(run_dir: Path) -> str:
 
 
 def generator_weights(folder: Path, config: Config) -> dict[str, Tensor]:
-    """{name: whole fp32 tensor}: the generator's EMA where the run keeps one, else its weights; or its adapter's."""
+    """{name: whole fp32 tensor}: the generator's EMA where the run keeps one, else its weights; or its adapter's.
+
+    Raises:
+        UserError: a file that is read for it does not match its checksum, or has none.
+    """
+    _check(folder, "trainer.json", "generator/parts.")
     stored = stored_role(folder, "generator")
+    _check(folder, "generator/ema." if stored.has_ema else "generator/weight.")
     # Without an average, what the networks compute with: the master weights in the compute type.
     dtype = torch.float32 if stored.has_ema else DTYPES[config.deepspeed.dtype]
     return {name: tensor.to(dtype).float() for name, tensor in stored.whole().items()}
+
+
+def _check(folder: Path, *prefixes: str) -> None:
+    if found := fault(folder, prefixes=prefixes):
+        raise UserError(found)

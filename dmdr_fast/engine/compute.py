@@ -7,8 +7,9 @@ what is compiled, and DeepSpeed's hooks lie outside the compiled block.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ GRAPHS = 256
 CPU_FUSED_WIDTH = 768
 # Their rotary tables are complex, which the compiler leaves to eager kernels; the fused op reads them as real.
 COMPLEX_ROTATION = {"qwen_image", "z_image"}
+_UNCOMPILED = ContextVar("uncompiled", default=False)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class ComputePath:
     count: int
     kinds: int
     fused: int
+    sizes: int = 1
 
     def __str__(self) -> str:
         layers = f", {self.fused} fused layers" if self.fused else ""
         kinds = f" of {self.kinds} kind{'s' * (self.kinds > 1)}" if self.blocks == "compiled" else ""
+        kinds += f", compiled anew for each of {self.sizes} sizes" if kinds and self.sizes > 1 else ""
         reason = f" ({self.reason})" if self.reason else ""
         return f"{self.blocks}{reason}, {self.count} blocks{kinds}{layers}"
 
@@ -71,10 +75,11 @@ def apply(network: nn.Module, config: Config, device: torch.device) -> ComputePa
     own = compiled and config.memory.activation == "selective"
     set_recompute(network, "none" if own else config.memory.activation)
     if compiled:
-        compile_blocks(blocks)
+        compile_blocks(blocks, len(config.model.sizes))
     if config.deepspeed.stage == 3:
         gather_as_one(blocks)
-    return ComputePath(attention, taken, reason, len(blocks), len({kind(block) for block in blocks}), fused)
+    kinds, sizes = len({kind(block) for block in blocks}), len(config.model.sizes)
+    return ComputePath(attention, taken, reason, len(blocks), kinds, fused, sizes)
 
 
 def lines(paths: Mapping[str, ComputePath]) -> list[str]:
@@ -104,13 +109,14 @@ def choose_blocks(config: Config, block: nn.Module, device: torch.device) -> tup
     return "fused", f"auto on a CPU at width {width}"
 
 
-def compile_blocks(blocks: list[nn.Module]) -> None:
+def compile_blocks(blocks: list[nn.Module], sizes: int = 1) -> None:
     """Compile the forward of every block on its own: a whole graph, static shapes; blocks of a kind share it.
 
-    Hooks stay outside: ZeRO-3 gathers before the graph is entered.
+    Images of ``sizes`` sizes are as many graphs. Hooks stay outside: ZeRO-3 gathers before the graph is entered.
     """
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.accumulated_recompile_limit = max(4 * GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
+    limits, graphs = torch._dynamo.config, GRAPHS * sizes
+    limits.recompile_limit = max(graphs, limits.recompile_limit)
+    limits.accumulated_recompile_limit = max(4 * graphs, limits.accumulated_recompile_limit)
     # A saved view of a weight would keep it gathered, past ZeRO-3's release, until the backward pass.
     torch._functorch.config.recompute_views = True
     for block in blocks:
@@ -122,9 +128,20 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def uncompiled() -> AbstractContextManager:
-    """Inside, compiled blocks run as written: for batches of other sizes, which are not worth a graph each."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, networks run as written: for batches of other sizes, which are not worth a graph each."""
+    token = _UNCOMPILED.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _UNCOMPILED.reset(token)
+
+
+def is_uncompiled() -> bool:
+    """Whether this is inside :func:`uncompiled`."""
+    return _UNCOMPILED.get()
 
 
 def gather_as_one(blocks: list[nn.Module]) -> None:
@@ -148,17 +165,17 @@ class _InputsForZero3:
         self.names = names
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        args, kwargs = list(args), dict(kwargs)
-        for name in self.names[len(args) :]:
+        given, kwargs = list(args), dict(kwargs)
+        for name in self.names[len(given) :]:
             if name not in kwargs:
                 break
-            args.append(kwargs.pop(name))
-        tensors = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and not any(args[i].requires_grad for i in tensors):
-            first = next(i for i in tensors if args[i].is_floating_point())
+            given.append(kwargs.pop(name))
+        tensors = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and not any(given[i].requires_grad for i in tensors):
+            first = next(i for i in tensors if given[i].is_floating_point())
             if any(p.requires_grad for p in block.parameters()):
-                args[first] = args[first].detach().requires_grad_()
-        return tuple(args), kwargs
+                given[first] = given[first].detach().requires_grad_()
+        return tuple(given), kwargs
 
 
 def _apply_attention(network: nn.Module, config: Config, device: torch.device) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from dmdr_fast.algorithm.recipe import Batch, Data
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
-from dmdr_fast.data.prompts import load_prompts
+from dmdr_fast.data.prompts import Prompt, load_prompts
 from dmdr_fast.data.text_cache import TextCache
+from dmdr_fast.data.too_long import TooLong, fit, refusal
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.pipeline_model import PipelineModel
@@ -26,8 +27,10 @@ from dmdr_fast.models.families import Condition, Family, TextEncoder, to_device
 class Conditions(Protocol):
     """``count`` conditions; ``kind`` names their random stream."""
 
-    kind: str
-    count: int
+    @property
+    def kind(self) -> str: ...
+    @property
+    def count(self) -> int: ...
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The conditions numbered ``rows`` int64 [B], with the null condition beside them."""
@@ -35,6 +38,10 @@ class Conditions(Protocol):
 
     def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
         """(``Batch.classes``, ``Batch.reward_inputs``) alone, however many rows."""
+        ...
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        """What a person reads beside a sample of each row."""
         ...
 
 
@@ -65,6 +72,9 @@ class Labels:
         labels = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
         return labels, {"labels": labels}
 
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [f"class {row}" for row in rows]
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -91,7 +101,10 @@ class Prompts:
 
     def known(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
         numbers = torch.from_numpy(rows.astype(np.int64)).to(self.device, non_blocking=True)
-        return numbers, {"prompts": [self.prompts[row] for row in rows]}
+        return numbers, {"prompts": self.captions(rows)}
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [self.prompts[row] for row in rows]
 
 
 def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Conditions, Conditions]:
@@ -104,18 +117,30 @@ def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Cond
         UserError: a file of prompts that cannot be read, a prompt too long, a cache that is another encoder's.
     """
     if not isinstance(model, PipelineModel):
+        assert model.num_classes is not None  # which reads no prompts
         labels = Labels(model.num_classes, ranks.device)
         return labels, labels
-    prompts = tuple(load_prompts(config.data.prompts, config.data.key))
-    shown = prompts if config.eval.prompts is None else tuple(load_prompts(config.eval.prompts, config.data.key))
-    trained_on, evaluated = cached_prompts(config, model, ranks, [prompts, shown])
-    return trained_on, evaluated
+    data = config.data
+    assert data.prompts is not None  # every family but SiT has some
+    prompts = load_prompts(data.prompts, data.key)
+    named = {"data.prompts": prompts}
+    if config.eval.prompts is not None:
+        named["eval.prompts"] = load_prompts(config.eval.prompts, data.key)
+    found = cached_prompts(config, model, ranks, named, too_long=data.too_long)
+    return found["data.prompts"], found.get("eval.prompts", found["data.prompts"])
 
 
 def cached_prompts(
-    config: Config, model: PipelineModel, ranks: Runtime, lists: Sequence[tuple[str, ...]]
-) -> list[Prompts]:
+    config: Config,
+    model: PipelineModel,
+    ranks: Runtime,
+    named: Mapping[str, Sequence[Prompt]],
+    *,
+    too_long: TooLong = "error",
+) -> dict[str, Prompts]:
     """Each list of prompts with its embeddings, computed first where the cache lacks them. All ranks must call.
+
+    ``named``: by the word that an error names it by; ``too_long``: what becomes of a prompt that is too long.
 
     Raises:
         UserError: a prompt too long, or a cache that is another encoder's.
@@ -124,11 +149,45 @@ def cached_prompts(
     # Text encoders overflow in fp16; the networks cast the embeddings.
     dtype = DTYPES["bf16" if config.deepspeed.dtype == "fp16" else config.deepspeed.dtype]
     encoder = TextEncoder(family, dtype=dtype, device=ranks.device)
-    cache, everything = TextCache(encoder, config.data.cache), [prompt for prompts in lists for prompt in prompts]
+    cache = TextCache(encoder, config.data.cache)
+    _fitted("data.negative_prompt", [Prompt(negative, "it")], cache, ranks, "error", negative=True)
+    texts = {key: _fitted(key, prompts, cache, ranks, too_long) for key, prompts in named.items()}
+    everything = [text for part in texts.values() for text in part]
     _fill(cache, everything, negative, ranks)
     length = cache.longest(everything, [negative])
     null = to_device(family.condition([cache.get(negative, negative=True)], length), ranks.device)
-    return [Prompts(prompts, cache, family, null, length, ranks.device) for prompts in lists]
+    return {key: Prompts(part, cache, family, null, length, ranks.device) for key, part in texts.items()}
+
+
+def _fitted(
+    key: str, prompts: Sequence[Prompt], cache: TextCache, ranks: Runtime, policy: TooLong, *, negative: bool = False
+) -> tuple[str, ...]:
+    """The texts, none of them longer than the encoder takes. What the cache has is not: nothing longer gets there."""
+    encoder, limit = cache.encoder, cache.encoder.limit
+    tokens: dict[str, int] = {}
+    lacking = cache.lacks((prompt.text for prompt in prompts), negative=negative)[ranks.rank :: ranks.world_size]
+    fault = None
+    try:
+        counts = encoder.count(lacking) if lacking else []
+        tokens = {text: n for text, n in zip(lacking, counts, strict=True) if n > limit}
+    except (ValueError, FileNotFoundError) as error:
+        fault = f"text embeddings: {error}"
+    found = ranks.gather((tokens, fault))
+    if faults := [f for _, f in found if f]:
+        raise UserError(faults[0])
+    tokens = {text: n for part, _ in found for text, n in part.items()}
+    if tokens and policy == "error":
+        raise UserError(refusal(key, prompts, tokens, limit))
+    fitting = fit(prompts, tokens, limit, encoder.count, policy) if tokens else prompts
+    if not fitting:
+        raise UserError(
+            f"{key}: every prompt has more than the {limit} tokens that the text encoder takes; shorten them"
+        )
+    if tokens:
+        many = sum(prompt.text in tokens for prompt in prompts)
+        done = {"truncate": "cut off", "skip": "left out"}[policy]
+        ranks.say(f"{key}: {many} of {len(prompts)} prompts have more than {limit} tokens and are {done}")
+    return tuple(prompt.text for prompt in fitting)
 
 
 def _fill(cache: TextCache, prompts: Sequence[str], negative: str, ranks: Runtime) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
@@ -89,13 +90,22 @@ def trained_engine(module: nn.Module, config: Config, optimizer: AdamW) -> deeps
     engine = deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=settings)[0]
     if config.deepspeed.stage == 3:
         trace_graded_passes(engine)
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+    if isinstance(engine.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
         keep_masters(engine.optimizer)
     return engine
 
 
-def keep_masters(optimizer: FP16_UnfusedOptimizer) -> None:
-    """Let every parameter know its fp32 master, which at stage 0 the optimizer alone has."""
+def keep_masters(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
+    """Let every parameter know its fp32 master, which at stage 0 the optimizer alone has.
+
+    The optimizers that DeepSpeed fuses step one flat master per group: a parameter's is a view of it.
+    """
+    if isinstance(optimizer, FP16_Optimizer):
+        for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            parts = flat.detach().split([p.numel() for p in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.fp32_master = part.view_as(parameter)
+        return
     for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.fp32_master = master

@@ -1,4 +1,7 @@
-"""The honest table: teacher at many steps and at N, generator after the cold start and at the end, same noise."""
+"""The honest table: teacher at many steps and at N, generator after the cold start and at the end, same noise.
+
+While training, the generator's row alone, with a sheet of its samples: no forward is made for the sheet.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmdr_fast.algorithm.guidance import guide
+from dmdr_fast.algorithm.guidance import Mode, guide
 from dmdr_fast.algorithm.monitors import diversity
 from dmdr_fast.algorithm.recipe import Batch, Recipe
 from dmdr_fast.algorithm.rl.refl import Decode
@@ -29,13 +32,23 @@ from dmdr_fast.engine.networks import frozen_role
 from dmdr_fast.engine.rewards import RewardSet
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.eval.metrics import evaluate
+from dmdr_fast.eval.sheets import COLUMNS, captioned_sheet, image_png
 
-GRID_SAMPLES, GRID_SIDE = 80, 256  # samples per row kept for the report's picture, and their largest side in pixels
+GRID_SAMPLES, GRID_SIDE = 80, 256  # samples per row kept for pictures, and their largest side in pixels
+SHEET = "step_{:08d}.png"  # in run_dir/samples, of the generator after so many updates
 Draw = Callable[[Tensor, Batch, int], Tensor]  # (noise, conditions, number of the first sample) -> latents
 
 
 class _Left(Exception):
     """An evaluation that was asked to stop."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an evaluation of the generator has to show: its row, and the sheet of its first samples, uint8 [H, W, 3]."""
+
+    row: dict[str, float | None]
+    sheet: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -51,10 +64,13 @@ class Evaluator:
     data: EvaluationData | None  # None: there are no real images to compare with
     recipe: Recipe
 
-    def run(self, teacher: Network, generators: dict[str, Path]) -> dict[str, dict[str, float]]:
-        """The table, also written as metrics.json with samples.npz beside it.
+    def run(
+        self, teacher: Network, generators: dict[str, Path], step: int
+    ) -> tuple[dict[str, dict[str, float | None]], Shown | None]:
+        """(the table, what the last generator has to show), also written: metrics.json, samples.npz and the sheet.
 
-        ``generators`` maps a row's name (cold_start, dmdr) to its weights. All ranks must call.
+        ``generators`` maps a row's name (cold_start, dmdr) to its weights; the last one has made ``step`` updates. All
+        ranks must call; there is nothing but on rank 0.
         """
         many, student_steps = self.config.eval.teacher_steps, self.config.student.steps
         rows = {
@@ -63,17 +79,22 @@ class Evaluator:
         }
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
-        table, pictures = {}, {"labels": self._rows()[: min(GRID_SAMPLES, self.config.eval.samples)]}
+        table: dict[str, dict[str, float | None]] = {}
+        shown: Shown | None = None
+        pictures: dict[str, Any] = {"labels": self._rows()[: self._kept]}
+        if self.model.num_classes is None:
+            pictures["prompts"] = np.array(self.conditions.captions(pictures["labels"]))
         for name, (draw, nfe) in rows.items():
             images = self._images(draw)
             if self.runtime.is_main:
                 table[name] = self._measure(images, nfe)
-                pictures[name] = _reduced(images[:GRID_SAMPLES]).cpu().numpy()
+                pictures[name] = _reduced(images[: self._kept]).cpu().numpy()
         if self.runtime.is_main:
+            shown = Shown(table[name], self._write_sheet(pictures[name], step))
             _write(self.config.run_dir / "metrics.json", json.dumps(table, indent=1).encode())
             np.savez_compressed(self.config.run_dir / "samples.npz", **pictures)
         self.runtime.barrier()
-        return table
+        return table, shown
 
     def has_row(self, step: int) -> bool:
         """Whether evaluations.jsonl has the row of the generator after ``step`` updates. All ranks must call."""
@@ -81,28 +102,45 @@ class Evaluator:
         found = self.runtime.is_main and path.is_file()
         return self.runtime.any(found and any(json.loads(r)["step"] == step for r in path.read_text().splitlines()))
 
-    def append(self, weights: Path, step: int, asked: Callable[[], bool]) -> None:
-        """Add the row of the generator after ``step`` updates to evaluations.jsonl. All ranks must call.
+    def append(self, weights: Path, step: int, asked: Callable[[], bool]) -> Shown | None:
+        """Add the row of the generator after ``step`` updates to evaluations.jsonl, and write its sheet.
 
-        ``asked`` has the same answer on all ranks: whether to leave, before the next forward, without the row.
+        All ranks must call. ``asked`` has the same answer on all ranks: whether to leave, before the next forward,
+        without the row. None then, and on other ranks than 0.
         """
         try:
             images = self._images(self._generator(weights, asked))
         except _Left:
-            return
+            return None
+        shown = None
         if self.runtime.is_main:
             path = self.config.run_dir / "evaluations.jsonl"
-            rows = path.read_text().splitlines() if path.is_file() else []
-            kept = [row for row in rows if json.loads(row)["step"] < step]  # a resumed run does some again
-            row = {"step": step} | self._measure(images, self.config.student.steps)
-            _write(path, "".join(f"{r}\n" for r in [*kept, json.dumps(row)]).encode())
+            before = path.read_text() if path.is_file() else ""
+            row = self._measure(images, self.config.student.steps)
+            shown = Shown(row, self._write_sheet(_reduced(images[: self._kept]).cpu().numpy(), step))
+            _write(path, f"{before}{json.dumps({'step': step} | row)}\n".encode())
         self.runtime.barrier()
+        return shown
+
+    @property
+    def _kept(self) -> int:
+        """How many of the samples are kept for pictures: whole rows of few conditions."""
+        return min(GRID_SAMPLES, COLUMNS * self.conditions.count, self.config.eval.samples)
+
+    def _write_sheet(self, images: np.ndarray, step: int) -> np.ndarray:
+        """The sheet of the generator after ``step`` updates, which is written as samples/step_*.png."""
+        folder, rows = self.config.run_dir / "samples", self._rows()[: len(images)]
+        sheet = captioned_sheet(images, rows, self.conditions.captions(rows))
+        folder.mkdir(exist_ok=True)
+        _write(folder / SHEET.format(step), image_png(sheet))
+        return sheet
 
     def _teacher_nfe(self, steps: int) -> int:
         return 2 * steps if self.config.guides(self.config.teacher.sample_cfg_scale) else steps
 
     def _teacher(self, network: Network, steps: int) -> Draw:
         config, model, scale = self.config, self.model, self.config.teacher.sample_cfg_scale
+        assert scale is not None  # the configuration has filled it in
 
         def guided(uncond: Any) -> Network:
             return guided_network(network, uncond, scale, config.cfg_mode, model.token)
@@ -178,7 +216,18 @@ class Evaluator:
         }
 
 
-def guided_network(network: Network, uncond: Any, scale: float, mode: str, token: int) -> Network:
+def drop_evaluations_after(run_dir: Path, step: int) -> None:
+    """Remove the rows and sheets of later updates, which a run that starts after ``step`` of them does again."""
+    path = run_dir / "evaluations.jsonl"
+    if path.is_file():
+        rows = [row for row in path.read_text().splitlines() if json.loads(row)["step"] <= step]
+        _write(path, "".join(f"{row}\n" for row in rows).encode())
+    for sheet in (run_dir / "samples").glob("step_*.png"):
+        if sheet.name > SHEET.format(step):
+            sheet.unlink()
+
+
+def guided_network(network: Network, uncond: Any, scale: float, mode: Mode, token: int) -> Network:
     """The teacher under CFG, conditional and unconditional prediction in one batch; see ``guide``."""
 
     def guided(x: Tensor, t: Tensor, condition: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command that goes on with a stopped run: the launcher's own, as it was given, with the run's configuration."""
+"""The command of a run, and the one that goes on with it: the launcher's own, as it was given."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ OURS = ("--num_gpus", "--num_accelerators", "--master_port")  # dmdr-train's fla
 
 def resume_command(run_dir: Path) -> str:
     """One line for the shell, to be run anywhere on this machine: folder, environment, launcher, script, run."""
+    return _command(["--config", str((run_dir / "config.yaml").resolve()), "--resume", "auto"])
+
+
+def given_command() -> str:
+    """The line that started this process, in the same form."""
+    return _command(_own_arguments())
+
+
+def _command(run: Sequence[str]) -> str:
     script = Path(sys.argv[0]).resolve()
     launcher = next(filter(None, (launcher_words(words, script) for words in _processes())), None)
-    run = ["--config", str((run_dir / "config.yaml").resolve()), "--resume", "auto"]
     given = {n: v for n, v in os.environ.items() if n == "DS_ACCELERATOR" or n.startswith("DMDR_FAST_")}
     environment = [f"{name}={shlex.quote(value)}" for name, value in sorted(given.items())]
     words = " ".join([*environment, shlex.join([*(launcher or _by_hand(script)), *run])])
@@ -115,5 +123,10 @@ def _parent(pid: int) -> int:
 
 def _is_of_this_run(words: Sequence[str]) -> bool:
     """Whether a launcher was given this process's own arguments (over ssh it is no ancestor)."""
-    own = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    own = _own_arguments()
     return bool(own) and list(words[-len(own) :]) == own
+
+
+def _own_arguments() -> list[str]:
+    """What this process was given, without what DeepSpeed's launcher adds."""
+    return [word for word in sys.argv[1:] if not word.startswith("--local_rank")]

@@ -10,6 +10,7 @@ from typing import Any
 
 from dmdr_fast import cache
 from dmdr_fast.config import Config
+from dmdr_fast.data.prompts import prompt_files
 from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.runtime import Runtime
@@ -51,8 +52,9 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     noted["teacher"] = f"{origin} (sha256 {content_hash(model.teacher_files(), ranks)[:16]})"
     noted["ranks"] = ranks.world_size
     noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
-    if config.data.prompts is not None and config.data.prompts.is_file():
-        noted["data.prompts (content)"] = f"sha256 {cache.file_hash(config.data.prompts)[:16]}"
+    if config.model.family != "sit":
+        assert config.data.prompts is not None  # every family but SiT has some
+        noted["data.prompts (content)"] = f"sha256 {content_hash(prompt_files(config.data.prompts), ranks)[:16]}"
     optimizer = read_deepspeed_json(config).get("optimizer") or {}
     noted["optimizer (deepspeed.config)"] = optimizer.get("type")
     return json.loads(json.dumps(noted))
@@ -92,7 +94,7 @@ def evaluates_anew(changes: list[str]) -> bool:
 
 
 def _is_identity(name: str, now: dict[str, Any]) -> bool:
-    unused = ("lora",) if now["sharing"] == "separate" else ()
+    unused: tuple[str, ...] = ("lora",) if now["sharing"] == "separate" else ()
     unused += ("student.lora.targets", "student.lora.scale") if not now["student.lora.rank"] else ()
     return name in ("teacher", "optimizer (deepspeed.config)") or (_below(name, IDENTITY) and not _below(name, unused))
 

@@ -52,6 +52,8 @@ def build_evaluation(config: Config) -> EvaluationData | None:
     else:
         from dmdr_fast.data.images import load_image_folder
 
-        images = load_image_folder(Path(config.eval.data), config.model.resolution)
-    features = DigitsFeatures() if config.eval.features == "digits" else TransformersFeatures(config.eval.features)
-    return EvaluationData(images, features)
+        images = load_image_folder(Path(config.eval.data), config.model.sizes[0])
+    if config.eval.features == "digits":
+        return EvaluationData(images, DigitsFeatures())
+    assert config.eval.features is not None  # asked for with eval.data
+    return EvaluationData(images, TransformersFeatures(config.eval.features))

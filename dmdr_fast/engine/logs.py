@@ -7,7 +7,11 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dmdr_fast.errors import UserError
 
@@ -36,9 +40,14 @@ class RunLog:
         wandb: the Weights & Biases project to log to, or None.
         enabled: False on every rank but one: then nothing is written or shown.
 
+    Attributes:
+        elapsed_before: seconds that the run had trained before ``start_step``, as its log says.
+
     Raises:
-        UserError: ``wandb`` is asked for and not installed.
+        UserError: ``wandb`` is asked for and not installed, or refuses the run.
     """
+
+    elapsed_before = 0.0
 
     def __init__(
         self,
@@ -57,7 +66,8 @@ class RunLog:
 
         run_dir = Path(run_dir)
         self._wandb = None if wandb is None else _open_wandb(run_dir, wandb)
-        _drop_records_from(run_dir / "log.jsonl", start_step)
+        last = _drop_records_from(run_dir / "log.jsonl", start_step)
+        self.elapsed_before = last.get("elapsed_seconds", 0.0)
         self._lines = (run_dir / "log.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
         self._bar = tqdm(
@@ -83,11 +93,31 @@ class RunLog:
         self._lines.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()  # a checkpoint comes after its step's record, and a resumed run goes on from there
         if self._wandb is not None:
             self._wandb.log({"phase": phase, **metrics}, step=step)
         self._bar.set_description(phase, refresh=False)
         self._bar.set_postfix_str(_postfix(metrics), refresh=False)
         self._bar.update(step + 1 - self._bar.n)
+
+    def evaluation(self, step: int, row: Mapping[str, float | None], sheet: np.ndarray) -> None:
+        """Record an evaluation after generator step ``step`` (from 0) in TensorBoard and Weights & Biases.
+
+        Args:
+            row: as in evaluations.jsonl; a value is ``evaluation/NAME``, and None is left out.
+            sheet: samples with their captions, uint8 [H, W, 3]: ``samples``.
+        """
+        if not self._enabled:
+            return
+        values = {f"evaluation/{name}": value for name, value in row.items() if value is not None}
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.add_image("samples", sheet, step, dataformats="HWC")
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({**values, "samples": wandb.Image(sheet)}, step=step)
 
     def close(self) -> None:
         """Flush and close everything; the log is complete on disk when this returns."""
@@ -108,15 +138,22 @@ def _postfix(metrics: dict[str, float]) -> str:
     return " · ".join(shown)
 
 
-def _drop_records_from(path: Path, start_step: int) -> None:
-    """Rewrite ``path`` (aside, renamed) without the records of ``start_step`` on and without torn lines."""
+def _drop_records_from(path: Path, start_step: int) -> dict:
+    """Rewrite ``path`` (aside, renamed) without the records of ``start_step`` on and without torn lines.
+
+    Returns the last record that is left, {} without one.
+    """
+    kept: list[str] = []
+    last: dict[str, Any] = {}
+    torn = 0
     if not path.exists():
-        return
-    kept, torn = [], 0
+        return last
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] < start_step:
+            record = json.loads(line)
+            if record["step"] < start_step:
                 kept.append(line + "\n")
+                last = record
         except (ValueError, KeyError, TypeError):
             torn += 1
     if torn:
@@ -124,6 +161,7 @@ def _drop_records_from(path: Path, start_step: int) -> None:
     aside = path.with_name(path.name + ".new")
     aside.write_text("".join(kept))
     os.replace(aside, path)
+    return last
 
 
 def _open_wandb(run_dir: Path, project: str):
@@ -136,6 +174,13 @@ def _open_wandb(run_dir: Path, project: str):
             "pip install wandb, or leave log.wandb out"
         ) from error
     id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
-    return wandb.init(project=project, dir=str(run_dir), id=id_file.read_text(), name=run_dir.name, resume="allow")
+    known = id_file.read_text() if id_file.exists() else None
+    try:
+        run = wandb.init(project=project, dir=str(run_dir), id=known, name=run_dir.name, resume="allow")
+    except wandb.Error as error:
+        raise UserError(
+            f"log.wandb: {' '.join(str(error).split())} WANDB_MODE=offline needs neither a key nor a network; or leave "
+            "log.wandb out"
+        ) from error
+    id_file.write_text(run.id)
+    return run

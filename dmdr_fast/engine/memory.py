@@ -24,6 +24,7 @@ from dmdr_fast.engine.recipe import dmd_options
 from dmdr_fast.engine.roles import Role
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.eight_bit import float8_refusal, quantise_blocks
+from dmdr_fast.ops.dmd import Prediction
 
 
 def check_levers(config: Config, device: torch.device) -> None:
@@ -46,7 +47,7 @@ class Probe:
     t: Tensor  # fp32 [B] in (0, 1)
     condition: Any
     null: Any
-    prediction: str = "flow"
+    prediction: Prediction = "flow"
     path: Path = FLOW
     token: int = 1
 
@@ -98,6 +99,7 @@ def quantise_frozen(module: nn.Module, probe: Probe, config: Config) -> str:
     The module is whole (not yet partitioned), in the compute dtype, on its device. Its adapters are off.
     """
     kind, role = config.memory.frozen, Role(module, DTYPES[config.deepspeed.dtype])
+    assert kind != "native"
     before = predictions(role, probe)
     try:
         layers = quantise_blocks(module, kind)

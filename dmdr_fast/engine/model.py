@@ -13,10 +13,11 @@ from torch import nn
 
 from dmdr_fast.algorithm.paths import Path
 from dmdr_fast.algorithm.rl.refl import Decode
-from dmdr_fast.config import Config
+from dmdr_fast.config import Config, LoRA, StudentLoRA
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, target_layers
 from dmdr_fast.models.stored import Stored, parameter_value, with_lora
+from dmdr_fast.ops.dmd import Prediction
 
 # What stands before a network's own names in files of wrappers, PEFT and pipelines, and in our own modules.
 PREFIXES = re.compile(r"^(module\.|base_model\.model\.|transformer\.|unet\.|diffusion_model\.)+")
@@ -74,6 +75,7 @@ class Model(Protocol):
     return ``prediction`` ("flow" or "eps") on ``path`` in x_t's shape.
 
     Attributes:
+        more_shapes: latents of the other sizes of ``model.resolution``, whose first is ``latent_shape``'s.
         token: latent pixels along one edge of a token, over which per-token guidance takes its norms.
         teacher_shift: the timestep shift of the teacher's own multi-step samples.
         saturation: |x0| beyond which a value counts as saturated.
@@ -82,15 +84,26 @@ class Model(Protocol):
         num_classes: None for networks that read prompts.
     """
 
-    prediction: str
-    path: Path
-    latent_shape: tuple[int, ...]
-    token: int
-    teacher_shift: float
-    saturation: float
-    lora_targets: tuple[str, ...]
-    merges_lora: bool
-    num_classes: int | None
+    @property
+    def prediction(self) -> Prediction: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+    @property
+    def more_shapes(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def teacher_shift(self) -> float: ...
+    @property
+    def saturation(self) -> float: ...
+    @property
+    def lora_targets(self) -> tuple[str, ...]: ...
+    @property
+    def merges_lora(self) -> bool: ...
+    @property
+    def num_classes(self) -> int | None: ...
 
     def skeleton(self) -> nn.Module:
         """The network with its parameters on the meta device: its layers, without weights."""
@@ -139,7 +152,7 @@ def open_model(config: Config) -> Model:
 
 def _check_adapters(config: Config, model: Model) -> None:
     """Whether the network has the layers that get a LoRA, one of them at least as wide as its rank."""
-    settings = {"lora": config.lora} if config.sharing != "separate" else {}
+    settings: dict[str, LoRA | StudentLoRA] = {"lora": config.lora} if config.sharing != "separate" else {}
     if config.student.lora.rank:
         settings["student.lora"] = config.student.lora
     for key, lora in settings.items():

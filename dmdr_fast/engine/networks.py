@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from dmdr_fast.algorithm.recipe import Networks
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.config import Config, LoRA, StudentLoRA
-from dmdr_fast.engine import compute
+from dmdr_fast.engine import compute, graphs
 from dmdr_fast.engine.collectives import collectives
 from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.engines import DTYPES, frozen_network, trace_graded_passes, trained_engine
+from dmdr_fast.engine.graphs import Graphs
 from dmdr_fast.engine.memory import build_probe, check_levers, quantise_frozen
 from dmdr_fast.engine.model import Model, Start
 from dmdr_fast.engine.roles import AdapterRole, FrozenRole, TrainedRole
@@ -57,6 +58,7 @@ class FrozenReference:
             self.network = frozen_role(self.model, self.config, self.device, weights)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        assert self.network is not None, "load() comes first"
         return self.network(x_t, t, condition)
 
 
@@ -65,19 +67,14 @@ class Roles:
     """The networks of a run as the algorithm, the checkpoint and the evaluation need them."""
 
     networks: Networks
+    generator: TrainedRole | AdapterRole
+    fake: TrainedRole | AdapterRole
     scorers: tuple[ScoreRole, ...]  # of the score pass
     teacher: Network  # the plain teacher, without LoRA
     trained_parameters: dict[str, int]
     total_parameters: dict[str, int]
     notes: tuple[str, ...] = ()  # what the memory levers took, and why
-
-    @property
-    def generator(self) -> TrainedRole | AdapterRole:
-        return self.networks.generator
-
-    @property
-    def fake(self) -> TrainedRole | AdapterRole:
-        return self.networks.fake
+    graphs: Graphs | None = None  # of ``compute.cuda_graphs``
 
     @property
     def frozen_reference(self) -> FrozenReference | None:
@@ -99,8 +96,10 @@ def build_roles(
     ``starts``: of the roles ("generator", "fake") that begin with other weights than the teacher's.
     """
     check_levers(config, ranks.device)
+    graphs.check(config, ranks.device)
     build = _shared_all if config.sharing == "shared_all" else _engines
-    return build(config, model, conditions, ranks, lora_seed, starts or {})
+    roles = build(config, model, conditions, ranks, lora_seed, starts or {})
+    return _replayed(roles) if config.compute.cuda_graphs else roles
 
 
 def _engines(
@@ -131,8 +130,8 @@ def _engines(
     fake_scale = config.dyna_dg.fake_scale
     fake = TrainedRole(trained_engine(fake_net, config, config.optimizer.fake), config, adapter, fake_scale)
     if adapter is not None:
-        scorers = (ScoreRole(fake.engine, config),)
-        score = shared_scores(*scorers, adapter.set_scale, fake_scale=fake_scale)
+        scorers: tuple[ScoreRole, ...] = (ScoreRole(fake.engine, config),)
+        score = shared_scores(scorers[0], adapter.set_scale, fake_scale=fake_scale)
         teacher = FrozenRole(fake.engine, dtype, {adapter: None})
     else:
         teacher_net = model.load(device, whole=quantised).to(dtype)
@@ -140,9 +139,10 @@ def _engines(
             notes.append(quantise_frozen(teacher_net, build_probe(model, conditions, config, device), config))
         nets["teacher"], paths["teacher"] = teacher_net, compute.apply(teacher_net, config, device)
         counts["teacher"] = (0, _counts(teacher_net)[1])
-        teacher = FrozenRole(frozen_network(teacher_net, config, device), dtype)
-        scorers = (ScoreRole(fake.engine, config), ScoreRole(teacher.network, config))
-        score = separate_scores(*scorers)
+        frozen = frozen_network(teacher_net, config, device)
+        teacher = FrozenRole(frozen, dtype)
+        scorers = (ScoreRole(fake.engine, config), ScoreRole(frozen, config))
+        score = separate_scores(scorers[0], scorers[1])
     lora_off = None if generator_adapter is None else FrozenRole(generator.engine, dtype, {generator_adapter: None})
     reference = _reference(config, model, device, lora_off)
     trained = {n: trained for n, (trained, _) in counts.items() if trained}
@@ -150,6 +150,8 @@ def _engines(
         notes.append(collectives(config, nets, trained))
     return Roles(
         networks=Networks(generator, fake, score, reference),
+        generator=generator,
+        fake=fake,
         scorers=scorers,
         teacher=teacher,
         trained_parameters=trained,
@@ -170,10 +172,9 @@ def _shared_all(
     quantised, fake_scale = config.memory.frozen != "native", config.dyna_dg.fake_scale
     base = model.load(device, whole=quantised).to(dtype)
     notes = []
-    own = {"dtype": torch.float32, "registered": False}
     adapters = {
-        "generator": _lora(base, "generator", student, model, lora_seed + 1, **own),
-        "fake": _lora(base, "fake", config.lora, model, lora_seed, **own),
+        "generator": _lora(base, "generator", student, model, lora_seed + 1, torch.float32, registered=False),
+        "fake": _lora(base, "fake", config.lora, model, lora_seed, torch.float32, registered=False),
     }
     _fill(starts, config, *adapters.values())
     if quantised:
@@ -183,7 +184,7 @@ def _shared_all(
     base = frozen_network(base, config, device)
     if config.deepspeed.stage == 3:
         trace_graded_passes(base)
-        base = base.module
+        base = cast(nn.Module, base.module)
     g, f = adapters.values()
     generator = AdapterRole(base, config, g, {g: student.scale, f: None}, config.optimizer.generator, ranks)
     fake = AdapterRole(base, config, f, {g: None, f: fake_scale}, config.optimizer.fake, ranks)
@@ -196,12 +197,23 @@ def _shared_all(
         notes.append(collectives(config, {"base": base}, trained))
     return Roles(
         networks=Networks(generator, fake, score, reference),
+        generator=generator,
+        fake=fake,
         scorers=scorers,
         teacher=teacher,
         trained_parameters=trained,
         total_parameters={"base": total},
         notes=(*compute.lines({"base": path}), *notes),
     )
+
+
+def _replayed(roles: Roles) -> Roles:
+    """``roles`` whose rollouts and score pass are replayed (``compute.cuda_graphs``)."""
+    shared = Graphs()
+    for role in (roles.generator, *roles.scorers):
+        role.network = shared.of(role.network)
+    line = "CUDA graphs of rollouts and the score pass: captured when each first runs, then replayed"
+    return replace(roles, graphs=shared, notes=(*roles.notes, line))
 
 
 def _fill(starts: Mapping[str, Start], config: Config, generator: LoraAdapter | None, fake: LoraAdapter | None) -> None:

@@ -29,6 +29,7 @@ from dmdr_fast.models.stored import (
     with_lora,
 )
 from dmdr_fast.models.vae import decoder_dtype, save_decoder_memory, speed_up_convolutions
+from dmdr_fast.ops.dmd import Prediction
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PipelineModel:
     config: Config
     family: Family
     latent_shape: tuple[int, int, int]
+    more_shapes: tuple[tuple[int, int, int], ...] = ()
 
     saturation = LATENT_SATURATION
     merges_lora = False  # merged, the weights of a 20B network would take 80 GB of one host's memory
@@ -51,6 +53,7 @@ class PipelineModel:
             UserError: no pipeline, one of another family, weights that are missing, a resolution it cannot make.
         """
         teacher, name = config.teacher, config.model.family
+        assert teacher.pipeline is not None  # every family but SiT has one
         try:
             family = open_family(
                 teacher.pipeline, revision=teacher.revision, length=config.data.max_length, guidance=teacher.guidance
@@ -63,13 +66,13 @@ class PipelineModel:
             raise UserError(f"teacher.pipeline: {error} (model.family is {name})") from None
         _check_guidance(config, family)
         try:
-            shape = family.latent_shape(config.model.resolution, config.model.resolution)
+            shape, *more = (family.latent_shape(*size) for size in config.model.sizes)
         except ValueError as error:
             raise UserError(f"model.resolution: {error}") from None
-        return cls(config, family, shape)
+        return cls(config, family, shape, tuple(more))
 
     @property
-    def prediction(self) -> str:
+    def prediction(self) -> Prediction:
         return self.family.prediction
 
     @property
@@ -82,7 +85,7 @@ class PipelineModel:
 
     @property
     def teacher_shift(self) -> float:
-        return self.family.default_shift(self.config.model.resolution, self.config.model.resolution)
+        return self.family.default_shift(*self.config.model.sizes[0])
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 def random_state() -> dict[str, Any]:
     """The state of torch's, CUDA's (None without), NumPy's and Python's global generators."""
-    kind, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    kind, keys, *rest = numpy
     return {
         "torch": _text(torch.get_rng_state()),
         "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.passes import Schedule
@@ -12,6 +12,7 @@ from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.ops.dmd import Prediction
 
 if TYPE_CHECKING:
     from dmdr_fast.engine.networks import Roles  # which asks this file for the DMD options
@@ -21,8 +22,9 @@ def recipe_of(config: Config, model: Model) -> Recipe:
     """The numbers that the step reads."""
     shared = config.sharing != "separate"
     return Recipe(
-        grid=timestep_grid(config.student.steps, shift=config.student.shift),
+        grid=timestep_grid(config.student.steps, shift=config.student.shift, times=config.student.times),
         latent_shape=model.latent_shape,
+        more_shapes=model.more_shapes,
         prediction=model.prediction,
         path=model.path,
         cold_start_steps=config.train.cold_start_steps,
@@ -48,9 +50,11 @@ def recipe_of(config: Config, model: Model) -> Recipe:
     )
 
 
-def dmd_options(config: Config, prediction: str, token: int) -> DMDOptions:
+def dmd_options(config: Config, prediction: Prediction, token: int) -> DMDOptions:
     """The ``dmd`` section and the teacher's guidance as the algorithm takes them."""
-    guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode} if config.uses_cfg else {}
+    guided: dict[str, Any] = {}
+    if config.uses_cfg:
+        guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode}
     own = config.dmd.model_dump(exclude={"score_dtype"})
     return DMDOptions(prediction=prediction, token=token, **guided, **own)
 
@@ -100,6 +104,7 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     lines = [
         f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
+        f"images     {_size_words(config)}",
         f"teacher    {_guidance_words(recipe.dmd)}",
         f"roles      {config.sharing}; parameters trained / all: "
         + ", ".join(f"{n} {t:,} / {c:,}" for n, t, c in _sizes(roles)),
@@ -113,6 +118,12 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         *roles.notes,
     ]
     return "\n".join(lines)
+
+
+def _size_words(config: Config) -> str:
+    named = ", ".join(f"{height} x {width}" for height, width in config.model.sizes)
+    drawn = ", one drawn for each micro-step" if len(config.model.sizes) > 1 else ""
+    return f"{named} pixels{drawn}"
 
 
 def _guidance_words(dmd: DMDOptions) -> str:

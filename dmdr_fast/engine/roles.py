@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -12,6 +12,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 from torch import Tensor, nn
 
+from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.engines import DTYPES, clips_itself, engine_config
 from dmdr_fast.engine.optimizers import build_optimizer
@@ -30,7 +31,8 @@ class Role:
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, worn: Worn | None = None) -> None:
-        self.network, self.dtype, self.worn = network, dtype, dict(worn or {})
+        self.network: Network = network
+        self.dtype, self.worn = dtype, dict(worn or {})
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         for adapter, scale in self.worn.items():
@@ -82,7 +84,7 @@ class _Trained(Role):
 
     def _begin_step(self) -> None:
         if self._rates:
-            rate = self._rates.pop(0)
+            rate, *self._rates = self._rates
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
 
@@ -132,7 +134,7 @@ class TrainedRole(_Trained):
         """
         self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed divides by the loss scale at every stage and multiplies at stages 1 to 3 alone.
-        self.engine.backward(loss * self.loss_scale if self.scales_itself else loss)
+        self.engine.backward(loss * self.scaler.cur_scale if self.scales_itself else loss)
 
     def step(self) -> bool:
         """Clip and step. A non-finite gradient anywhere leaves weights and optimizer untouched on every rank.
@@ -168,7 +170,8 @@ class AdapterRole(_Trained):
         self, base: nn.Module, config: Config, adapter: LoraAdapter, worn: Worn, settings: AdamW, ranks: Runtime
     ) -> None:
         super().__init__(base, config, worn)
-        self.module, self.adapter, self.lora_scale, self.ranks = base, adapter, worn[adapter], ranks
+        self.module, self.adapter, self.ranks = base, adapter, ranks
+        self.lora_scale = cast(float, worn[adapter])  # its own is on
         self.parameters = list(adapter.parameters())
         self.optimizer = build_optimizer(self.parameters, settings, config.optimizer.kind)
         self.accumulation, self.clip = config.train.gradient_accumulation, config.optimizer.clip
@@ -219,7 +222,7 @@ def loss_scaler(config: Config) -> LossScalerBase:
 def clip(parameters: Iterable[nn.Parameter], bound: float) -> Tensor:
     """Scale the gradients to norm ``bound`` where theirs is larger (0: never); returns the norm from before."""
     graded = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in graded])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in graded if p.grad is not None])
     if bound:
         torch.nn.utils.clip_grads_with_norm_(graded, bound, norm)
     return norm

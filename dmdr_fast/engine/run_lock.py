@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
 import time
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.errors import UserError
+from dmdr_fast.locks import soft, take
 
 LOCK, OWNER = ".lock", ".lock.json"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def lock_run(run_dir: Path, ranks: Runtime) -> BaseFileLock | None:
     """Take ``run_dir`` for this job until it ends, however it ends; rank 0 keeps the lock. All ranks must call.
-
-    The system's lock; on a file system without any, a file whose presence is the lock and which a killed job leaves
-    behind: filelock removes it where the job was of this host.
 
     Raises:
         UserError: another job has it; the line says which.
@@ -30,7 +26,7 @@ def lock_run(run_dir: Path, ranks: Runtime) -> BaseFileLock | None:
     lock, fault = None, None
     if ranks.is_main:
         try:
-            lock = _acquired(run_dir)
+            lock = take(run_dir / LOCK, wait=False)
         except (Timeout, OSError) as error:
             fault = _in_use(run_dir) if isinstance(error, Timeout) else f"{run_dir} cannot be locked ({error.strerror})"
         else:
@@ -42,24 +38,12 @@ def lock_run(run_dir: Path, ranks: Runtime) -> BaseFileLock | None:
     return lock
 
 
-def _acquired(run_dir: Path) -> BaseFileLock:
-    lock = FileLock(run_dir / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        lock = SoftFileLock(run_dir / f"{LOCK}.soft", timeout=0)
-        lock.acquire()
-    return lock
-
-
 def _in_use(run_dir: Path) -> str:
     try:
         owner = json.loads((run_dir / OWNER).read_text())
         job = f"host {owner['host']}, pid {owner['pid']}, since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         job = "which has not said yet where it runs"
-    soft = run_dir / f"{LOCK}.soft"
-    gone = f"; if that job is gone, remove {soft}" if soft.exists() else ""
+    left = soft(run_dir / LOCK)
+    gone = f"; if that job is gone, remove {left}" if left.exists() else ""
     return f"{run_dir} is in use by another job ({job}); stop it or wait for it, or name another run_dir{gone}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +94,10 @@ def score_rounding(
 
     The samples are the generator's first step on the probe's ``x0``, taken as its noise.
     """
-    given = {"kind": recipe.prediction, "path": recipe.path}
     with uncompiled():  # a few samples are not worth a graph each
-        x0 = truncated_rollout(generator, lambda i: probe.x0, probe.condition, recipe.grid, 0, **given).x0
+        x0 = truncated_rollout(
+            generator, lambda i: probe.x0, probe.condition, recipe.grid, 0, kind=recipe.prediction, path=recipe.path
+        ).x0
     probe = replace(probe, x0=x0)
 
     def scores() -> Scores:
@@ -111,7 +112,7 @@ def score_rounding(
     apart = _distance(exact.fake, exact.real)
     stand_in = apart < ALIKE
     if stand_in:
-        rounded, exact = (s._replace(fake=s.real_uncond) for s in (rounded, exact))
+        rounded, exact = (s._replace(fake=cast(Tensor, s.real_uncond)) for s in (rounded, exact))  # there is a null
         apart = _distance(exact.fake, exact.real)
     if not recipe.dmd.uses_cfg:
         rounded, exact = (s._replace(real_uncond=None) for s in (rounded, exact))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -20,8 +21,7 @@ from dmdr_fast.models.lora import LoraAdapter
 def master_shard(parameter: nn.Parameter) -> Tensor | None:
     """The fp32 master weights of a trained parameter that this rank keeps; None where it keeps none of them.
 
-    ZeRO-3: a flat, padded slice. ZeRO-2: the flat part of it in this rank's optimizer partition. Stage 0: all of it
-    (of a fused optimizer that ``deepspeed.config`` names the bf16 or fp16 values: its master is out of reach).
+    ZeRO-3: a flat, padded slice. ZeRO-2: the flat part of it in this rank's optimizer partition. Stage 0: all of it.
     """
     if hasattr(parameter, "ds_tensor"):
         return deepspeed.utils.safe_get_local_fp32_param(parameter)
@@ -51,15 +51,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        current = [master_shard(self.parameters[n]).float() for n in self.shards]
+        masters = [master_shard(self.parameters[n]) for n in self.shards]
+        current = [master.float() for master in masters if master is not None]
         torch._foreach_lerp_(list(self.shards.values()), current, 1.0 - self.decay)
 
     def full(self, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor on the CPU). All ranks must iterate."""
+        parameter: Any  # with what DeepSpeed has hung on it
         for name, parameter in self.parameters.items():
             shard = self.shards.get(name)
             if hasattr(parameter, "ds_tensor"):
-                whole = runtime.concatenate(shard.to(runtime.device))[: parameter.ds_numel].view(parameter.ds_shape)
+                whole = runtime.concatenate(self.shards[name].to(runtime.device))[: parameter.ds_numel].view(
+                    parameter.ds_shape
+                )
             elif hasattr(parameter, "_hp_mapping"):
                 whole = torch.zeros(parameter.numel(), device=runtime.device)
                 if shard is not None:
@@ -67,7 +71,7 @@ class EMA:
                     whole[start : start + shard.numel()] = shard.to(runtime.device)
                 whole = runtime.sum(whole).view_as(parameter)
             else:
-                whole = shard
+                whole = self.shards[name]
             yield name, whole.cpu().clone()
 
 
@@ -102,8 +106,11 @@ def save_generator(
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
         named = {name.removeprefix(Denoiser.prefix): weights[name].to(dtype).contiguous() for name in sorted(weights)}
-        save_file(named, aside, metadata=metadata)
-        aside.rename(path)
+        try:
+            save_file(named, aside, metadata=metadata)
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
     runtime.barrier()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,7 @@ from dmdr_fast.models.vae import (
     save_decoder_memory,
     speed_up_convolutions,
 )
+from dmdr_fast.ops.dmd import Prediction
 from dmdr_fast.preflight import HUB_PREFIX
 
 LATENT_SATURATION = 4.0  # latents have unit variance
@@ -70,10 +72,11 @@ class SiTModel:
     config: Config
     teacher: Path
 
-    prediction = "flow"
+    prediction: ClassVar[Prediction] = "flow"
     path = FLOW
     lora_targets = ("attn.qkv",)
     merges_lora = True
+    more_shapes = ()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -128,6 +131,7 @@ class SiTModel:
         if config.decoder.kind == "identity":
             return IdentityDecoder().decode
         try:
+            assert config.decoder.path is not None  # a VAE has one
             dtype = decoder_dtype(config.decoder.dtype, device)
             decoder = LatentDecoder.from_pretrained(config.decoder.path, dtype=dtype)
             decoder.denormalise(latent_statistics(self.teacher))

@@ -94,7 +94,7 @@ def _noted_scale(place: Path) -> float:
     """The scale of a file's adapter: ours is noted in the file, PEFT's beside it, diffusers' in it in PEFT's words."""
     settings = (place if place.is_dir() else place.parent) / "adapter_config.json"
     if settings.is_file():
-        return _peft_scale(json.loads(settings.read_text()))
+        return _peft_scale(json.loads(settings.read_bytes()))
     if place.suffix != ".safetensors":
         return 1.0
     with safe_open(place, framework="pt") as file:
@@ -127,7 +127,8 @@ def _split(found: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, St
             lora[f"{layer}.qkv.lora_{factor}_{part.lower()}"] = tensor
         elif match := PEFT.fullmatch(name):
             layer, factor = match.groups()
-            whole = alpha.get(PEFT.fullmatch(long_name)[1]) if factor == "B" else None
+            full = PEFT.fullmatch(long_name)
+            whole = alpha.get(full[1]) if full is not None and factor == "B" else None
             shape = torch.Size(reversed(tensor.shape))
             lora[f"{layer}.lora_{factor}"] = Stored(shape, partial(_transposed, tensor, whole))
         elif not long_name.endswith(".alpha"):

@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmdr_fast.disk import Writes
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.errors import UserError
 
@@ -54,13 +56,17 @@ class Slot:
     parts: tuple[Part, ...]
 
 
+# (name, whole shape) of a parameter, by its id.
+Named = dict[int, tuple[str, tuple[int, ...]]]
+
+
 def slots(role: TrainedRole | AdapterRole, *, write: bool = False) -> Iterator[Slot]:
     """The tensors that this rank's optimizer steps; with ``write``, what is done to them reaches the network's weights.
 
     With ``write`` all ranks must iterate to the end.
     """
     optimizer = role.optimizer
-    named = {id(p): (n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in role.trained.items()}
+    named: Named = {id(p): (n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in role.trained.items()}
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage_3(optimizer, named, write)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -89,21 +95,21 @@ def _in_a_row(kept: Iterable[tuple[str, tuple[int, ...], int, int]]) -> tuple[Pa
     return tuple(parts)
 
 
-def _stage_2(optimizer: DeepSpeedZeroOptimizer, named: dict, write: bool) -> Iterator[Slot]:
+def _stage_2(optimizer: DeepSpeedZeroOptimizer, named: Named, write: bool) -> Iterator[Slot]:
     for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
         kept = [(named[id(p)], p._hp_mapping) for p in group if p._hp_mapping is not None]
         yield Slot(
             flat,
             tuple(
-                Part(*name, m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
-                for name, m in kept
+                Part(name, shape, m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
+                for (name, shape), m in kept
             ),
         )
     if write:
         optimizer.update_lp_params()
 
 
-def _stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, named: dict, write: bool) -> Iterator[Slot]:
+def _stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, named: Named, write: bool) -> Iterator[Slot]:
     if write:
         optimizer.checkpoint_event_prologue()  # small parameters, which are kept whole, are partitioned for now
     for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
@@ -116,7 +122,8 @@ def _stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, named: dict, write: bool)
             start = parameter.ds_zero_partition_rank * length
             kept = min(length, parameter.ds_numel - start)  # what lies beyond the parameter's end is padding
             if kept > 0:
-                parts.append(Part(*named[id(parameter)], start, offset, kept))
+                name, shape = named[id(parameter)]
+                parts.append(Part(name, shape, start, offset, kept))
             offset += length
         yield Slot(flat, tuple(parts))
         if write:
@@ -144,14 +151,14 @@ def _in_blocks(state: dict[str, Any], size: int) -> bool:
     return any(type(v) is not Tensor or not v.is_floating_point() or v.numel() not in (1, size) for v in tensors)
 
 
-def save_role(folder: Path, role: TrainedRole | AdapterRole, ema: EMA | None, ranks: Runtime) -> None:
-    """Write weights, optimizer and EMA into ``folder``. All ranks must call.
+def save_role(folder: Path, role: TrainedRole | AdapterRole, ema: EMA | None, ranks: Runtime, write: Writes) -> None:
+    """Write weights, optimizer and EMA into ``folder``, which ``write`` does. All ranks must call.
 
     One kind is written after the other: beside the role's own memory a rank's host holds one copy of one kind.
     """
     optimizer, writes = _torch_optimizer(role), ranks.is_main or _partitioned(role)
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        write(partial(folder.mkdir, parents=True, exist_ok=True))
     ranks.barrier()
     place: dict[str, Any] = {"parts": {}, "shapes": {}, "counts": defaultdict(dict)}
     place["loss_scale"] = role.loss_scale_state
@@ -173,11 +180,11 @@ def save_role(folder: Path, role: TrainedRole | AdapterRole, ema: EMA | None, ra
     for kind in kinds if ema is None else [*kinds, "ema"]:
         tensors = dict(_parts_of(kind, role, optimizer, ema))
         if writes:
-            save_file(tensors, folder / f"{kind}.{ranks.rank:05d}.safetensors")
+            write(partial(save_file, tensors, folder / f"{kind}.{ranks.rank:05d}.safetensors"))
     if writes:
-        (folder / f"parts.{ranks.rank:05d}.json").write_text(json.dumps(place))
+        write(partial((folder / f"parts.{ranks.rank:05d}.json").write_text, json.dumps(place)))
         if blocks:
-            torch.save(blocks, folder / f"blocks.{ranks.rank:05d}.pt")
+            write(partial(torch.save, blocks, folder / f"blocks.{ranks.rank:05d}.pt"))
 
 
 def _parts_of(
@@ -190,7 +197,7 @@ def _parts_of(
             continue
         flat = slot.master if kind == "weight" else state.get(kind)
         for part in slot.parts:
-            whole, offset = (ema.shards[part.name], 0) if kind == "ema" else (flat, part.offset)
+            whole, offset = (ema.shards[part.name], 0) if ema is not None and kind == "ema" else (flat, part.offset)
             values = whole.detach().reshape(-1)[offset : offset + part.length]
             yield part.name, values.to("cpu", copy=True)
 
@@ -209,7 +216,9 @@ def load_role(stored: StoredRole, role: TrainedRole | AdapterRole, ema: EMA | No
         state = _moved(blocks, slot.master.device) if blocks else _stored_state(stored, slot, optimizer)
         if state:
             optimizer.state[slot.master] = state
-        for part in slot.parts if ema is not None else ():
+        if ema is None:
+            continue
+        for part in slot.parts:
             shard = ema.shards[part.name]
             flat = shard.reshape(-1).to("cpu", copy=True)
             flat[: part.length] = stored.read("ema", part.name, part.start, part.length)
@@ -225,9 +234,9 @@ def _stored_state(stored: StoredRole, slot: Slot, optimizer: torch.optim.Optimiz
             value = _filled(zeros, stored, kind, slot).view(slot.master.shape)
             state[kind] = torch.empty_like(slot.master.data, dtype=zeros.dtype).copy_(value)
     for kind, counts in stored.counts.items():
-        value = next((counts[part.name] for part in slot.parts if part.name in counts), None)
-        if value is not None:
-            state[kind] = _counter(value, optimizer, slot.master.device)
+        count = next((counts[part.name] for part in slot.parts if part.name in counts), None)
+        if count is not None:
+            state[kind] = _counter(count, optimizer, slot.master.device)
     return state
 
 
@@ -325,6 +334,9 @@ class StoredRole:
     def _open(self, kind: str, rank: str) -> tuple[Any, set[str]]:
         """A file and the names in it."""
         if (kind, rank) not in self._files:
-            file = safe_open(self.folder / f"{kind}.{rank}.safetensors", framework="pt")
+            name = f"{kind}.{rank}.safetensors"
+            if name not in self.names:
+                raise UserError(f"{self.folder}: {name} is not in its manifest")
+            file = safe_open(self.folder / name, framework="pt")
             self._files[kind, rank] = file, set(file.keys())
         return self._files[kind, rank]

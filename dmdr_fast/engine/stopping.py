@@ -99,18 +99,19 @@ class StopRequest:
 
     def _watch(self) -> None:
         """The thread: end the process on a second signal, or where the main thread does not leave at once."""
-        first_at, at_once = None, False
+        first_at: float | None = None
+        at_once = False
         while not self._left.is_set():
             received = os.read(self._read, 64) if select.select([self._read], [], [], POLL)[0] else b""
             now = time.monotonic()
             if received and first_at is None:
                 first_at, at_once, self._number = now, not self._finishes, received[0]
-            elif received and now - first_at > SAME_REQUEST:
+            elif received and first_at is not None and now - first_at > SAME_REQUEST:
                 self._say("stopped by a second signal; what was not in a checkpoint is lost")
                 self._end()
             if first_at is None and self._is_told():
                 os.kill(os.getpid(), signal.SIGTERM)
-            if at_once and now - first_at > UNWIND:
+            if at_once and first_at is not None and now - first_at > UNWIND:
                 self._say(f"stopped {self.unfinished}")
                 self._end()
         os.close(self._read)

@@ -6,6 +6,7 @@ import logging
 import resource
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -27,6 +28,8 @@ class Telemetry:
     def __init__(self, device: torch.device) -> None:
         self._process = psutil.Process()
         self._unavailable: set[str] = set()
+        self._nvml: Any
+        self._gpu: Any
         self._nvml, self._gpu = _open_gpu(device) if device.type == "cuda" else (None, None)
         self._energy_at_start = self._gpu_figure("energy", lambda n, gpu: n.nvmlDeviceGetTotalEnergyConsumption(gpu))
 

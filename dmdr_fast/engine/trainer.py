@@ -9,9 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import deepspeed
 import torch
 from torch import Tensor
 
@@ -21,14 +20,16 @@ from dmdr_fast.algorithm.step import Update, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
+from dmdr_fast.disk import refusal
 from dmdr_fast.engine import inputs, runtime
 from dmdr_fast.engine.checkpoint import CheckpointFolder, Trained
 from dmdr_fast.engine.compute import compiled_graphs
 from dmdr_fast.engine.conditions import Conditions, build_conditions, drawn
 from dmdr_fast.engine.engines import DTYPES
-from dmdr_fast.engine.evaluation import Evaluator
+from dmdr_fast.engine.evaluation import Evaluator, Shown, drop_evaluations_after
+from dmdr_fast.engine.finished import COLD_START, FINAL, SETTINGS, is_finished
 from dmdr_fast.engine.go_on import resume_command
-from dmdr_fast.engine.identity import evaluates_anew, run_settings
+from dmdr_fast.engine.identity import run_settings
 from dmdr_fast.engine.logs import RunLog
 from dmdr_fast.engine.memory import build_probe
 from dmdr_fast.engine.model import Model, open_model
@@ -42,11 +43,10 @@ from dmdr_fast.engine.score import Rounding, can_measure, rounding_line, score_r
 from dmdr_fast.engine.shards import EMA, save_generator
 from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.engine.stopping import StopRequest
+from dmdr_fast.engine.summary import SUMMARY, origin, write_summary
 from dmdr_fast.engine.telemetry import Telemetry
 from dmdr_fast.errors import RunEnded
 from dmdr_fast.eval.report import write_report
-
-FINAL, SUMMARY = Path("final") / "generator.safetensors", Path("summary.json")
 
 
 def train(config: Config) -> None:
@@ -55,7 +55,7 @@ def train(config: Config) -> None:
     Raises:
         UserError: something in the configuration or on disk must be changed.
         RunEnded: ``train.max_skipped`` updates in a row had non-finite gradients, a reward failed, or a monitor saw
-            collapse and ``train.stop_on_collapse`` is set. A checkpoint was written.
+            collapse and ``train.stop_on_collapse`` is set: a checkpoint was written. Or the disk refuses a file.
     """
     with StopRequest(config.run_dir / "stop" if os.environ.get("RANK", "0") == "0" else None) as stop:
         ranks = runtime.start()
@@ -67,13 +67,19 @@ def train(config: Config) -> None:
             changes = [] if start is None else checkpoints.changes(start)
             for change in changes:
                 ranks.say(f"since the checkpoint: {change}")
-            if start is not None and not evaluates_anew(changes) and ranks.gather(is_finished(config, start))[0]:
+            if is_finished(config, checkpoints.settings, start, changes, ranks):
                 ranks.say(
                     f"nothing to do: {config.run_dir} is finished; raise train.generator_steps to go on, name another "
                     "run_dir for another run, or start anew with --resume never"
                 )
                 return
             _run(Run.build(config, model, ranks, checkpoints, start), stop)
+        except Exception as error:
+            if (fault := refusal(error)) is None:
+                raise
+            raise RunEnded(
+                f"a file cannot be written ({fault}). Free some space, and go on with --resume auto"
+            ) from None
         finally:
             if lock is not None:
                 lock.release()
@@ -112,11 +118,14 @@ class Run:
     checkpoints: CheckpointFolder
     log: RunLog
     telemetry: Telemetry
+    origin: dict[str, str | None]  # of the process, for the report; empty but on rank 0
     step: int
     skipped: int = 0
     skipped_in_a_row: int = 0
     pending: list[dict[str, Tensor]] = field(default_factory=list)  # metrics since the last flush, on the device
+    began_at: float = 0.0  # on the monotonic clock, had the run never stopped
     flushed_at: float = 0.0
+    elapsed: float = 0.0  # seconds from the first update on to the last flush, those before a resume included
     samples_seen: int = 0  # by this process, over all ranks
 
     @classmethod
@@ -135,7 +144,7 @@ class Run:
         seed = int(streams.rng("lora").integers(2**31))
         roles = build_roles(config, model, conditions, ranks, lora_seed=seed, starts=starts)
         ema = None if config.student.ema is None else EMA(roles.generator.trained, config.student.ema)
-        state = {"step": 0, "counters": {}}
+        state: dict[str, Any] = {"step": 0, "counters": {}}
         if resume_from is not None:
             state = checkpoints.load(resume_from, Trained(_trained(roles), ema))
             if rewards is not None:
@@ -168,12 +177,14 @@ class Run:
                 enabled=ranks.is_main,
             ),
             telemetry=Telemetry(ranks.device),
+            origin=origin() if ranks.is_main else {},
             step=state["step"],
             **state["counters"],
         )
         if ranks.is_main:
             (config.run_dir / "config.yaml").write_text(dump(config))
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # that of a run that was finished
+            drop_evaluations_after(config.run_dir, run.step)
         ranks.say(describe(config, run.recipe, roles, ranks))
         if can_measure(config):
             ranks.say(rounding_line(run._rounding(), config))
@@ -187,6 +198,8 @@ class Run:
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
         self.flushed_at = time.monotonic()
+        self.elapsed = self.log.elapsed_before
+        self.began_at = self.flushed_at - self.elapsed
         if config.resume == "auto" and self._evaluation_due and not self._evaluator().has_row(self.step):
             self._evaluate(stop)  # the run was stopped in it
         while self.step < config.train.generator_steps:
@@ -224,22 +237,31 @@ class Run:
                 ranks.say(f"stopped at step {self.step}; to go on: {resume_command(config.run_dir)}")
                 return False
         self._snapshot_cold_start()
+        settings = config.run_dir / SETTINGS
+        if ranks.is_main:
+            settings.unlink(missing_ok=True)
         self._save_generator(config.run_dir / FINAL, DTYPES[config.export.dtype])
+        if ranks.is_main:
+            settings.write_text(json.dumps(self.checkpoints.settings, indent=1))
         return True
 
     @property
     def _evaluation_due(self) -> bool:
-        every = self.config.eval.every
-        return bool(every and self.step and self.step % every == 0 and self._evaluates)
+        evaluation = self.config.eval
+        return bool(evaluation.every and evaluation.samples and self.step and self.step % evaluation.every == 0)
 
     def _evaluate(self, stop: StopRequest) -> bool:
-        """Add the row of the generator as it is; True, and maybe no row, where the run is asked to stop meanwhile."""
+        """Measure and show the generator as it is; True, and maybe nothing done, where the run is asked to stop."""
 
         def asked() -> bool:
             return self.ranks.any(stop.asked)
 
-        self._evaluator().append(self._role_in_training(), self.step, asked)
+        self._show(self._evaluator().append(self._role_in_training(), self.step, asked))
         return asked()
+
+    def _show(self, shown: Shown | None) -> None:
+        if shown is not None:
+            self.log.evaluation(self.step - 1, shown.row, shown.sheet)
 
     def _begin_update(self) -> None:
         """What changes with the step: the cold start's end, the reference, the learning rates."""
@@ -256,6 +278,7 @@ class Run:
         if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
             return
         if self.weight.value is None:
+            assert self.rewards is not None  # RL has some
             given = (data, self.rewards, self.decoder, self.recipe, self.streams, self.step, shards, self.ranks.device)
             loss = first_rl_loss(self.roles.generator, *given)
             self._look_at_rewards()
@@ -264,10 +287,12 @@ class Run:
             except ValueError as error:
                 self._end(str(error), "go on with --resume auto")
             self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
+        assert self.weight.value is not None
         self.recipe = replace(self.recipe, reward_weight=self.weight.value)
 
     def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
+        assert self.rewards is not None  # RL has some
         total, each = self.rewards.score(images, given, batch=batch)
         named = {f"reward_{name}": values for name, values in each.items()} if len(each) > 1 else {}
         if (self.step + 1) % self.config.log.every == 0:
@@ -284,13 +309,26 @@ class Run:
     def finish(self) -> None:
         """Write the evaluation and the report."""
         config, final = self.config, self.config.run_dir / FINAL
-        self.log.close()
+        table = None
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
-            table = self._evaluator().run(self.roles.teacher, {n: p for n, p in generators.items() if p.is_file()})
+            generators = {name: path for name, path in generators.items() if path.is_file()}
+            table, shown = self._evaluator().run(self.roles.teacher, generators, self.step)
+            if not self._evaluation_due:  # which has shown it
+                self._show(shown)
+        self.log.close()
+        if table is not None:
             self.ranks.say(table_text(table))
         if self.ranks.is_main:
-            self._summarise()
+            write_summary(
+                config,
+                self.ranks,
+                self.origin,
+                self.roles.trained_parameters,
+                updates=self.step,
+                skipped=self.skipped,
+                elapsed=self.elapsed,
+            )
             self.ranks.say(f"weights: {final}")
             if config.log.report:
                 self.ranks.say(f"report: {write_report(config.run_dir)}")
@@ -315,22 +353,9 @@ class Run:
         self._save_generator(path)
         return path
 
-    def _summarise(self) -> None:
-        """summary.json: what ran, for the report."""
-        summary = {
-            "updates": self.step,
-            "skipped": self.skipped,
-            "ranks": self.ranks.world_size,
-            "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "CPU",
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "parameters_trained": self.roles.trained_parameters,
-        }
-        (self.config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))
-
     @property
     def _cold_start_weights(self) -> Path:
-        return self.config.run_dir / "cold_start" / "generator.safetensors"
+        return self.config.run_dir / COLD_START
 
     def _snapshot_cold_start(self) -> None:
         if self.step == self.config.train.cold_start_steps:
@@ -365,7 +390,10 @@ class Run:
             self._end(error, "mend the reward and go on with --resume auto")
 
     def _end(self, reason: str, remedy: str) -> NoReturn:
-        self._checkpoint()
+        try:
+            self._checkpoint()
+        except RunEnded as error:
+            raise RunEnded(f"{reason.rstrip('.')}. Then {error}") from None
         self.log.close()
         raise RunEnded(f"{reason.rstrip('.')}. A checkpoint of step {self.step} was written; {remedy}")
 
@@ -378,9 +406,11 @@ class Run:
         values = dict(zip(names, self.ranks.mean(stacked).tolist(), strict=True))
         now, samples = time.monotonic(), len(self.pending) * batch
         self.samples_seen += samples
+        self.elapsed = now - self.began_at
         alpha, beta = self.recipe.renoise.beta(self.step - 1)
         values |= {
             "samples_per_second": samples / (now - self.flushed_at),
+            "elapsed_seconds": self.elapsed,
             "skipped": float(self.skipped),
             "renoise_alpha": alpha,
             "renoise_beta": beta,
@@ -390,11 +420,15 @@ class Run:
             values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
         if graphs := compiled_graphs():
             values["compilations"] = float(graphs)
+        if self.roles.graphs is not None:
+            values["cuda_graphs"] = float(self.roles.graphs.count)
         values |= {f"{n}_loss_scale": r.loss_scale for n, r in _trained(self.roles).items() if r.loss_scale is not None}
         if self.config.monitors.max_score_rounding is not None and can_measure(self.config):
             values["score_rounding"] = self._rounding().error
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
+        if phase == "dmdr":
+            values["reward_weight"] = self.recipe.rl_weight(self.step - 1)
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
         self.pending.clear()
         self.flushed_at = now
@@ -411,7 +445,7 @@ class Run:
             )
 
     def _checkpoint(self) -> None:
-        counters = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        counters: dict[str, Any] = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         if self.config.reward.weight == "auto":
             counters["reward_weight"] = self.weight.state_dict()
         rewards = {} if self.rewards is None else self.rewards.state_dict()
@@ -420,17 +454,6 @@ class Run:
 
 def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
-
-
-def is_finished(config: Config, checkpoint: Path) -> bool:
-    """Whether the run has made all of its updates, up to that checkpoint, and written all that it leaves."""
-    folder, step = config.run_dir, int(checkpoint.name.rpartition("_")[2])
-    try:
-        written = json.loads((folder / SUMMARY).read_text())["updates"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    left = [FINAL, Path("report.html")] if config.log.report else [FINAL]
-    return step >= config.train.generator_steps and written == step and all((folder / p).is_file() for p in left)
 
 
 def diagnosis(update: Update, roles: Roles, ranks: runtime.Runtime) -> str:

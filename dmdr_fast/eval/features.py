@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from dmdr_fast.data.classifier import digits_classifier
 from dmdr_fast.data.digits import NUM_CLASSES
 from dmdr_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SEED = 98_765
 STEPS = 500
@@ -29,6 +32,9 @@ class FeatureExtractor(Protocol):
 
     def predict(self, images: Tensor) -> Tensor:
         """The most likely class of each image, int64 [N]."""
+
+    def to(self, device: torch.device, /) -> FeatureExtractor:
+        """Itself, there."""
 
 
 class ResidualMLP(nn.Module):
@@ -98,6 +104,9 @@ class TransformersFeatures(nn.Module):
         UserError: it cannot be loaded, or is not an image classifier with a linear head.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, path_or_id: str) -> None:
         super().__init__()
         from transformers import AutoModelForImageClassification
@@ -146,7 +155,7 @@ class TransformersFeatures(nn.Module):
         return (pixels[:, :, top : top + self.crop_to, left : left + self.crop_to] - self.mean) / self.std
 
 
-def _last_linear(model: nn.Module, source: str) -> nn.Linear:
+def _last_linear(model: PreTrainedModel, source: str) -> nn.Linear:
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
     if not heads:
         raise UserError(f"evaluation features {source!r}: no linear layer gives its {model.config.num_labels} classes")

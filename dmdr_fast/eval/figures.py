@@ -1,63 +1,17 @@
-"""The pictures of a run: sheets of samples and curves of the log. No global matplotlib state is touched."""
+"""The figures of a run: curves of the log, and the overview. No global matplotlib state is touched."""
 
 from __future__ import annotations
 
-import base64
 import io
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
-ROWS, COLUMNS = 10, 8  # at most, of a sample sheet
-_CELL, _GAP = 48, 4  # pixels: least side of an image in a sheet, space between two
-_LARGEST_CELL = 160
 _COLOURS = ("#2f6fb3", "#d1652a", "#3d8f5a", "#8a5aa8", "#777777")
 _INK, _GRID = "#444444", "#e3e3e3"
 _SMOOTHED_FROM = 80  # points from which a curve gets a running mean drawn over it
-
-
-def sample_order(labels: np.ndarray) -> tuple[np.ndarray, list[int] | None]:
-    """Which samples a sheet shows, and where: (indices int [rows, columns], the class of each row or None).
-
-    One class per row where the first ten classes have two samples or more each, else a square of the first.
-    """
-    classes, counts = np.unique(labels, return_counts=True)
-    classes, counts = classes[:ROWS], counts[:ROWS]
-    columns = min(int(counts.min()), COLUMNS)
-    if columns >= 2:
-        return np.stack([np.flatnonzero(labels == c)[:columns] for c in classes]), classes.tolist()
-    side = min(int(len(labels) ** 0.5), COLUMNS)
-    return np.arange(side * side).reshape(side, side), None
-
-
-def sheet(samples: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """``samples`` [n, C, h, w] in [-1, 1] placed as ``order`` says, on white: uint8 [H, W, C].
-
-    Small images are enlarged by a whole factor with sharp pixels, large ones reduced.
-    """
-    rows, columns = order.shape
-    cells = [[_cell(samples[index]) for index in row] for row in order]
-    height, width, channels = cells[0][0].shape
-    page = np.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, channels), 255, dtype=np.uint8)
-    for i, row in enumerate(cells):
-        for j, cell in enumerate(row):
-            top, left = i * (height + _GAP), j * (width + _GAP)
-            page[top : top + height, left : left + width] = cell
-    return page
-
-
-def _cell(image: np.ndarray) -> np.ndarray:
-    pixels = np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
-    longest = max(pixels.shape[:2])
-    if longest > _LARGEST_CELL:
-        size = [max(1, side * _LARGEST_CELL // longest) for side in pixels.shape[1::-1]]
-        small = Image.fromarray(pixels.squeeze()).resize(size, Image.Resampling.LANCZOS)
-        return np.asarray(small).reshape(size[1], size[0], -1)
-    factor = max(1, -(-_CELL // longest))
-    return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
 @dataclass(frozen=True)
@@ -155,15 +109,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144)
     return buffer.getvalue()
-
-
-def image_png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, 1 or 3] as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG as the ``src`` of an ``<img>`` that needs no file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,13 @@ INSTALL = {
 MASKED = {"QwenImageTransformer2DModel", "ZImageTransformer2DModel"}
 
 
+@runtime_checkable
+class Switched(Protocol):
+    """A layer of ours that reads its kernel here."""
+
+    attention_kernel: AttentionKernel
+
+
 @dataclass(frozen=True)
 class Choice:
     """The kernel that was taken, and why: what speaks for it, or why not a faster one."""
@@ -53,7 +60,8 @@ class Choice:
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: AttentionKernel) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q, k, v [B, T, H, D] of one dtype -> [B, T, H, D]."""
     if kernel in TORCH:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     if kernel == "flash_attn":
         from flash_attn import flash_attn_func
     else:
@@ -99,13 +107,13 @@ def set_attention(model: nn.Module, choice: Choice) -> None:
     run, a VAE or a reward model, follow it. What cuDNN does not take goes to torch's next kernel.
     """
     if choice.kernel == "cudnn":
-        first, order = int(SDPBackend.CUDNN_ATTENTION), torch._C._get_sdp_priority_order()
+        first, order = SDPBackend.CUDNN_ATTENTION.value, torch._C._get_sdp_priority_order()
         torch.backends.cuda.enable_cudnn_sdp(True)
         torch._C._set_sdp_priority_order([first, *(each for each in order if each != first)])
     for module in model.modules():
-        if hasattr(module, "attention_kernel"):
+        if isinstance(module, Switched):
             module.attention_kernel = choice.kernel
-    backends = {m.processor._attention_backend for m in model.modules() if _switchable(m)}
+    backends = {processor._attention_backend for processor in _processors(model)}
     if backends - {None} or (backends and choice.kernel not in TORCH):
         names = DIFFUSERS if _diffusers_model(model, MASKED) is None else DIFFUSERS_MASKED
         _diffusers_model(model).set_attention_backend(names[choice.kernel])
@@ -114,8 +122,9 @@ def set_attention(model: nn.Module, choice: Choice) -> None:
 @contextmanager
 def torch_attention(model: nn.Module) -> Iterator[None]:
     """Inside, every attention of ``model`` runs torch's own: the one that takes fp32."""
-    own = [(m, "attention_kernel", "sdpa") for m in model.modules() if hasattr(m, "attention_kernel")]
-    own += [(m.processor, "_attention_backend", None) for m in model.modules() if _switchable(m)]
+    own: list[tuple[Any, str, str | None]] = []
+    own += [(m, "attention_kernel", "sdpa") for m in model.modules() if isinstance(m, Switched)]
+    own += [(processor, "_attention_backend", None) for processor in _processors(model)]
     before = [getattr(owner, name) for owner, name, _ in own]
     for owner, name, value in own:
         setattr(owner, name, value)
@@ -128,7 +137,7 @@ def torch_attention(model: nn.Module) -> Iterator[None]:
 
 def _refusal(kernel: AttentionKernel, model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why ``kernel`` cannot run here; None when it can."""
-    if kernel != "cudnn" and not any(_switchable(m) or hasattr(m, "attention_kernel") for m in model.modules()):
+    if kernel != "cudnn" and not (_processors(model) or any(isinstance(m, Switched) for m in model.modules())):
         return f"{type(_diffusers_model(model) or model).__name__} calls torch's attention by name"
     if kernel != "cudnn" and importlib.util.find_spec(PACKAGES[kernel]) is None:
         return f"not installed ({INSTALL[kernel]})"
@@ -143,12 +152,13 @@ def _refusal(kernel: AttentionKernel, model: nn.Module, dtype: torch.dtype, devi
     return None
 
 
-def _switchable(module: nn.Module) -> bool:
-    """Whether diffusers can switch the kernel of this layer; the processors of SD3 and SDXL call torch's own."""
-    return hasattr(getattr(module, "processor", None), "_attention_backend")
+def _processors(model: nn.Module) -> list[Any]:
+    """Those whose kernel diffusers can switch; the processors of SD3 and SDXL call torch's own."""
+    processors = [getattr(module, "processor", None) for module in model.modules()]
+    return [processor for processor in processors if hasattr(processor, "_attention_backend")]
 
 
-def _diffusers_model(model: nn.Module, names: Container[str] | None = None) -> nn.Module | None:
+def _diffusers_model(model: nn.Module, names: Container[str] | None = None) -> Any:
     """The diffusers model that ``model`` is or holds, where its class is one of ``names``."""
     held = (m for m in model.modules() if hasattr(m, "set_attention_backend"))
     return next((m for m in held if names is None or type(m).__name__ in names), None)

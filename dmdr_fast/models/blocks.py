@@ -8,6 +8,7 @@ from torch import nn
 
 from dmdr_fast.models.families import Denoiser
 from dmdr_fast.models.partitioned import whole_shape
+from dmdr_fast.models.sit import SiT
 
 WITHOUT_FUSED = {"sdxl"}  # families that `dmdr_fast.patch` does not know
 
@@ -16,6 +17,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """Every repeated block of a SiT or of a family's ``Denoiser``, in the model's order."""
     if isinstance(network, Denoiser):
         return [block for _, block in network.family.blocks(network.transformer)]
+    assert isinstance(network, SiT)
     return list(network.blocks)
 
 

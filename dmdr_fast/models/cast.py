@@ -32,8 +32,8 @@ class ReadAs:
                 return found.to(dtype)
             return found
 
-        nn.Module.__getattr__ = cast_lookup
+        nn.Module.__getattr__ = cast_lookup  # type: ignore[method-assign]  # of every layer, for a while
         try:
             yield
         finally:
-            nn.Module.__getattr__ = lookup
+            nn.Module.__getattr__ = lookup  # type: ignore[method-assign]

@@ -85,7 +85,7 @@ def quantise_blocks(model: nn.Module, kind: EightBit) -> int:
             )
         q, scale = quantise(layer.weight)
         if not hasattr(layer, "adapters"):
-            layer.adapters = {}
+            layer.__dict__["adapters"] = {}
         layer.__class__ = Int8Linear
         layer.weight = nn.Parameter(q, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)

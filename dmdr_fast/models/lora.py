@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,10 +197,9 @@ def add_lora(
         _check_fused(role, layers)
     if not adapters:
         model.requires_grad_(False)
-    adapter = LoraAdapter(model, role, rank, form, layers)
-    for layer in layers.values():
-        if not isinstance(layer, LoraLinear):
-            layer.__class__, layer.adapters = LoraLinear, {}
+    wearing = {name: _lora_linear(layer) for name, layer in layers.items()}
+    adapter = LoraAdapter(model, role, rank, form, wearing)
+    for layer in wearing.values():
         layer.adapters[role] = adapter
         sizes = (layer.in_features, layer.out_features) if form == "standard" else (layer.out_features // 3,) * 2
         for name_a, name_b in PAIRS[form]:
@@ -211,8 +210,16 @@ def add_lora(
                     layer.register_parameter(f"{name}_{role}", parameter)
                 else:
                     layer.__dict__[f"{name}_{role}"] = parameter
-    model.lora_adapters = {**adapters, role: adapter}
+    model.__dict__["lora_adapters"] = {**adapters, role: adapter}
     return adapter
+
+
+def _lora_linear(layer: nn.Linear) -> LoraLinear:
+    """The layer itself, of the class that reads adapters from now on."""
+    if not isinstance(layer, LoraLinear):
+        layer.__class__ = LoraLinear
+        layer.__dict__["adapters"] = {}
+    return cast(LoraLinear, layer)
 
 
 def recompute_contexts(model: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -252,7 +259,7 @@ def _start(
     return a, torch.zeros(rank, sizes[1], device="cpu")
 
 
-def target_layers(model: nn.Module, role: str, targets: Sequence[str]) -> dict[str, LoraLinear]:
+def target_layers(model: nn.Module, role: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The ``nn.Linear`` layers whose names end in one of ``targets``, by name; errors as :func:`add_lora`."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if isinstance(targets, str) or not targets:
@@ -274,7 +281,7 @@ def target_layers(model: nn.Module, role: str, targets: Sequence[str]) -> dict[s
     return found
 
 
-def _check_fused(role: str, layers: dict[str, LoraLinear]) -> None:
+def _check_fused(role: str, layers: dict[str, nn.Linear]) -> None:
     for name, layer in layers.items():
         if layer.out_features % 3:
             raise ValueError(

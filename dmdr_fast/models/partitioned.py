@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def kept_whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     Without it every forward of a ZeRO-3 model gathers each module's parameters and lets them go: N student steps
     gather the model N times. Reading only: weights changed inside are lost. Ordinary parameters are left alone.
     """
-    absent = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
+    absent: list[Any] = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
     for bucket in _buckets(absent):
         bucket[0].all_gather_coalesced(bucket).wait()
     for parameter in absent:
@@ -55,9 +56,9 @@ def kept_whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             absent[0].partition(param_list=absent, has_been_updated=False)
 
 
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: list[Any]) -> Iterator[list[Any]]:
     """Runs of one dtype of at most ``GATHER_ELEMENTS`` elements, or of one parameter."""
-    bucket: list[nn.Parameter] = []
+    bucket: list[Any] = []  # parameters with what DeepSpeed has hung on them
     for parameter in parameters:
         size = sum(p.ds_numel for p in bucket) + parameter.ds_numel
         if bucket and (size > GATHER_ELEMENTS or parameter.dtype != bucket[0].dtype):

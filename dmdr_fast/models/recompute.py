@@ -16,7 +16,7 @@ gathers and releases their parameters in the recomputation as in the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -61,7 +61,7 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
     """
     if mode not in MODES:
         raise ValueError(f"set_recompute: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    owner = next((m for m in model.modules() if getattr(m, "_supports_gradient_checkpointing", False)), None)
+    owner: Any = next((m for m in model.modules() if getattr(m, "_supports_gradient_checkpointing", False)), None)
     if owner is None:
         raise ValueError(
             f"set_recompute: {type(model).__name__} has no blocks to recompute: expected a model with "
@@ -73,7 +73,7 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
         owner.enable_gradient_checkpointing(partial(_run_block, model, mode))
 
 
-def _run_block(model: nn.Module, mode: Recompute, block: Callable[..., Any], *inputs: Any) -> Any:
+def _run_block(model: nn.Module, mode: Recompute, block: nn.Module, *inputs: Any) -> Any:
     """``block(*inputs)``, saving what ``mode`` says. Non-reentrant: inputs need no gradient, weights alone may."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # the models have no dropout
     if torch.compiler.is_compiling():

@@ -53,6 +53,7 @@ class SiT(nn.Module):
 
     prediction = "flow"
     _supports_gradient_checkpointing = True
+    _gradient_checkpointing_func: Callable[..., Tensor] | None
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        weight_dtype = self.mlp[0].weight.dtype
+        weight_dtype = cast(nn.Linear, self.mlp[0]).weight.dtype
         # bf16 has 8 bits: t = 0.999 would be 1. So the waves are fp32 (fp64 in an fp64 model).
         dtype = torch.promote_types(weight_dtype, torch.float32)
         index = torch.arange(TIME_FREQUENCIES, device=t.device, dtype=dtype)
@@ -98,7 +99,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        out = attend(*qkv.unbind(2), self.attention_kernel)
+        q, k, v = qkv.unbind(2)
+        out = attend(q, k, v, self.attention_kernel)
         return self.proj(out.reshape(batch, tokens, width))
 
 
@@ -164,4 +166,5 @@ def initialise(name: str, module: nn.Module) -> None:
         else:
             with torch.no_grad():
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch is one linear map too
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

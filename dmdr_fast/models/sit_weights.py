@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict:
         ) from error
 
 
-def _named(content: object, path: Path) -> dict[str, Stored]:
+def _named(content: Any, path: Path) -> dict[str, Stored]:
     for container in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(container), dict):
             content = content[container]

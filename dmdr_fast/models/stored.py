@@ -55,8 +55,10 @@ def stored_tensors(path: str | Path) -> dict[str, Stored]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    # Of a variant alone (fp16) where there is no other.
+    indexes = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors.index.*.json"))
+    for index in indexes:
+        files = [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(f"weights: {path} lacks shard {missing[0]} of {len(files)}: copy the weights again")
@@ -100,14 +102,13 @@ def parameters_on_meta() -> Iterator[None]:
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, parameter)
         if parameter is not None:
-            own = self._parameters[name]
-            self._parameters[name] = nn.Parameter(own.to("meta"), requires_grad=own.requires_grad)
+            self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = on_meta
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]  # of every layer, for a while
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def load_partitioned(
@@ -179,10 +180,10 @@ def with_lora(stored: Mapping[str, Stored], lora: Mapping[str, Stored], scale: f
         if a is None or b is None or (len(a.shape), len(b.shape), a.shape[1:]) != (2, 2, b.shape[:1]):
             found = [None if factor is None else list(factor.shape) for factor in (a, b)]
             raise ValueError(f"weights: {layer} expected lora_A [in, r] and lora_B [r, out], got {found}")
-        if weight is None or weight.shape != (b.shape[1], a.shape[0]):
-            found = "no such layer" if weight is None else f"a layer {list(weight.shape)}"
+        if weight is None or list(weight.shape) != [b.shape[1], a.shape[0]]:
+            got = "no such layer" if weight is None else f"a layer {list(weight.shape)}"
             raise ValueError(
-                f"weights: {layer} expected a layer [{b.shape[1]}, {a.shape[0]}] for the adapter, got {found}"
+                f"weights: {layer} expected a layer [{b.shape[1]}, {a.shape[0]}] for the adapter, got {got}"
             )
         merged[f"{layer}.weight"] = Stored(weight.shape, partial(_merged, weight, a, b, scale))
     return merged

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dmdr_fast.models.families.loading import variant_of
 from dmdr_fast.models.recompute import set_recompute
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, ModelMixin
 
 
 class LatentDecoder(nn.Module):
@@ -55,7 +56,7 @@ class LatentDecoder(nn.Module):
         from diffusers import AutoencoderKL  # seconds to import, and optional: pixel-space models do without
 
         try:
-            return cls(AutoencoderKL.from_pretrained(str(path), torch_dtype=dtype))
+            return cls(AutoencoderKL.from_pretrained(str(path), torch_dtype=dtype, variant=variant_of(Path(path))))
         except OSError as error:
             raise FileNotFoundError(f"VAE: cannot load {path} ({_first_line(error)}): {remedy}") from error
         except (ValueError, TypeError, RuntimeError) as error:
@@ -77,7 +78,7 @@ class LatentDecoder(nn.Module):
         return self.vae.decode((wide / self.scaling_factor + self.shift_factor).to(self.vae.dtype)).sample
 
 
-def save_decoder_memory(vae: nn.Module, *, tiling: bool, recompute: bool) -> None:
+def save_decoder_memory(vae: ModelMixin, *, tiling: bool, recompute: bool) -> None:
     """Less memory for decoding with ``vae``, one of diffusers' autoencoders, with or without grad.
 
     tiling:     ``enable_tiling``: latents larger than a tile are decoded tile by tile and blended where they overlap;
@@ -107,7 +108,7 @@ def decoder_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def speed_up_convolutions(vae: nn.Module, device: torch.device) -> None:
+def speed_up_convolutions(vae: ModelMixin, device: torch.device) -> None:
     """On CUDA: weights with the channels last, as tensor cores read them, and cuDNN tries its kernels on every shape.
 
     A run decodes few shapes, thousands of times each. Otherwise cuDNN transposes around every convolution.

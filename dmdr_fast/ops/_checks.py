@@ -47,14 +47,6 @@ def shaped(op: str, name: str, value: Tensor, shape: Sequence[int], meaning: str
     on_device(op, name, value, on, on_name)
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the arithmetic and of per-sample scalars: float64 where any tensor is, else float32."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
-
-
 def scalar(op: str, name: str, value: Tensor | float, sample: Tensor, dtype: torch.dtype, **bounds: float) -> Tensor:
     """One number per sample, contiguous and of ``dtype``: a python number in ``bounds`` and a 0-d tensor serve all."""
     if not isinstance(value, Tensor):
@@ -91,8 +83,7 @@ def values(
     """All finite and in range; reads them."""
     if value is None or not _readable(value):
         return
-    low, high = torch.aminmax(value.detach())
-    low, high = low.item(), high.item()
+    low, high = (bound.item() for bound in torch.aminmax(value.detach()))
     if not (_in_range(low, minimum, above, maximum) and _in_range(high, minimum, above, maximum)):
         expected = _range(minimum, above, maximum)
         raise ValueError(f"{op}: {name}: expected {expected}, got values from {low:g} to {high:g}")
@@ -101,7 +92,7 @@ def values(
 def below(op: str, name: str, value: Tensor, bound: Tensor, bound_name: str) -> None:
     """Every value [B] is under its bound [B]."""
     if _readable(value) and _readable(bound) and not (value < bound).all():
-        worst = (value - bound).argmax().item()
+        worst = int((value - bound).argmax())
         raise ValueError(
             f"{op}: {name}: expected below {bound_name} for every sample, got {value[worst].item():g} "
             f"against {bound[worst].item():g}"
@@ -140,7 +131,7 @@ def dtype(op: str, name: str, value: torch.dtype) -> None:
         raise TypeError(f"{op}: {name}: expected a float dtype of torch, got {value!r}")
 
 
-def seed(op: str, value: Tensor, on: Tensor, on_name: str) -> None:
+def seed(op: str, value: Tensor | None, on: Tensor, on_name: str) -> None:
     """int64 [2] = (key, stream) on the device of ``on``."""
     if not isinstance(value, Tensor) or value.dtype is not torch.int64:
         got = _short(value.dtype) if isinstance(value, Tensor) else type(value).__name__
@@ -193,8 +184,3 @@ def _range(minimum: float, above: float, maximum: float) -> str:
 
 def _short(value: torch.dtype) -> str:
     return str(value).removeprefix("torch.")
-
-
-def wanted(needed, **gradients: Tensor | None) -> dict[str, Tensor | None]:
-    """The gradients that are needed; the empty tensors of those that are not are left out."""
-    return {name: grad for name, grad in gradients.items() if getattr(needed, name)}

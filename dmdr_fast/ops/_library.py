@@ -1,8 +1,8 @@
 """Raw functions: what a public op runs, as ``torch.ops.dmdr_fast.*`` and, in eager mode, past the dispatcher.
 
 The arguments of a raw function are one named tuple. Its annotations make the schema; the description of the results,
-the rules of the derivative, the reference and every backend take the tuple itself. Fakes and the tensors that a backend
-writes are made from the description.
+the formula and every backend take the tuple itself. Fakes and the tensors that a backend writes are made from the
+description, and the rules of the derivative from names.
 
 A call in eager mode costs what it must: one look at each argument makes the call's signature, the signature finds the
 plan (:mod:`dmdr_fast.backends.plans`), the plan allocates and launches. Checks ran when the signature was new. Whatever
@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from dmdr_fast import backends, reference
 from dmdr_fast.backends.plans import Live, Plan
 from dmdr_fast.ops import _checks
-from dmdr_fast.reference.registry import RESULTS, Result, first_tensor
+from dmdr_fast.reference import FUNCTIONS, RESULTS, Result, first_tensor
 
 _LIBRARY = torch.library.Library("dmdr_fast", "DEF")
 _BELOW_AUTOGRAD = torch._C._AutoDispatchBelowAutograd
@@ -39,12 +39,17 @@ _MOST_PLANS = 1024
 # A live int is in the signature by what a kernel is specialised for, and by its place in the largest block.
 _LARGEST_BLOCK = 4096
 
+# The shape of a result that nobody needs.
+_NOTHING = torch.Size((0,))
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, torch.dtype, type(None)))
 _SCHEMA = {
     Tensor: "Tensor", bool: "bool", int: "SymInt", Live: "SymInt", float: "float", str: "str",
     torch.dtype: "ScalarType", list[int]: "SymInt[]", list[float]: "float[]",
 }  # fmt: skip
+
+# Its names are known at run time only.
+_named: Callable[[str, Sequence[str]], type[Any]] = namedtuple
 
 
 # By name.
@@ -62,6 +67,8 @@ class Raw:
     Attributes:
         name: e.g. ``renoise_fwd``.
         arguments: the named tuple that its arguments are.
+        hints: the types of its fields.
+        results: the names of the results.
         plans: by the key of a signature.
         live: number of the argument that is :class:`Live`; None without one.
         operator: ``torch.ops.dmdr_fast.<name>.default``.
@@ -70,19 +77,20 @@ class Raw:
     def __init__(
         self,
         name: str,
-        arguments: type[tuple],
-        check: Callable[[str, Any], None] | None,
+        arguments: type[Any],
+        results: tuple[str, ...],
+        check: Callable[[str, Any], None],
         check_values: Callable[[str, Any], None] | None,
-        formula: Callable[[Any], Any] | None,
+        formula: Callable[[Any], Any],
     ) -> None:
-        self.name, self.arguments = name, arguments
-        self.operator: Callable = None
+        self.name, self.arguments, self.results = name, arguments, results
+        self.operator: Callable[..., Any]
         self._check, self._check_values = check, check_values
-        self._formula = formula or functools.partial(reference.run, name)
+        self._formula = formula
         self._function: type[torch.autograd.Function] | None = None
         self.plans: dict[tuple, Plan] = {}
-        hints = typing.get_type_hints(arguments)
-        self.live = next((index for index, field in enumerate(arguments._fields) if hints[field] is Live), None)
+        self.hints = typing.get_type_hints(arguments)
+        self.live = next((index for index, field in enumerate(arguments._fields) if self.hints[field] is Live), None)
 
     def checked(self, op: str, *args: Any) -> Any:
         """As the public op ``op`` calls it: arguments of a new signature are checked, values on the CPU always."""
@@ -120,13 +128,13 @@ class Raw:
 
     def run(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
         """The results, without a derivative."""
-        if plan is not None:
+        if plan is not None and signature is not None:
             return plan(signature[1])
         # Each tensor becomes one of its own, whatever the caller passed twice: the recorder tells them apart so.
-        args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        own = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         if self.live is not None:
-            args[self.live] = Live(args[self.live])
-        outputs, plan = backends.run(self.name, self.arguments(*args))
+            own[self.live] = Live(own[self.live])
+        outputs, plan = backends.run(self.name, self.arguments(*own))
         if plan is not None and signature is not None:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
@@ -177,66 +185,143 @@ class Raw:
         return tuple(key), values, grads and graded
 
 
-def gradient(of: type[tuple], fields: str) -> type[tuple]:
-    """The arguments of the gradient of a raw function with the arguments ``of``.
+def _right(op: str, arguments: Any) -> None:
+    """The check of arguments that are known to be right."""
 
-    ``fields`` names them: arguments of the function have the types that they have there, ``need_*`` are bools,
-    ``*dtype`` are dtypes, gradients and results of the function are tensors; ``?`` marks one that may be None.
+
+class Rule(NamedTuple):
+    """The derivative of a raw function, as ``torch.autograd.Function`` has it.
+
+    Attributes:
+        save: ``save(ctx, arguments, results)`` keeps what ``backward`` reads.
+        backward: ``backward(ctx, needed, *gradients of the results)``: gradients by the number of their argument, None
+            or left out where there is none. ``needed`` has a bool per argument.
     """
-    hints = typing.get_type_hints(of)
 
-    def hint(field: str) -> Any:
-        if field.startswith("need_"):
-            return bool
-        if field.endswith("?"):
-            return Tensor | None
-        return hints.get(field, torch.dtype if field.endswith("dtype") else Tensor)
+    save: Callable[[Any, tuple, Any], None]
+    backward: Callable[..., dict[int, Tensor | None]]
 
-    return NamedTuple(of.__name__ + "Grad", [(field.removesuffix("?"), hint(field)) for field in fields.split()])
+
+def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[Raw], Rule]:
+    """The rule of a raw function whose gradients ``gradient`` computes, made from the names of its arguments.
+
+    ``grad_y`` is the gradient of the result y, ``grad`` that of the first; ``need_x_or_z`` says whether x or z needs
+    one; ``x_dtype`` is the dtype of x; all others are arguments and results of the function. A result ``grad_x`` is the
+    gradient of x.
+
+    Args:
+        through: an argument whose gradient is that of the first result, as it is.
+        names: the function's arguments by what ``gradient`` calls them, where that is something else.
+    """
+
+    def rule(raw: Raw) -> Rule:
+        arguments, fields = raw.arguments._fields, gradient.arguments._fields
+
+        def number(field: str) -> int:
+            """Of an argument, or behind the arguments that of a result."""
+            return (arguments + raw.results).index(names.get(field, field))
+
+        incoming = [f"grad_{result}" for result in raw.results]
+        needs = [field for field in fields if field.startswith("need_")]
+        kept = [field for field in fields if _is_tensor(gradient.hints[field]) and not field.startswith("grad")]
+        options = [field for field in fields if not _is_tensor(gradient.hints[field]) and field not in needs]
+        pool = [*incoming, *kept, *options, *needs]
+        order = [pool.index(incoming[0] if field == "grad" else field) for field in fields]
+
+        saved = [number(field) for field in kept]
+        dtypes = [field not in arguments for field in options]  # x_dtype
+        sources = [number(field.removesuffix("_dtype" * dtype)) for field, dtype in zip(options, dtypes, strict=True)]
+        groups = [[number(one) for one in field.removeprefix("need_").split("_or_")] for field in needs]
+        given = [number(result.removeprefix("grad_")) for result in gradient.results]
+        passed = None if through is None else arguments.index(through)
+
+        def save(ctx, args, results):
+            values = (*args, *results) if isinstance(results, tuple) else (*args, results)
+            ctx.save_for_backward(*[values[index] for index in saved])
+            ctx.options = [args[i].dtype if dtype else args[i] for i, dtype in zip(sources, dtypes, strict=True)]
+
+        def backward(ctx, needed, *grads):
+            found = {}
+            if passed is not None and needed[passed]:
+                found[passed] = grads[0]
+            if passed is None or any(map(needed.__getitem__, given)):
+                wanted = [any(map(needed.__getitem__, group)) for group in groups]
+                values = (*grads, *ctx.saved_tensors, *ctx.options, *wanted)
+                made = gradient(*[values[index] for index in order])
+                for index, part in zip(given, made if isinstance(made, tuple) else (made,), strict=True):
+                    # An empty one belongs to a result that got no gradient.
+                    if needed[index] and part.shape != _NOTHING:
+                        found[index] = part
+            return found
+
+        return Rule(save, backward)
+
+    return rule
+
+
+def written(save: Callable[[Any, Any, Any], None], backward: Callable[..., dict]) -> Callable[[Raw], Rule]:
+    """A rule written out: arguments, and what is needed of them, come as their named tuple, gradients go by name."""
+
+    def rule(raw: Raw) -> Rule:
+        made, number = raw.arguments, raw.arguments._fields.index
+
+        def by_number(ctx, needed, *grads):
+            return {number(name): part for name, part in backward(ctx, made(*needed), *grads).items()}
+
+        return Rule(lambda ctx, args, results: save(ctx, made(*args), results), by_number)
+
+    return rule
 
 
 def define(
     name: str,
-    arguments: type[tuple],
+    arguments: type[Any],
     results: str,
     describe: Callable[[Any], Result | tuple[Result, ...]],
+    formula: Callable[[Any], Any],
     *,
-    check: Callable[[str, Any], None] | None = None,
+    check: Callable[[str, Any], None] = _right,
     check_values: Callable[[str, Any], None] | None = None,
-    save: Callable[[Any, Any, Any], None] | None = None,
-    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    backward: Callable[[Raw], Rule] | None = None,
     constants: tuple[int, ...] = (),
-    formula: Callable[[Any], Any] | None = None,
+    recompute: Callable[[Any], dict[str, Tensor]] | None = None,
+    derived: Callable[[Any], Any] | None = None,
     flops: Callable | None = None,
 ) -> Raw:
-    """Register a raw function: its arguments, its results and its derivative; the backends implement it.
+    """Register a raw function: its arguments, its results, its formula and its derivative; the backends implement it.
 
     Args:
         name: of the function, e.g. ``gated_residual_fwd``.
         arguments: a named tuple class; its annotations make the schema.
         results: the names of the results, ``"y mean rstd"``; all are tensors.
         describe: of the arguments: a :class:`Result` for each result.
+        formula: of the arguments: the results in plain PyTorch, see :data:`dmdr_fast.reference.FUNCTIONS`.
         check: of the public op's name and the arguments: raises unless they are right; reads no values.
         check_values: likewise, and reads them; called where that costs nothing.
-        save: ``save(ctx, arguments, results)`` keeps what ``backward`` reads, as ``setup_context`` does.
-        backward: ``backward(ctx, needed, *gradients of the results)``: the gradients by argument name; ``needed`` is
-            the named tuple of bools. Without it differentiating goes through the reference.
+        backward: the rule of the derivative, see :func:`by`. Without it differentiating goes through the formula.
         constants: numbers of the results that have no gradient.
-        formula: of the arguments: the results in plain PyTorch, for all derivatives but the first in reverse mode. None
-            means the reference, whose arguments are then independent of each other: no statistics of others.
+        recompute: of the arguments: those that are functions of others (a backward's statistics), by name. Derivatives
+            of the formula take them so.
+        derived: of the arguments: the results for all derivatives but the first in reverse mode, where that is not the
+            formula.
         flops: for torch's FlopCounterMode, as ``torch.utils.flop_counter.register_flop_formula`` takes it.
     """
-    raw = Raw(name, arguments, check, check_values, formula)
-    several = len(results.split()) > 1
-    made = namedtuple(name, results)
+    names = tuple(results.split())
+    several = len(names) > 1
+    FUNCTIONS[name] = formula
+    if derived is None:
+        derived = _formula_of(name, recompute)
+    raw = Raw(name, arguments, names, check, check_values, derived)
+    made = _named(name, names)
     RESULTS[name] = (lambda a: made(*describe(a))) if several else (lambda a: made(describe(a)))
-    returned = "(" + ", ".join(f"Tensor {result}" for result in results.split()) + ")" if several else "Tensor"
-    _LIBRARY.define(f"{name}({_schema(arguments)}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
+    returned = "(" + ", ".join(f"Tensor {result}" for result in names) + ")" if several else "Tensor"
+    schema = ", ".join(f"{_schema_type(raw.hints[field])} {field}" for field in arguments._fields)
+    _LIBRARY.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
     raw.operator = getattr(torch.ops.dmdr_fast, name).default
     RAW[name] = raw
     torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: raw.fake(arguments(*args)), lib=_LIBRARY)
     if backward is not None:
-        raw._function = _function(raw, save, backward, constants)
+        raw._function = _function(raw, backward(raw), constants)
     if flops is not None:
         _flop_formulas[name] = flops
     _LIBRARY.impl(name, _implementation(raw), "CompositeExplicitAutograd")
@@ -244,10 +329,14 @@ def define(
     return raw
 
 
-def _schema(arguments: type[tuple]) -> str:
-    """``Tensor x, Tensor? noise, float eps``: the arguments of a schema, from the tuple's annotations."""
-    hints = typing.get_type_hints(arguments)
-    return ", ".join(f"{_schema_type(hints[field])} {field}" for field in arguments._fields)
+def _formula_of(name: str, recompute: Callable[[Any], dict[str, Tensor]] | None) -> Callable[[Any], Any]:
+    if recompute is None:
+        return functools.partial(reference.run, name)
+    return lambda a: reference.run(name, a._replace(**recompute(a)))
+
+
+def _is_tensor(hint: Any) -> bool:
+    return hint in (Tensor, Tensor | None)
 
 
 def _schema_type(hint: Any) -> str:
@@ -262,9 +351,9 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _function(
-    raw: Raw, save: Callable, backward: Callable, constants: tuple[int, ...]
-) -> type[torch.autograd.Function]:
+def _function(raw: Raw, rule: Rule, constants: tuple[int, ...]) -> type[torch.autograd.Function]:
+    save, backward, missing = *rule, (None,) * len(raw.arguments._fields)
+
     def forward(ctx, signature, plan, *args):
         if signature is None:  # the dispatcher below has to see it: fake tensors, counters, subclasses
             with _BELOW_AUTOGRAD():
@@ -274,15 +363,15 @@ def _function(
         if constants:
             ctx.mark_non_differentiable(*[outputs[index] for index in constants])
         ctx.set_materialize_grads(False)  # a zero tensor for each result without a gradient costs a launch
-        save(ctx, raw.arguments(*args), outputs)
+        save(ctx, args, outputs)
         return outputs
 
     def backward_of(ctx, *grads):
-        if all(grad is None for grad in grads):
-            return (None,) * (2 + len(raw.arguments._fields))
-        needed = raw.arguments(*ctx.needs_input_grad[2:])
-        gradients = backward(ctx, needed, *grads)
-        return None, None, *[gradients.get(field) for field in raw.arguments._fields]
+        gradients: list[Tensor | None] = list(missing)
+        if any(grad is not None for grad in grads):
+            for index, gradient in backward(ctx, ctx.needs_input_grad[2:], *grads).items():
+                gradients[index] = gradient
+        return None, None, *gradients
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
     return type(raw.name, (torch.autograd.Function,), members)

@@ -1,4 +1,4 @@
-"""Checks of shift, scale and gate of adaptive norms."""
+"""What adaptive norms and gated residuals share: checks of shift, scale and gate, and parts of the formulas."""
 
 from __future__ import annotations
 
@@ -43,3 +43,51 @@ def _what(depth: int, x: Tensor) -> str:
     if depth == x.dim() - 1 and depth > 1:
         return "token"
     return ("batch", "sample", "frame")[min(depth, 2)]
+
+
+def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / sqrt(var + eps)) over the last dimension, in the compute dtype."""
+    x = x.to(compute)
+    mean = x.mean(-1)
+    rstd = torch.rsqrt((x - mean.unsqueeze(-1)).square().mean(-1) + eps)
+    return mean, rstd
+
+
+def rms_norm_statistic(x: Tensor, eps: float, compute: torch.dtype) -> Tensor:
+    """1 / sqrt(mean x^2 + eps) over the last dimension, in the compute dtype."""
+    return torch.rsqrt(x.to(compute).square().mean(-1) + eps)
+
+
+def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    """``x`` times a norm's weight [D]; None means 1."""
+    return x if weight is None else x * weight.to(x.dtype)
+
+
+def broadcast(vector: Tensor, x: Tensor) -> Tensor:
+    """shift, scale or gate so that it broadcasts against x [B, ..., D]."""
+    if vector.dim() == 2 and x.dim() > 2:
+        return vector.reshape(vector.shape[0], *[1] * (x.dim() - 2), vector.shape[1])
+    return vector
+
+
+def summed(grad: Tensor, like: Tensor, needed: bool) -> Tensor | None:
+    """``grad`` of x's shape summed to the shape of ``like``, which was broadcast: a copy; None if not needed."""
+    return grad.sum_to_size(broadcast(like, grad).shape).reshape(like.shape).clone() if needed else None
+
+
+def layer_norm_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, shift and scale in the compute dtype, the latter two not yet summed."""
+    compute = mean.dtype
+    grad, rstd = grad.to(compute), rstd.unsqueeze(-1)
+    normal = (x.to(compute) - mean.unsqueeze(-1)) * rstd
+    inner = grad * (1 + broadcast(scale, x).to(compute))
+    grad_x = rstd * (inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True))
+    return grad_x, grad, grad * normal
+
+
+def gate_gradients(grad: Tensor, a) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``a.h`` and ``a.gate`` from that of gate h."""
+    grad_h = broadcast(a.gate, a.h).to(grad.dtype) * grad if a.need_h else None
+    return grad_h, summed(grad * a.h.to(grad.dtype), a.gate, True) if a.need_gate else None

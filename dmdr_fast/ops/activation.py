@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.reference import Result, compute_dtype, like
+
+Approximate = Literal["none", "tanh"]
 
 
 class GatedActivation(NamedTuple):
@@ -17,10 +22,14 @@ class GatedActivation(NamedTuple):
     gate_first: bool
 
 
-GatedActivationGrad = gradient(GatedActivation, "grad packed activation gate_first")
+class GatedActivationGrad(NamedTuple):
+    grad: Tensor
+    packed: Tensor
+    activation: str
+    gate_first: bool
 
 
-def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = False) -> Tensor:
+def gelu_mul(packed: Tensor, *, approximate: Approximate = "none", gate_first: bool = False) -> Tensor:
     """value * gelu(gate) with packed = [value | gate].
 
     Args:
@@ -36,7 +45,7 @@ def gelu_mul(packed: Tensor, *, approximate: str = "none", gate_first: bool = Fa
 
     Source: GEGLU (arXiv 2002.05202); diffusers' GEGLU with the default order.
     """
-    check.choice("gelu_mul", "approximate", approximate, ("none", "tanh"))
+    check.choice("gelu_mul", "approximate", approximate, get_args(Approximate))
     return _fwd.checked("gelu_mul", packed, "gelu" if approximate == "none" else "gelu_tanh", bool(gate_first))
 
 
@@ -64,18 +73,44 @@ def _check(op: str, a: GatedActivation) -> None:
         raise ValueError(f"{op}: packed: expected an even last dimension 2F, got shape {list(a.packed.shape)}")
 
 
-def _save(ctx, a: GatedActivation, result) -> None:
-    ctx.save_for_backward(a.packed)
-    ctx.options = a.activation, a.gate_first
+def _formula(a: GatedActivation) -> Tensor:
+    value, gate = _halves(a.packed, a.gate_first)
+    return value * _activation(gate, a.activation)
 
 
-def _backward(ctx, needed: GatedActivation, grad) -> dict:
-    return {"packed": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
+def _formula_bwd(a: GatedActivationGrad) -> Tensor:
+    value, gate = _halves(a.packed, a.gate_first)
+    grad = a.grad.to(value.dtype)
+    grad_value, grad_gate = grad * _activation(gate, a.activation), grad * value * _derivative(gate, a.activation)
+    return torch.cat((grad_gate, grad_value) if a.gate_first else (grad_value, grad_gate), -1)
 
 
-_bwd = define("gated_activation_bwd", GatedActivationGrad, "grad_packed", lambda a: like(a.packed))
+def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """(value, gate) in the compute dtype."""
+    first, second = packed.to(compute_dtype(packed)).chunk(2, -1)
+    return (second, first) if gate_first else (first, second)
+
+
+def _activation(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _derivative(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        gate = torch.sigmoid(x)
+        return gate * (1 + x * (1 - gate))
+    if activation == "gelu":
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    slope = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(slope * (x + 0.044715 * x.pow(3)))
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope * (1 + 3 * 0.044715 * x * x)
+
+
+_bwd = define("gated_activation_bwd", GatedActivationGrad, "grad_packed", lambda a: like(a.packed), _formula_bwd)
 _fwd = define(
     "gated_activation_fwd", GatedActivation, "out",
-    lambda a: Result((*a.packed.shape[:-1], a.packed.shape[-1] // 2), a.packed.dtype),
-    check=_check, save=_save, backward=_backward,
+    lambda a: Result((*a.packed.shape[:-1], a.packed.shape[-1] // 2), a.packed.dtype), _formula,
+    check=_check, backward=by(_bwd),
 )  # fmt: skip

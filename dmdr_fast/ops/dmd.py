@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import define, written
+from dmdr_fast.reference import Result, compute_dtype, like, per_sample
+
+CFGMode = Literal["standard", "offset"]
+Prediction = Literal["flow", "eps", "v", "x0"]
+Normalizer = Literal["per_sample", "global", "none"]
+EpsMode = Literal["add", "clamp", "none"]
+NaNPolicy = Literal["zero", "torch", "zero_sample", "keep"]
+Reduction = Literal["mean", "sum"]
 
 
 class DMD(NamedTuple):
@@ -72,12 +79,12 @@ def dmd_gradient(
     sigma: Tensor | float,
     alpha: Tensor | float | None = None,
     cfg_scale: Tensor | float | None = None,
-    cfg_mode: str = "standard",
-    prediction: str = "flow",
-    normalizer: str = "per_sample",
+    cfg_mode: CFGMode = "standard",
+    prediction: Prediction = "flow",
+    normalizer: Normalizer = "per_sample",
     eps: float = 1e-8,
-    eps_mode: str = "add",
-    nan_policy: str = "keep",
+    eps_mode: EpsMode = "add",
+    nan_policy: NaNPolicy = "keep",
     mask: Tensor | None = None,
     weight: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
@@ -150,16 +157,16 @@ def dmd_loss(
     sigma: Tensor | float,
     alpha: Tensor | float | None = None,
     cfg_scale: Tensor | float | None = None,
-    cfg_mode: str = "standard",
-    prediction: str = "flow",
-    normalizer: str = "per_sample",
+    cfg_mode: CFGMode = "standard",
+    prediction: Prediction = "flow",
+    normalizer: Normalizer = "per_sample",
     eps: float = 1e-8,
-    eps_mode: str = "add",
-    nan_policy: str = "keep",
+    eps_mode: EpsMode = "add",
+    nan_policy: NaNPolicy = "keep",
     mask: Tensor | None = None,
     weight: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     factor: float = 0.5,
 ) -> Tensor:
     r"""factor * mean(g^2) or factor * sum(g^2), with the gradient factor * 2 g / numel or factor * 2 g on x0.
@@ -199,7 +206,7 @@ def _run(op, x0, x_t, fake, real, uncond, sigma, alpha, cfg_scale, mask, weight,
     if (uncond is None) != (cfg_scale is None):
         missing = "cfg_scale" if cfg_scale is None else "pred_real_uncond"
         raise ValueError(f"{op}: {missing}: expected with its counterpart (CFG needs both), got None")
-    dtype = check.compute_dtype(x0, x_t, fake, real, uncond)
+    dtype = compute_dtype(x0, x_t, fake, real, uncond)
     reads_alpha = prediction in ("eps", "v")
     largest = 1.0 if reads_alpha and alpha is None else math.inf  # alpha is then 1 - sigma
     sigma = check.scalar(op, "sigma", sigma, x0, dtype, minimum=0, maximum=largest)
@@ -228,12 +235,12 @@ def _check(op: str, a: DMD) -> None:
         check.like(op, name, getattr(a, name), a.x0, "x0")
     if a.pred_real_uncond is not None:
         check.like(op, "pred_real_uncond", a.pred_real_uncond, a.x0, "x0")
-    check.choice(op, "cfg_mode", a.cfg_mode, ("standard", "offset"))
-    check.choice(op, "prediction", a.prediction, ("flow", "eps", "v", "x0"))
-    check.choice(op, "normalizer", a.normalizer, ("per_sample", "global", "none"))
-    check.choice(op, "eps_mode", a.eps_mode, ("add", "clamp", "none"))
-    check.choice(op, "nan_policy", a.nan_policy, ("zero", "torch", "zero_sample", "keep"))
-    check.choice(op, "reduction", a.reduction, ("mean", "sum"))
+    check.choice(op, "cfg_mode", a.cfg_mode, get_args(CFGMode))
+    check.choice(op, "prediction", a.prediction, get_args(Prediction))
+    check.choice(op, "normalizer", a.normalizer, get_args(Normalizer))
+    check.choice(op, "eps_mode", a.eps_mode, get_args(EpsMode))
+    check.choice(op, "nan_policy", a.nan_policy, get_args(NaNPolicy))
+    check.choice(op, "reduction", a.reduction, get_args(Reduction))
     if a.out_dtype is not None:
         check.dtype(op, "out_dtype", a.out_dtype)
     check.number(op, "eps", a.eps, minimum=0)
@@ -291,7 +298,7 @@ def _reads_last() -> bool:
     return not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _formula(a: DMD):
+def _derived(a: DMD):
     """The loss's derivative is the gradient that it injects into x0, not that of its value."""
     grad, norm, loss, loss_scale = (part.detach() for part in reference.run("dmd_gradient_fwd", a))
     slope = grad.to(loss.dtype) * loss_scale
@@ -301,13 +308,92 @@ def _formula(a: DMD):
 
 
 def _results(a: DMD):
-    compute = check.compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
+    compute = compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
     scalar = Result((), compute)
     return like(a.x0, a.out_dtype), Result(a.x0.shape[:1], compute), scalar, scalar
 
 
-_bwd = define("dmd_loss_bwd", DMDLossGrad, "grad_x0", lambda a: like(a.g, a.dtype))
+def _formula(a: DMD) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss_scale is d loss / d x0 divided by grad: 2 factor / count, or 2 factor."""
+    compute = compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
+    x0, x_t, fake, real = (tensor.to(compute) for tensor in (a.x0, a.x_t, a.pred_fake, a.pred_real))
+    if a.pred_real_uncond is not None:
+        scale = a.cfg_scale if a.cfg_tensor is None else per_sample(a.cfg_tensor, x0)
+        uncond = a.pred_real_uncond.to(compute)
+        real = (uncond if a.cfg_mode == "standard" else real) + scale * (real - uncond)
+
+    keep, gain = _denoiser(a.prediction, a.sigma, 1 - a.sigma if a.alpha is None else a.alpha)
+    g = per_sample(gain, x0) * (fake - real)
+    # x0 and x_t are close at small sigma: their difference first, it is exact there.
+    distance = x0 if keep is None else x0 - per_sample(keep, x0) * x_t
+    norm = _normalizer(distance - per_sample(gain, x0) * real, a.mask, a.normalizer, a.eps, a.eps_mode)
+    g = g / per_sample(norm, x0)
+    if a.weight is not None:
+        g = per_sample(a.weight, x0) * g
+    g = _without_nonfinite(_select(g, a.mask), a.nan_policy, a.out_dtype or a.x0.dtype)
+
+    count = g.new_full((), g.numel()) if a.mask is None else a.mask.expand_as(g).sum().to(compute)
+    loss_scale = 2 * a.factor / count.clamp(min=1) if a.reduction == "mean" else torch.full_like(count, 2 * a.factor)
+    loss = g.square().sum() * (0.5 * loss_scale)
+    if a.scaled:
+        g, loss_scale = loss_scale * g, torch.ones_like(loss_scale)
+    return g, norm, loss, loss_scale
+
+
+def _formula_bwd(a: DMDLossGrad) -> Tensor:
+    compute = a.loss_scale.dtype
+    return (a.grad_loss * a.loss_scale).to(compute) * a.g.to(compute)
+
+
+def _denoiser(prediction: str, sigma: Tensor, alpha: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(keep, gain) of x0_hat = keep x_t + gain prediction; keep None is 0."""
+    if prediction == "flow":
+        return torch.ones_like(sigma), -sigma
+    if prediction == "eps":
+        return 1 / alpha, -sigma / alpha
+    if prediction == "v":
+        return alpha, -sigma
+    return None, torch.ones_like(sigma)
+
+
+def _select(values: Tensor, mask: Tensor | None) -> Tensor:
+    """0 where the mask is off, whatever stood there (a product would keep a NaN)."""
+    return values if mask is None else torch.where(mask, values, 0)
+
+
+def _normalizer(distance: Tensor, mask: Tensor | None, normalizer: str, eps: float, eps_mode: str) -> Tensor:
+    """mean |x0 - x0_real| over what the mask selects, per sample or over all, with eps: [B]."""
+    batch = distance.shape[0]
+    if normalizer == "none":
+        return distance.new_ones(batch)
+    total = _select(distance.abs(), mask).flatten(1).sum(1)
+    if mask is None:
+        count = torch.full_like(total, distance[:1].numel())
+    else:
+        count = mask.expand_as(distance).flatten(1).sum(1).to(total.dtype)
+    if normalizer == "global":
+        total, count = total.sum().expand(batch), count.sum().expand(batch)
+    mean = total / count.clamp(min=1)
+    if eps_mode == "add":
+        return mean + eps
+    return mean.clamp(min=eps) if eps_mode == "clamp" else mean
+
+
+def _without_nonfinite(g: Tensor, nan_policy: str, out_dtype: torch.dtype) -> Tensor:
+    """Apply the policy where g is not finite once rounded to ``out_dtype``."""
+    if nan_policy == "keep":
+        return g
+    finite = torch.isfinite(g.to(out_dtype))
+    if nan_policy == "zero":
+        return torch.where(finite, g, 0)
+    if nan_policy == "zero_sample":
+        return torch.where(per_sample(finite.flatten(1).all(1), g), g, 0)
+    largest = torch.finfo(out_dtype).max
+    return torch.where(finite, g, g.nan_to_num(nan=0.0).clamp(-largest, largest))
+
+
+_bwd = define("dmd_loss_bwd", DMDLossGrad, "grad_x0", lambda a: like(a.g, a.dtype), _formula_bwd)
 _fwd = define(
-    "dmd_gradient_fwd", DMD, "grad norm loss loss_scale", _results, check=_check, check_values=_check_values,
-    save=_save, backward=_backward, constants=(0, 1, 3), formula=_formula,
+    "dmd_gradient_fwd", DMD, "grad norm loss loss_scale", _results, _formula, check=_check, check_values=_check_values,
+    backward=written(_save, _backward), constants=(0, 1, 3), derived=_derived,
 )  # fmt: skip

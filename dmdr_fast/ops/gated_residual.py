@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.ops._modulation import modulation
-from dmdr_fast.reference.registry import like
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._modulation import broadcast, gate_gradients, modulation
+from dmdr_fast.reference import compute_dtype, like
 
 
 class GatedResidual(NamedTuple):
@@ -18,7 +18,12 @@ class GatedResidual(NamedTuple):
     gate: Tensor
 
 
-GatedResidualGrad = gradient(GatedResidual, "grad_residual h gate need_h need_gate")
+class GatedResidualGrad(NamedTuple):
+    grad_residual: Tensor
+    h: Tensor
+    gate: Tensor
+    need_h: bool
+    need_gate: bool
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
@@ -48,22 +53,21 @@ def _check(op: str, a: GatedResidual) -> None:
     modulation(op, "gate", a.gate, a.x)
 
 
-def _save(ctx, a: GatedResidual, result) -> None:
-    ctx.save_for_backward(a.h, a.gate)
-
-
-def _backward(ctx, needed: GatedResidual, grad) -> dict:
-    grad_h = grad_gate = None
-    if needed.h or needed.gate:
-        grad_h, grad_gate = _bwd(grad, *ctx.saved_tensors, needed.h, needed.gate)
-    return check.wanted(needed, x=grad, h=grad_h, gate=grad_gate)
-
-
 def _results_bwd(a: GatedResidualGrad):
     return like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate)
 
 
-_bwd = define("gated_residual_bwd", GatedResidualGrad, "grad_h grad_gate", _results_bwd)
+def _formula(a: GatedResidual) -> Tensor:
+    compute = compute_dtype(a.x, a.h, a.gate)
+    return a.x.to(compute) + broadcast(a.gate, a.x).to(compute) * a.h.to(compute)
+
+
+def _formula_bwd(a: GatedResidualGrad) -> tuple[Tensor | None, Tensor | None]:
+    return gate_gradients(a.grad_residual.to(compute_dtype(a.grad_residual, a.h, a.gate)), a)
+
+
+_bwd = define("gated_residual_bwd", GatedResidualGrad, "grad_h grad_gate", _results_bwd, _formula_bwd)
 _fwd = define(
-    "gated_residual_fwd", GatedResidual, "residual", lambda a: like(a.x), check=_check, save=_save, backward=_backward
-)
+    "gated_residual_fwd", GatedResidual, "residual", lambda a: like(a.x), _formula,
+    check=_check, backward=by(_bwd, through="x"),
+)  # fmt: skip

@@ -7,11 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.ops._modulation import modulation, norm_options, shift_and_scale
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._modulation import (
+    gate_gradients,
+    layer_norm_gradients,
+    layer_norm_statistics,
+    modulation,
+    norm_options,
+    shift_and_scale,
+    summed,
+)
+from dmdr_fast.reference import FUNCTIONS, Result, compute_dtype, like
 
 
 class GatedResidualLayerNormModulate(NamedTuple):
@@ -24,10 +31,20 @@ class GatedResidualLayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-GatedResidualLayerNormModulateGrad = gradient(
-    GatedResidualLayerNormModulate,
-    "grad_residual? grad_y? residual h gate scale mean rstd eps shift_dtype need_h need_gate need_modulation",
-)
+class GatedResidualLayerNormModulateGrad(NamedTuple):
+    grad_residual: Tensor | None
+    grad_y: Tensor | None
+    residual: Tensor
+    h: Tensor
+    gate: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_h: bool
+    need_gate: bool
+    need_shift_or_scale: bool
 
 
 def gated_residual_layer_norm_modulate(
@@ -72,42 +89,46 @@ def _check(op: str, a: GatedResidualLayerNormModulate) -> None:
     norm_options(op, a.eps, a.out_dtype)
 
 
-def _save(ctx, a: GatedResidualLayerNormModulate, results) -> None:
-    residual, _, mean, rstd = results
-    ctx.save_for_backward(residual, a.h, a.gate, a.scale, mean, rstd)
-    ctx.options = a.eps, a.shift.dtype
-
-
-def _backward(ctx, needed: GatedResidualLayerNormModulate, grad_residual, grad_y, *_) -> dict:
-    needs = needed.h, needed.gate, needed.shift or needed.scale
-    grads = _bwd(grad_residual, grad_y, *ctx.saved_tensors, *ctx.options, *needs)
-    return check.wanted(needed, **dict(zip(("x", "h", "gate", "shift", "scale"), grads, strict=True)))
-
-
 def _results(a: GatedResidualLayerNormModulate):
-    statistic = Result(a.x.shape[:-1], check.compute_dtype(a.x, a.h, a.gate, a.shift, a.scale))
+    statistic = Result(a.x.shape[:-1], compute_dtype(a.x, a.h, a.gate, a.shift, a.scale))
     return like(a.x), like(a.x, a.out_dtype), statistic, statistic
 
 
 def _results_bwd(a: GatedResidualLayerNormModulateGrad):
-    modulation = {"needed": a.need_modulation, "zero": a.grad_y is None}
+    needed, zero = a.need_shift_or_scale, a.grad_y is None
     return (
         like(a.residual), like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate),
-        like(a.scale, a.shift_dtype, **modulation), like(a.scale, **modulation),
+        like(a.scale, a.shift_dtype, needed=needed, zero=zero), like(a.scale, needed=needed, zero=zero),
     )  # fmt: skip
 
 
+def _formula(a: GatedResidualLayerNormModulate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The norm is of the rounded residual, as in two separate ops: the backward sees the same numbers."""
+    residual = FUNCTIONS["gated_residual_fwd"](a).to(a.x.dtype)
+    return residual, *FUNCTIONS["layer_norm_modulate_fwd"](a._replace(x=residual))
+
+
 def _formula_bwd(a: GatedResidualLayerNormModulateGrad):
-    """The statistics are functions of residual."""
-    mean, rstd = reference.layer_norm_statistics(a.residual, a.eps, a.mean.dtype)
-    return reference.run("gated_residual_layer_norm_modulate_bwd", a._replace(mean=mean, rstd=rstd))
+    compute = compute_dtype(a.residual, a.h, a.gate, a.scale)
+    if a.grad_y is None:
+        assert a.grad_residual is not None  # one of the two there is
+        total = a.grad_residual.to(compute, copy=True)
+        return total, *gate_gradients(total, a), None, None
+    total, *modulation = layer_norm_gradients(a.grad_y, a.residual, a.scale, a.mean, a.rstd)
+    if a.grad_residual is not None:
+        total = total + a.grad_residual.to(compute)
+    return total, *gate_gradients(total, a), *(summed(grad, a.scale, a.need_shift_or_scale) for grad in modulation)
+
+
+def _statistics(a: GatedResidualLayerNormModulateGrad) -> dict[str, Tensor]:
+    return dict(zip(("mean", "rstd"), layer_norm_statistics(a.residual, a.eps, a.mean.dtype), strict=True))
 
 
 _bwd = define(
     "gated_residual_layer_norm_modulate_bwd", GatedResidualLayerNormModulateGrad,
-    "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd, formula=_formula_bwd,
+    "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd, _formula_bwd, recompute=_statistics,
 )  # fmt: skip
 _fwd = define(
     "gated_residual_layer_norm_modulate_fwd", GatedResidualLayerNormModulate, "residual y mean rstd", _results,
-    check=_check, save=_save, backward=_backward, constants=(2, 3),
+    _formula, check=_check, backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
-from dmdr_fast.ops._modulation import modulation
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._modulation import broadcast, modulation, rms_norm_statistic, weighted
 from dmdr_fast.ops.rms_norm_scale import check_weight, rms_norm_scale_bwd
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.reference import Result, compute_dtype, like
 
 
 class GatedResidualRMSNorm(NamedTuple):
@@ -54,24 +54,18 @@ def _check(op: str, a: GatedResidualRMSNorm) -> None:
     check.number(op, "eps", a.eps, above=0)
 
 
-def _save(ctx, a: GatedResidualRMSNorm, results) -> None:
-    ctx.save_for_backward(a.h, a.weight, a.gate, results[1])
-    ctx.eps = a.eps
-
-
-def _backward(ctx, needed: GatedResidualRMSNorm, grad, _) -> dict:
-    gradients = {"x": grad}
-    if needed.h or needed.weight or needed.gate:
-        grads = rms_norm_scale_bwd(grad, *ctx.saved_tensors, ctx.eps, needed.h, needed.weight, needed.gate)
-        gradients |= dict(zip(("h", "weight", "gate"), grads, strict=True))
-    return check.wanted(needed, **gradients)
-
-
 def _results(a: GatedResidualRMSNorm):
-    return like(a.x), Result(a.x.shape[:-1], check.compute_dtype(a.x, a.h, a.gate, a.weight))
+    return like(a.x), Result(a.x.shape[:-1], compute_dtype(a.x, a.h, a.gate, a.weight))
+
+
+def _formula(a: GatedResidualRMSNorm) -> tuple[Tensor, Tensor]:
+    compute = compute_dtype(a.x, a.h, a.gate, a.weight)
+    rstd = rms_norm_statistic(a.h, a.eps, compute)
+    update = weighted(a.h.to(compute) * rstd.unsqueeze(-1), a.weight) * broadcast(a.gate, a.x).to(compute)
+    return a.x.to(compute) + update, rstd
 
 
 _fwd = define(
-    "gated_residual_rms_norm_fwd", GatedResidualRMSNorm, "y rstd", _results,
-    check=_check, save=_save, backward=_backward, constants=(1,),
+    "gated_residual_rms_norm_fwd", GatedResidualRMSNorm, "y rstd", _results, _formula, check=_check,
+    backward=by(rms_norm_scale_bwd, through="x", x="h", scale="gate"), constants=(1,),
 )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
+from dmdr_fast.reference import compute_dtype
 
 
 class RatioStats(NamedTuple):
@@ -77,7 +78,7 @@ def grpo_loss(
     check.number(op, "clip_low", clip_low, minimum=0)
     check.number(op, "clip_high", clip_high, minimum=0)
     check.number(op, "adv_clip", adv_clip, above=0)
-    compute = check.compute_dtype(logprob, old_logprob, advantage)
+    compute = compute_dtype(logprob, old_logprob, advantage)
     change = logprob.to(compute) - old_logprob.to(compute)
     ratio, advantage = change.exp(), advantage.to(compute).clamp(-adv_clip, adv_clip)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -7,11 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.ops._modulation import norm_options, shift_and_scale
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._modulation import (
+    broadcast,
+    layer_norm_gradients,
+    layer_norm_statistics,
+    norm_options,
+    shift_and_scale,
+    summed,
+)
+from dmdr_fast.reference import Result, compute_dtype, like
 
 
 class LayerNormModulate(NamedTuple):
@@ -22,7 +28,16 @@ class LayerNormModulate(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-LayerNormModulateGrad = gradient(LayerNormModulate, "grad_y x scale mean rstd eps shift_dtype need_x need_modulation")
+class LayerNormModulateGrad(NamedTuple):
+    grad_y: Tensor
+    x: Tensor
+    scale: Tensor
+    mean: Tensor
+    rstd: Tensor
+    eps: float
+    shift_dtype: torch.dtype
+    need_x: bool
+    need_shift_or_scale: bool
 
 
 def layer_norm_modulate(
@@ -56,37 +71,38 @@ def _check(op: str, a: LayerNormModulate) -> None:
     norm_options(op, a.eps, a.out_dtype)
 
 
-def _save(ctx, a: LayerNormModulate, results) -> None:
-    _, mean, rstd = results
-    ctx.save_for_backward(a.x, a.scale, mean, rstd)
-    ctx.options = a.eps, a.shift.dtype
-
-
-def _backward(ctx, needed: LayerNormModulate, grad, *_) -> dict:
-    grads = _bwd(grad, *ctx.saved_tensors, *ctx.options, needed.x, needed.shift or needed.scale)
-    return check.wanted(needed, x=grads[0], shift=grads[1], scale=grads[2])
-
-
 def _results(a: LayerNormModulate):
-    statistic = Result(a.x.shape[:-1], check.compute_dtype(a.x, a.shift, a.scale))
+    statistic = Result(a.x.shape[:-1], compute_dtype(a.x, a.shift, a.scale))
     return like(a.x, a.out_dtype), statistic, statistic
 
 
 def _results_bwd(a: LayerNormModulateGrad):
-    grad_shift, grad_scale = (like(a.scale, dtype, needed=a.need_modulation) for dtype in (a.shift_dtype, None))
+    grad_shift, grad_scale = (like(a.scale, dtype, needed=a.need_shift_or_scale) for dtype in (a.shift_dtype, None))
     return like(a.x, needed=a.need_x), grad_shift, grad_scale
 
 
+def _formula(a: LayerNormModulate) -> tuple[Tensor, Tensor, Tensor]:
+    compute = compute_dtype(a.x, a.shift, a.scale)
+    mean, rstd = layer_norm_statistics(a.x, a.eps, compute)
+    centered = a.x.to(compute) - mean.unsqueeze(-1)
+    scale, shift = (broadcast(vector, a.x).to(compute) for vector in (a.scale, a.shift))
+    return centered * rstd.unsqueeze(-1) * (1 + scale) + shift, mean, rstd
+
+
 def _formula_bwd(a: LayerNormModulateGrad):
-    """The statistics are functions of x."""
-    mean, rstd = reference.layer_norm_statistics(a.x, a.eps, a.mean.dtype)
-    return reference.run("layer_norm_modulate_bwd", a._replace(mean=mean, rstd=rstd))
+    grad_x, *modulation = layer_norm_gradients(a.grad_y, a.x, a.scale, a.mean, a.rstd)
+    return grad_x, *(summed(grad, a.scale, a.need_shift_or_scale) for grad in modulation)
+
+
+def _statistics(a: LayerNormModulateGrad) -> dict[str, Tensor]:
+    return dict(zip(("mean", "rstd"), layer_norm_statistics(a.x, a.eps, a.mean.dtype), strict=True))
 
 
 _bwd = define(
-    "layer_norm_modulate_bwd", LayerNormModulateGrad, "grad_x grad_shift grad_scale", _results_bwd, formula=_formula_bwd
-)
+    "layer_norm_modulate_bwd", LayerNormModulateGrad, "grad_x grad_shift grad_scale", _results_bwd, _formula_bwd,
+    recompute=_statistics,
+)  # fmt: skip
 _fwd = define(
-    "layer_norm_modulate_fwd", LayerNormModulate, "y mean rstd", _results,
-    check=_check, save=_save, backward=_backward, constants=(1, 2),
+    "layer_norm_modulate_fwd", LayerNormModulate, "y mean rstd", _results, _formula,
+    check=_check, backward=by(_bwd), constants=(1, 2),
 )  # fmt: skip

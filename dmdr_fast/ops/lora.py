@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
 
 class MultiLora(NamedTuple):
@@ -21,7 +21,16 @@ class MultiLora(NamedTuple):
     scale: Tensor
 
 
-MultiLoraGrad = gradient(MultiLora, "grad x low_rank A B scale need_x need_a need_b")
+class MultiLoraGrad(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    low_rank: Tensor
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    need_x: bool
+    need_A: bool
+    need_B: bool
 
 
 def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor | float) -> Tensor:
@@ -53,7 +62,7 @@ def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor 
     distribution guidance.
     """
     op = "multi_lora"
-    dtype = check.compute_dtype(x, base_out, A, B)
+    dtype = compute_dtype(x, base_out, A, B)
     if not isinstance(scale, Tensor):
         check.floating(op, "x", x, min_dim=2)
         scale = x.new_full((), check.number(op, "scale", scale), dtype=dtype)
@@ -76,31 +85,42 @@ def _check(op: str, a: MultiLora) -> None:
     check.per_sample(op, "scale", a.scale, x, "x", one_for_all=True)
 
 
-def _save(ctx, a: MultiLora, results) -> None:
-    # low_rank is r / in of x's size; to make it again would read all of x.
-    ctx.save_for_backward(a.x, results[1], a.A, a.B, a.scale)
-
-
-def _backward(ctx, needed: MultiLora, grad, _) -> dict:
-    gradients = {"base_out": grad}
-    if needed.x or needed.A or needed.B:
-        grads = _bwd(grad, *ctx.saved_tensors, needed.x, needed.A, needed.B)
-        gradients |= dict(zip(("x", "A", "B"), grads, strict=True))
-    return check.wanted(needed, **gradients)
-
-
-def _formula_bwd(a: MultiLoraGrad):
-    """low_rank is a function of x and A."""
-    return reference.run("multi_lora_bwd", a._replace(low_rank=reference.low_rank(a.x, a.A, a.scale, a.low_rank.dtype)))
-
-
 def _results(a: MultiLora):
-    dtype = check.compute_dtype(a.x, a.base_out, a.A, a.B)
+    dtype = compute_dtype(a.x, a.base_out, a.A, a.B)
     return like(a.base_out), Result((*a.x.shape[:-1], a.A.shape[1]), dtype)
 
 
 def _results_bwd(a: MultiLoraGrad):
-    return like(a.x, needed=a.need_x), like(a.A, needed=a.need_a), like(a.B, needed=a.need_b)
+    return like(a.x, needed=a.need_x), like(a.A, needed=a.need_A), like(a.B, needed=a.need_B)
+
+
+def _formula(a: MultiLora) -> tuple[Tensor, Tensor]:
+    compute = compute_dtype(a.x, a.base_out, a.A, a.B)
+    projected = _low_rank(a.x, a.A, a.scale, compute)
+    return a.base_out.to(compute) + projected @ a.B.to(compute), projected
+
+
+def _formula_bwd(a: MultiLoraGrad):
+    compute = a.low_rank.dtype
+    grad = a.grad.to(compute)
+    if a.need_x or a.need_A:
+        low_rank_grad = _scaled(grad @ a.B.to(compute).mT, a.scale)
+    return (
+        low_rank_grad @ a.A.to(compute).mT if a.need_x else None,
+        a.x.to(compute).flatten(0, -2).mT @ low_rank_grad.flatten(0, -2) if a.need_A else None,
+        a.low_rank.flatten(0, -2).mT @ grad.flatten(0, -2) if a.need_B else None,
+    )
+
+
+def _low_rank(x: Tensor, A: Tensor, scale: Tensor, compute: torch.dtype) -> Tensor:
+    """scale_b (x A) [B, ..., r] in the compute dtype."""
+    return _scaled(x.to(compute) @ A.to(compute), scale)
+
+
+def _scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
+    """scale_b low_rank, exactly 0 where the scale is, also for a row that is not finite."""
+    scale = per_sample(scale, low_rank) if scale.dim() else scale
+    return torch.where(scale != 0, scale * low_rank, 0)
 
 
 # torch's FlopCounterMode does not look inside an operator. Multiply-adds count 2, as for its own matmuls.
@@ -109,18 +129,20 @@ def _flops_fwd(x_shape, base_shape, a_shape, b_shape, scale_shape, **options) ->
 
 
 def _flops_bwd(
-    grad_shape, x_shape, low_rank_shape, a_shape, b_shape, scale_shape, need_x, need_a, need_b, **options
+    grad_shape, x_shape, low_rank_shape, a_shape, b_shape, scale_shape, need_x, need_A, need_B, **options
 ) -> int:
     # grad B^T once for x and A; then its products with A and with x; low_rank^T grad for B.
-    with_a, with_b = need_x + need_a, (need_x or need_a) + need_b
+    with_a, with_b = need_x + need_A, (need_x or need_A) + need_B
     return 2 * math.prod(x_shape[:-1]) * (with_a * math.prod(a_shape) + with_b * math.prod(b_shape))
 
 
 _bwd = define(
-    "multi_lora_bwd", MultiLoraGrad, "grad_x grad_a grad_b", _results_bwd, formula=_formula_bwd, flops=_flops_bwd
-)
+    "multi_lora_bwd", MultiLoraGrad, "grad_x grad_A grad_B", _results_bwd, _formula_bwd, flops=_flops_bwd,
+    recompute=lambda a: {"low_rank": _low_rank(a.x, a.A, a.scale, a.low_rank.dtype)},
+)  # fmt: skip
+# low_rank is kept: it is r / in of x's size, and to make it again would read all of x.
 _fwd = define(
-    "multi_lora_fwd", MultiLora, "out low_rank", _results,
+    "multi_lora_fwd", MultiLora, "out low_rank", _results, _formula,
     check=_check, check_values=lambda op, a: check.values(op, "scale", a.scale),
-    save=_save, backward=_backward, constants=(1,), flops=_flops_fwd,
+    backward=by(_bwd, through="base_out"), constants=(1,), flops=_flops_fwd,
 )  # fmt: skip

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
-from dmdr_fast.ops.activation import gelu_mul, silu_mul
+from dmdr_fast.ops.activation import Approximate, gelu_mul, silu_mul
 from dmdr_fast.ops.gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
 from dmdr_fast.ops.layer_norm_modulate import layer_norm_modulate
 from dmdr_fast.ops.preprocess import preprocess_reward
@@ -22,7 +23,8 @@ class LayerNormModulate(nn.LayerNorm):
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__(dim, eps=eps, elementwise_affine=False)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    # A module of the same state, called with more: what nn.LayerNorm's own callers pass is not enough.
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         return layer_norm_modulate(x, shift, scale, eps=self.eps)
 
 
@@ -35,7 +37,9 @@ class GatedResidualLayerNormModulate(nn.LayerNorm):
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__(dim, eps=eps, elementwise_affine=False)
 
-    def forward(self, x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return gated_residual_layer_norm_modulate(x, h, gate, shift, scale, eps=self.eps)
 
 
@@ -62,14 +66,14 @@ class QKNormRope(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        weights = self.q_norm.weight, self.k_norm.weight
-        return qk_norm_rope(q, k, *weights, cos, sin, eps=self.eps, interleaved=self.interleaved)
+        q_weight, k_weight = (cast("Tensor | None", norm.weight) for norm in (self.q_norm, self.k_norm))
+        return qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=self.eps, interleaved=self.interleaved)
 
 
 class GEGLU(nn.Module):
     """value * gelu(gate) of one projection; the state_dict of diffusers' GEGLU (``proj``)."""
 
-    def __init__(self, dim_in: int, dim_out: int, bias: bool = True, *, approximate: str = "none"):
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True, *, approximate: Approximate = "none"):
         super().__init__()
         self.proj = nn.Linear(dim_in, 2 * dim_out, bias=bias)
         self.approximate = approximate

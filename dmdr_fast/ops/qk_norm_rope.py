@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._modulation import rms_norm_statistic
+from dmdr_fast.reference import Result, compute_dtype, like
 
 
 class QKNormRope(NamedTuple):
@@ -23,9 +24,20 @@ class QKNormRope(NamedTuple):
     interleaved: bool
 
 
-QKNormRopeGrad = gradient(
-    QKNormRope, "grad_q? grad_k? q k q_weight k_weight cos sin q_rstd k_rstd eps interleaved need_weights"
-)
+class QKNormRopeGrad(NamedTuple):
+    grad_q_out: Tensor | None
+    grad_k_out: Tensor | None
+    q: Tensor
+    k: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    q_rstd: Tensor
+    k_rstd: Tensor
+    eps: float
+    interleaved: bool
+    need_q_weight_or_k_weight: bool
 
 
 def qk_norm_rope(
@@ -79,12 +91,12 @@ def _check(op: str, a: QKNormRope) -> None:
             raise ValueError(f"{op}: {name}: expected [B, T, heads, D], got shape {list(value.shape)}")
     batch, tokens, _, width = a.q.shape
     check.shaped(op, "k", a.k, (batch, tokens, a.k.shape[2], width), "q's B, T and D", a.q, "q")
-    for name, value in (("q_weight", a.q_weight), ("k_weight", a.k_weight)):
-        if value is not None:
-            check.shaped(op, name, value, (width,), "D", a.q, "q")
+    for name, weight in (("q_weight", a.q_weight), ("k_weight", a.k_weight)):
+        if weight is not None:
+            check.shaped(op, name, weight, (width,), "D", a.q, "q")
     if (a.cos is None) != (a.sin is None):
         raise ValueError(f"{op}: {'cos' if a.cos is None else 'sin'}: expected with its counterpart, got None")
-    if a.cos is not None:
+    if a.cos is not None and a.sin is not None:
         if width % 2:
             raise ValueError(f"{op}: q: expected an even D for the rotation, got {width}")
         _check_table(op, "cos", a.cos, a.q)
@@ -101,44 +113,81 @@ def _check_table(op: str, name: str, value: Tensor, q: Tensor) -> None:
         check.shaped(op, name, value, (tokens, width), "T, D", q, "q")
 
 
-def _save(ctx, a: QKNormRope, results) -> None:
-    ctx.save_for_backward(*a[:6], *results[2:])
-    ctx.options = a.eps, a.interleaved
-
-
-def _backward(ctx, needed: QKNormRope, grad_q, grad_k, *_) -> dict:
-    grads = _bwd(grad_q, grad_k, *ctx.saved_tensors, *ctx.options, needed.q_weight or needed.k_weight)
-    received = dict(zip(("q", "k", "q_weight", "k_weight"), grads, strict=True))
-    for name in (*(("q", "q_weight") if grad_q is None else ()), *(("k", "k_weight") if grad_k is None else ())):
-        received[name] = None
-    return check.wanted(needed, **received)
-
-
-def _formula_bwd(a: QKNormRopeGrad):
-    """The statistics are functions of q and k."""
-    q_rstd, k_rstd = (reference.rms_norm_statistic(x, a.eps, a.q_rstd.dtype) for x in (a.q, a.k))
-    return reference.run("qk_norm_rope_bwd", a._replace(q_rstd=q_rstd, k_rstd=k_rstd))
-
-
 def _results(a: QKNormRope):
-    compute = check.compute_dtype(*a[:6])
+    compute = compute_dtype(*a[:6])
     return like(a.q), like(a.k), *(Result(x.shape[:-1], compute) for x in (a.q, a.k))
 
 
 def _results_bwd(a: QKNormRopeGrad):
     """What a side that got no gradient would give counts as not needed."""
-    sides = (a.grad_q, a.q, a.q_weight), (a.grad_k, a.k, a.k_weight)
+    sides = (a.grad_q_out, a.q, a.q_weight), (a.grad_k_out, a.k, a.k_weight)
     weights = (
-        like(x, needed=False) if weight is None else like(weight, needed=a.need_weights and grad is not None)
+        like(x, needed=False)
+        if weight is None
+        else like(weight, needed=a.need_q_weight_or_k_weight and grad is not None)
         for grad, x, weight in sides
     )
     return *(like(x, needed=grad is not None) for grad, x, _ in sides), *weights
 
 
+def _formula(a: QKNormRope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = compute_dtype(a.q, a.k, a.q_weight, a.k_weight, a.cos, a.sin)
+    q_out, q_rstd = _forward(a, a.q, a.q_weight, compute)
+    k_out, k_rstd = _forward(a, a.k, a.k_weight, compute)
+    return q_out, k_out, q_rstd, k_rstd
+
+
+def _formula_bwd(a: QKNormRopeGrad):
+    grad_q, grad_q_weight = _backward(a, a.grad_q_out, a.q, a.q_weight, a.q_rstd)
+    grad_k, grad_k_weight = _backward(a, a.grad_k_out, a.k, a.k_weight, a.k_rstd)
+    return grad_q, grad_k, grad_q_weight, grad_k_weight
+
+
+def _forward(a, x: Tensor, weight: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    rstd = rms_norm_statistic(x, a.eps, compute)
+    y = x.to(compute) * rstd.unsqueeze(-1)
+    if weight is not None:
+        y = y * weight.to(compute)
+    if a.cos is not None:
+        cos, sin = (table.to(compute).unsqueeze(-2) for table in (a.cos, a.sin))
+        y = y * cos + _rotate(y, a.interleaved) * sin
+    return y.to(x.dtype), rstd
+
+
+def _backward(a, grad: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None
+    compute = rstd.dtype
+    grad, rstd = grad.to(compute), rstd.unsqueeze(-1)
+    if a.cos is not None:
+        # The rotation's matrix is skew: its transpose is its negative.
+        cos, sin = (table.to(compute).unsqueeze(-2) for table in (a.cos, a.sin))
+        grad = grad * cos - _rotate(grad * sin, a.interleaved)
+    normal = x.to(compute) * rstd
+    summed = a.need_q_weight_or_k_weight and weight is not None
+    weight_grad = (grad * normal).sum((0, 1, 2)) if summed else None
+    if weight is not None:
+        grad = grad * weight.to(compute)
+    return rstd * (grad - normal * (grad * normal).mean(-1, keepdim=True)), weight_grad
+
+
+def _rotate(y: Tensor, interleaved: bool) -> Tensor:
+    """(y0, y1) -> (-y1, y0) over neighbouring pairs, or over the two halves."""
+    if interleaved:
+        return torch.stack((-y[..., 1::2], y[..., 0::2]), -1).flatten(-2)
+    first, second = y.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def _statistics(a: QKNormRopeGrad) -> dict[str, Tensor]:
+    return {f"{side}_rstd": rms_norm_statistic(x, a.eps, a.q_rstd.dtype) for side, x in (("q", a.q), ("k", a.k))}
+
+
 _bwd = define(
-    "qk_norm_rope_bwd", QKNormRopeGrad, "grad_q grad_k grad_q_weight grad_k_weight", _results_bwd, formula=_formula_bwd
-)
+    "qk_norm_rope_bwd", QKNormRopeGrad, "grad_q grad_k grad_q_weight grad_k_weight", _results_bwd, _formula_bwd,
+    recompute=_statistics,
+)  # fmt: skip
 _fwd = define(
-    "qk_norm_rope_fwd", QKNormRope, "q_out k_out q_rstd k_rstd", _results,
-    check=_check, save=_save, backward=_backward, constants=(2, 3),
+    "qk_norm_rope_fwd", QKNormRope, "q_out k_out q_rstd k_rstd", _results, _formula,
+    check=_check, backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

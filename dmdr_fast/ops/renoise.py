@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._noise import seeded_normals
+from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
 
 class NormalNoise(NamedTuple):
@@ -109,7 +110,7 @@ def renoise(
     op = "renoise"
     check.floating(op, "x0", x0)
     check.offset(op, offset)
-    dtype = check.compute_dtype(x0, noise)
+    dtype = compute_dtype(x0, noise)
     alpha = check.scalar(op, "alpha", alpha, x0, dtype, minimum=0)
     sigma = check.scalar(op, "sigma", sigma, x0, dtype, minimum=0)
     return _fwd.checked(op, x0, alpha, sigma, noise, seed, offset)
@@ -152,13 +153,35 @@ def _backward(ctx, needed: Renoise, grad) -> dict:
     }
 
 
-_noise = define("normal_noise_fwd", NormalNoise, "out", lambda a: Result(a.size, a.dtype))
-_bwd = define("renoise_bwd", RenoiseGrad, "out", lambda a: like(a.grad, a.dtype))
+def _formula(a: Renoise) -> Tensor:
+    compute, noise = compute_dtype(a.x0, a.noise), a.noise
+    if noise is None:
+        assert a.seed is not None  # the check has seen to it
+        noise = seeded_normals(a.x0.shape, a.seed, a.offset, compute)
+    return per_sample(a.alpha, a.x0) * a.x0.to(compute) + per_sample(a.sigma, a.x0) * noise.to(compute)
+
+
+def _formula_bwd(a: RenoiseGrad) -> Tensor:
+    """The gradient of x0 (scale = alpha) or of the noise (scale = sigma)."""
+    return per_sample(a.scale, a.grad) * a.grad.to(a.scale.dtype)
+
+
+def _formula_scale_bwd(a: RenoiseScaleGrad) -> Tensor:
+    """The gradient of alpha (factor = x0) or of sigma (factor = noise)."""
+    compute = compute_dtype(a.grad, a.factor)
+    return (a.grad.to(compute) * a.factor.to(compute)).flatten(1).sum(1)
+
+
+_noise = define(
+    "normal_noise_fwd", NormalNoise, "out", lambda a: Result(a.size, a.dtype),
+    lambda a: seeded_normals(a.size, a.seed, a.offset, a.dtype),
+)  # fmt: skip
+_bwd = define("renoise_bwd", RenoiseGrad, "out", lambda a: like(a.grad, a.dtype), _formula_bwd)
 _scale_bwd = define(
     "renoise_scale_bwd", RenoiseScaleGrad, "sample_sum",
-    lambda a: Result(a.grad.shape[:1], check.compute_dtype(a.grad, a.factor)),
+    lambda a: Result(a.grad.shape[:1], compute_dtype(a.grad, a.factor)), _formula_scale_bwd,
 )  # fmt: skip
 _fwd = define(
-    "renoise_fwd", Renoise, "out", lambda a: like(a.x0),
-    check=_check, check_values=_check_values, save=_save, backward=_backward,
+    "renoise_fwd", Renoise, "out", lambda a: like(a.x0), _formula,
+    check=_check, check_values=_check_values, backward=written(_save, _backward),
 )  # fmt: skip

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.ops._modulation import modulation, norm_options
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._modulation import broadcast, modulation, norm_options, rms_norm_statistic, summed, weighted
+from dmdr_fast.reference import Result, compute_dtype, like
 
 
 class RMSNormScale(NamedTuple):
@@ -22,7 +21,16 @@ class RMSNormScale(NamedTuple):
     out_dtype: torch.dtype | None
 
 
-RMSNormScaleGrad = gradient(RMSNormScale, "grad_y x weight scale rstd eps need_x need_weight need_scale")
+class RMSNormScaleGrad(NamedTuple):
+    grad_y: Tensor
+    x: Tensor
+    weight: Tensor | None
+    scale: Tensor
+    rstd: Tensor
+    eps: float
+    need_x: bool
+    need_weight: bool
+    need_scale: bool
 
 
 def rms_norm_scale(
@@ -63,18 +71,8 @@ def _check(op: str, a: RMSNormScale) -> None:
     norm_options(op, a.eps, a.out_dtype)
 
 
-def _save(ctx, a: RMSNormScale, results) -> None:
-    ctx.save_for_backward(a.x, a.weight, a.scale, results[1])
-    ctx.eps = a.eps
-
-
-def _backward(ctx, needed: RMSNormScale, grad, _) -> dict:
-    grads = rms_norm_scale_bwd(grad, *ctx.saved_tensors, ctx.eps, needed.x, needed.weight, needed.scale)
-    return check.wanted(needed, x=grads[0], weight=grads[1], scale=grads[2])
-
-
 def _results(a: RMSNormScale):
-    return like(a.x, a.out_dtype), Result(a.x.shape[:-1], check.compute_dtype(a.x, a.weight, a.scale))
+    return like(a.x, a.out_dtype), Result(a.x.shape[:-1], compute_dtype(a.x, a.weight, a.scale))
 
 
 def _results_bwd(a: RMSNormScaleGrad):
@@ -82,15 +80,29 @@ def _results_bwd(a: RMSNormScaleGrad):
     return like(a.x, needed=a.need_x), like(weight, needed=a.need_weight), like(a.scale, needed=a.need_scale)
 
 
+def _formula(a: RMSNormScale) -> tuple[Tensor, Tensor]:
+    compute = compute_dtype(a.x, a.weight, a.scale)
+    rstd = rms_norm_statistic(a.x, a.eps, compute)
+    return weighted(a.x.to(compute) * rstd.unsqueeze(-1), a.weight) * broadcast(a.scale, a.x).to(compute), rstd
+
+
 def _formula_bwd(a: RMSNormScaleGrad):
-    """The statistic is a function of x."""
-    return reference.run("rms_norm_scale_bwd", a._replace(rstd=reference.rms_norm_statistic(a.x, a.eps, a.rstd.dtype)))
+    compute = a.rstd.dtype
+    grad, rstd = a.grad_y.to(compute), a.rstd.unsqueeze(-1)
+    normal, scale = a.x.to(compute) * rstd, broadcast(a.scale, a.x).to(compute)
+    inner = weighted(grad * scale, a.weight)
+    return (
+        rstd * (inner - normal * (inner * normal).mean(-1, keepdim=True)),
+        None if a.weight is None else summed(grad * scale * normal, a.weight, a.need_weight),
+        summed(weighted(grad * normal, a.weight), a.scale, a.need_scale),
+    )
 
 
 rms_norm_scale_bwd = define(
-    "rms_norm_scale_bwd", RMSNormScaleGrad, "grad_x grad_weight grad_scale", _results_bwd, formula=_formula_bwd
-)
+    "rms_norm_scale_bwd", RMSNormScaleGrad, "grad_x grad_weight grad_scale", _results_bwd, _formula_bwd,
+    recompute=lambda a: {"rstd": rms_norm_statistic(a.x, a.eps, a.rstd.dtype)},
+)  # fmt: skip
 _fwd = define(
-    "rms_norm_scale_fwd", RMSNormScale, "y rstd", _results,
-    check=_check, save=_save, backward=_backward, constants=(1,),
+    "rms_norm_scale_fwd", RMSNormScale, "y rstd", _results, _formula,
+    check=_check, backward=by(rms_norm_scale_bwd), constants=(1,),
 )  # fmt: skip

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, gradient
-from dmdr_fast.reference.registry import Result, like
+from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._noise import seeded_normals
+from dmdr_fast.reference import Result, compute_dtype, like, per_sample
+
+SDEKind = Literal["flow_grpo", "dance", "cps"]
 
 
 class SDEStepArguments(NamedTuple):
@@ -24,10 +29,19 @@ class SDEStepArguments(NamedTuple):
     eta: float
 
 
-SDEStepGrad = gradient(
-    SDEStepArguments,
-    "grad_next? grad_logprob? grad_mean? x v sigma sigma_next next_sample kind eta need_x need_v",
-)
+class SDEStepGrad(NamedTuple):
+    grad_next: Tensor | None
+    grad_logprob: Tensor | None
+    grad_mean: Tensor | None
+    x: Tensor
+    v: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    next_sample: Tensor | None
+    kind: str
+    eta: float
+    need_x: bool
+    need_v: bool
 
 
 class SDEStep(NamedTuple):
@@ -52,7 +66,7 @@ def sde_step_logprob(
     sigma: Tensor | float,
     sigma_next: Tensor | float,
     *,
-    kind: str,
+    kind: SDEKind,
     eta: float,
     next_sample: Tensor | None = None,
     seed: Tensor | None = None,
@@ -103,7 +117,7 @@ def sde_step_logprob(
     op = "sde_step_logprob"
     check.floating(op, "x", x, min_dim=2)
     check.offset(op, offset)
-    dtype = check.compute_dtype(x, v, next_sample)
+    dtype = compute_dtype(x, v, next_sample)
     sigma = check.scalar(op, "sigma", sigma, x, dtype, above=0, maximum=1)
     sigma_next = check.scalar(op, "sigma_next", sigma_next, x, dtype, minimum=0, maximum=1)
     drawn, logprob, mean, std = _fwd.checked(op, x, v, sigma, sigma_next, next_sample, seed, offset, kind, eta)
@@ -112,7 +126,7 @@ def sde_step_logprob(
 
 def _check(op: str, a: SDEStepArguments) -> None:
     check.like(op, "v", a.v, a.x, "x")
-    check.choice(op, "kind", a.kind, ("flow_grpo", "dance", "cps"))
+    check.choice(op, "kind", a.kind, get_args(SDEKind))
     if a.kind == "cps":
         check.number(op, "eta", a.eta, minimum=0)
     else:
@@ -145,11 +159,11 @@ def _save(ctx, a: SDEStepArguments, results) -> None:
 def _backward(ctx, needed: SDEStepArguments, grad_next, grad_logprob, grad_mean, _) -> dict:
     needs = needed.x, needed.v
     grad_x, grad_v = _bwd(grad_next, grad_logprob, grad_mean, *ctx.saved_tensors, *ctx.options, *needs)
-    return check.wanted(needed, x=grad_x, v=grad_v)
+    return {"x": grad_x if needed.x else None, "v": grad_v if needed.v else None}
 
 
 def _results(a: SDEStepArguments):
-    compute = check.compute_dtype(a.x, a.v, a.next_sample)
+    compute = compute_dtype(a.x, a.v, a.next_sample)
     per_sample = Result(a.x.shape[:1], compute)
     return like(a.x, needed=a.next_sample is None), per_sample, like(a.x, compute), per_sample
 
@@ -158,8 +172,60 @@ def _results_bwd(a: SDEStepGrad):
     return like(a.x, needed=a.need_x), like(a.v, needed=a.need_v)
 
 
-_bwd = define("sde_step_bwd", SDEStepGrad, "grad_x grad_v", _results_bwd)
+def _formula(a: SDEStepArguments):
+    """A drawn sample is rounded first and the log-prob is the rounded one's, so a replay gives the same bits.
+    The log-prob takes the next sample as a constant.
+    """
+    compute = compute_dtype(a.x, a.v, a.next_sample)
+    keep, move, std = _coefficients(a.sigma, a.sigma_next, a.kind, a.eta)
+    mean = (per_sample(keep, a.x) * a.x.to(compute) + per_sample(move, a.x) * a.v.to(compute)).contiguous()
+    drawn, next_sample = None, a.next_sample
+    if next_sample is None:
+        assert a.seed is not None  # the check has seen to it
+        noise = seeded_normals(a.x.shape, a.seed, a.offset, compute)
+        drawn = next_sample = (mean + per_sample(std, a.x) * noise).to(a.x.dtype)
+    square = (next_sample.detach().to(compute) - mean).square().flatten(1).mean(1)
+    if a.kind == "cps":
+        return drawn, -square, mean, std
+    return drawn, -square / (2 * std * std) - torch.log(std) - 0.5 * math.log(2 * math.pi), mean, std
+
+
+def _formula_bwd(a: SDEStepGrad) -> tuple[Tensor, Tensor]:
+    """The log-prob is that of a fixed next_sample; a drawn one (``grad_next``) depends on the mean with slope 1."""
+    compute = compute_dtype(a.x, a.v, a.next_sample)
+    keep, move, std = _coefficients(a.sigma, a.sigma_next, a.kind, a.eta)
+    grad = torch.zeros_like(a.x, dtype=compute)
+    for part in (a.grad_next, a.grad_mean):
+        if part is not None:
+            grad = grad + part.to(compute)
+    if a.grad_logprob is not None:
+        assert a.next_sample is not None  # the forward keeps the one that it drew
+        mean = per_sample(keep, a.x) * a.x.to(compute) + per_sample(move, a.x) * a.v.to(compute)
+        slope = torch.full_like(std, 2.0) if a.kind == "cps" else 1 / (std * std)
+        slope = a.grad_logprob.to(compute) * slope / max(a.x[:1].numel(), 1)
+        grad = grad + per_sample(slope, a.x) * (a.next_sample.detach().to(compute) - mean)
+    return per_sample(keep, a.x) * grad, per_sample(move, a.x) * grad
+
+
+def _coefficients(sigma: Tensor, sigma_next: Tensor, kind: str, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, s) [B] of x' = a x + b v + s n."""
+    if kind == "cps":
+        angle = eta * math.pi / 2
+        keep = sigma_next * math.cos(angle)
+        a = (1 - sigma_next) + keep
+        b = -sigma * (1 - sigma_next) + (1 - sigma) * keep
+        return a, b, sigma_next * math.sin(angle)
+    dt = sigma_next - sigma
+    if kind == "dance":
+        gamma = torch.full_like(sigma, eta)
+    else:
+        gamma = eta * torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigma_next, sigma)))
+    drift = gamma * gamma / (2 * sigma)
+    return 1 + drift * dt, dt * (1 + drift * (1 - sigma)), gamma * torch.sqrt(-dt)
+
+
+_bwd = define("sde_step_bwd", SDEStepGrad, "grad_x grad_v", _results_bwd, _formula_bwd)
 _fwd = define(
-    "sde_step_fwd", SDEStepArguments, "drawn logprob mean std", _results,
-    check=_check, check_values=_check_values, save=_save, backward=_backward, constants=(3,),
+    "sde_step_fwd", SDEStepArguments, "drawn logprob mean std", _results, _formula,
+    check=_check, check_values=_check_values, backward=written(_save, _backward), constants=(3,),
 )  # fmt: skip

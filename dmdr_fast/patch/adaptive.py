@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast import ops
+from dmdr_fast.patch.rotations import RMSNorm
 from dmdr_fast.patch.structure import GATED, GATED_NORM, GATED_RMS, LAYER_NORM, RMS_SCALE
 
 FP16_LIMIT = 65504
@@ -43,14 +44,14 @@ def gated_modulated(
     return residual, modulated(fused, norm, residual, shift, scale)
 
 
-def scaled(fused: frozenset[str], norm: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+def scaled(fused: frozenset[str], norm: RMSNorm, x: Tensor, scale: Tensor) -> Tensor:
     """norm(x) scale, of an RMS norm."""
     if RMS_SCALE in fused:
         return ops.rms_norm_scale(x, norm.weight, scale, eps=norm.eps)
     return norm(x) * scale
 
 
-def gated_normed(fused: frozenset[str], norm: nn.Module, x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+def gated_normed(fused: frozenset[str], norm: RMSNorm, x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     """x + gate norm(h), of an RMS norm."""
     if GATED_RMS in fused:
         return ops.gated_residual_rms_norm(x, h, gate, norm.weight, eps=norm.eps)
@@ -62,7 +63,8 @@ def parts(stream: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
     FSDP2 hangs its hooks on what a block returns, where an in-place operation on a view would lose them.
     """
-    return stream.unsafe_split_with_sizes([tokens, stream.shape[1] - tokens], dim=1)
+    first, rest = stream.unsafe_split_with_sizes([tokens, stream.shape[1] - tokens], dim=1)
+    return first, rest
 
 
 def clipped(stream: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -68,7 +69,9 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, *, strict: bool = 
     wanted = _wanted(ops)
     families, unusable = _families()
     table = {entry.original: entry for family in families for entry in family.REPLACEMENTS}
-    replaced, left, edits = [], [], []
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    edits: list[Edit] = []
     for path, module in model.named_modules():
         for target, exchange in ((module, _change_class), (_processor(module), _exchange_processor)):
             sites, unfit, entry = _examine(path, module, target, table, wanted, named=ops is not None)
@@ -176,7 +179,7 @@ def _change_class(path: str, module: nn.Module, fused: type, wanted: frozenset[s
 
 def _exchange_processor(path: str, module: nn.Module, fused: type, wanted: frozenset[str]) -> Iterator[Edit]:
     """A processor may serve several attentions, patched and not: a copy of it takes its place here."""
-    copy = object.__new__(fused)
+    copy: Any = object.__new__(fused)
     copy.__dict__.update(vars(module.processor))
     yield Edit(module, "processor", module.processor, copy, path)
 

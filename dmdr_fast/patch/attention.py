@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmdr_fast.patch.rotations import rotated
 
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxAttention
+    from diffusers.models.transformers.transformer_flux2 import Flux2Attention
+
+
+class Processor(Protocol):
+    """An attention processor whose kernel diffusers can switch."""
+
+    _attention_backend: Any
+    _parallel_config: Any
+
 
 def joint(
-    attn: nn.Module, projections: Sequence[Tensor | None], rotary: tuple[Tensor, Tensor] | None
+    attn: FluxAttention | Flux2Attention, projections: Sequence[Tensor], rotary: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """(query, key, value [B, T, H, D] with the text first, tokens of the text) of an attention's projections."""
     split = partial(torch.unflatten, dim=-1, sizes=(-1, attn.head_dim))
@@ -31,7 +43,7 @@ def joint(
     return query, key, value, text_tokens
 
 
-def attend(processor: object, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(processor: Processor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention by the processor's own backend, [B, T, H D], in the query's dtype."""
     out = dispatch_attention_fn(
         query,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformer2DModel,
@@ -84,7 +85,7 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
 class FusedFluxAttnProcessor(FluxAttnProcessor):
     def __call__(
         self,
-        attn: nn.Module,
+        attn: FluxAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import (
+    Flux2Attention,
     Flux2AttnProcessor,
     Flux2Modulation,
+    Flux2ParallelSelfAttention,
     Flux2ParallelSelfAttnProcessor,
     Flux2SingleTransformerBlock,
     Flux2SwiGLU,
@@ -85,7 +87,10 @@ class FusedFlux2SingleTransformerBlock(Flux2SingleTransformerBlock):
         x = modulated(self.fused_ops, self.norm, hidden_states, shift, scale)
         h = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         stream = clipped(gated(self.fused_ops, hidden_states, h, gate))
-        return parts(stream, text_seq_len) if split_hidden_states else stream
+        if not split_hidden_states:
+            return stream
+        assert text_seq_len is not None
+        return parts(stream, text_seq_len)
 
 
 def _modulation(projected: Tensor, sets: int, stream: Tensor) -> list[Tensor]:
@@ -104,7 +109,7 @@ class FusedFlux2SwiGLU(Flux2SwiGLU):
 class FusedFlux2AttnProcessor(Flux2AttnProcessor):
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Flux2Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -123,7 +128,7 @@ class FusedFlux2AttnProcessor(Flux2AttnProcessor):
 class FusedFlux2ParallelSelfAttnProcessor(Flux2ParallelSelfAttnProcessor):
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Flux2ParallelSelfAttention,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
     QwenImageTransformer2DModel,
@@ -18,7 +19,7 @@ from dmdr_fast import ops
 from dmdr_fast.patch.adaptive import clipped, gated, gated_modulated, modulated, parts
 from dmdr_fast.patch.attention import attend
 from dmdr_fast.patch.report import Left
-from dmdr_fast.patch.rotations import tables
+from dmdr_fast.patch.rotations import RMSNorm, tables
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
 MODELS = (QwenImageTransformer2DModel,)
@@ -79,7 +80,7 @@ class FusedQwenImageTransformerBlock(QwenImageTransformerBlock):
 class FusedQwenDoubleStreamAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_mask: Tensor | None = None,
@@ -96,14 +97,15 @@ class FusedQwenDoubleStreamAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
             attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)[:, None, None, :]
 
         split = partial(torch.unflatten, dim=-1, sizes=(-1, attn.inner_dim // attn.heads))
-        image = (split(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
-        text = (
+        query, key, value = (split(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        text_query, text_key, text_value = (
             split(project(encoder_hidden_states)) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         )
         image_rotations, text_rotations = image_rotary_emb or (None, None)
-        image = _rotated(*image, attn.norm_q, attn.norm_k, image_rotations)
-        text = _rotated(*text, attn.norm_added_q, attn.norm_added_k, text_rotations)
-        query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+        query, key = _rotated(query, key, attn.norm_q, attn.norm_k, image_rotations)
+        text_query, text_key = _rotated(text_query, text_key, attn.norm_added_q, attn.norm_added_k, text_rotations)
+        streams = ((text_query, query), (text_key, key), (text_value, value))
+        query, key, value = (torch.cat(pair, dim=1) for pair in streams)
 
         out = attend(self, query, key, value, attention_mask)
         text, image = parts(out, encoder_hidden_states.shape[1])
@@ -113,9 +115,11 @@ class FusedQwenDoubleStreamAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
         return image, attn.to_add_out(text.contiguous())
 
 
-def _rotated(query: Tensor, key: Tensor, value: Tensor, norm_q, norm_k, rotations: Tensor | None):
+def _rotated(
+    query: Tensor, key: Tensor, norm_q: RMSNorm, norm_k: RMSNorm, rotations: Tensor | None
+) -> tuple[Tensor, Tensor]:
     cos, sin = tables(rotations)
-    return *ops.qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps), value
+    return ops.qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps)
 
 
 def _block_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:

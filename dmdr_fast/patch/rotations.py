@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Protocol
+
+from torch import Tensor
 
 from dmdr_fast import ops
+
+
+class RMSNorm(Protocol):
+    """diffusers' or torch's, or one of the same attributes; ``weight`` is None where it has none."""
+
+    @property
+    def weight(self) -> Tensor | None: ...
+    @property
+    def eps(self) -> float: ...
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 def tables(rotations: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -20,8 +32,8 @@ def tables(rotations: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None
 def rotated(
     query: Tensor,
     key: Tensor,
-    norm_q: nn.Module,
-    norm_k: nn.Module,
+    norm_q: RMSNorm,
+    norm_k: RMSNorm,
     rotary: tuple[Tensor, Tensor] | None,
     rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
-from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dmdr_fast import ops
 from dmdr_fast.patch.adaptive import gated, gated_modulated, parts
 from dmdr_fast.patch.report import Left
+from dmdr_fast.patch.rotations import RMSNorm
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, qk_sites, stands_in
 
 MODELS = (SD3Transformer2DModel,)
@@ -75,7 +76,7 @@ class FusedSD3SingleTransformerBlock(SD3SingleTransformerBlock):
 class FusedJointAttnProcessor(JointAttnProcessor2_0):
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -107,8 +108,8 @@ class FusedJointAttnProcessor(JointAttnProcessor2_0):
         return image, context if attn.context_pre_only else attn.to_add_out(context)
 
 
-def _normalised(query: Tensor, key: Tensor, norm_q: nn.Module | None, norm_k: nn.Module | None):
-    if norm_q is None:
+def _normalised(query: Tensor, key: Tensor, norm_q: RMSNorm | None, norm_k: RMSNorm | None):
+    if norm_q is None or norm_k is None:
         return query, key
     return ops.qk_norm_rope(query, key, norm_q.weight, norm_k.weight, eps=norm_q.eps)
 

@@ -10,6 +10,7 @@ from dmdr_fast import ops
 from dmdr_fast.models.sit import SiT
 from dmdr_fast.models.sit_layers import FinalLayer, SiTBlock
 from dmdr_fast.patch.adaptive import gated, gated_modulated, modulated
+from dmdr_fast.patch.report import Left
 from dmdr_fast.patch.structure import Replacement, Site, adaptive_sites, stands_in
 
 MODELS = (SiT,)
@@ -33,13 +34,13 @@ class FusedFinalLayer(FinalLayer):
         return self.linear(ops.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps))
 
 
-def _block_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+def _block_sites(block: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
     yield from adaptive_sites(block, wanted, norm="norm1")
     yield from adaptive_sites(block, wanted, branch="attn", norm="norm2")
     yield from adaptive_sites(block, wanted, branch="mlp")
 
 
-def _final_sites(layer: nn.Module, wanted: frozenset[str]) -> Iterator[Site]:
+def _final_sites(layer: nn.Module, wanted: frozenset[str]) -> Iterator[Site | Left]:
     yield from adaptive_sites(layer, wanted, norm="norm_final")
 
 

@@ -108,6 +108,7 @@ def digest(function: Callable) -> str:
     except (OSError, TypeError, SyntaxError):
         return "no source"
     (definition,) = tree.body
+    assert isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef))
     if ast.get_docstring(definition, clean=False) is not None:
         definition.body = definition.body[1:]
     definition.decorator_list, definition.returns = [], None
@@ -148,16 +149,16 @@ def qk_sites(attention: nn.Module, wanted: frozenset[str], *pairs: tuple[str, st
     """One place for the whole attention, if every pair of norms in it is of a kind the op computes."""
     if QK_NORM_ROPE not in wanted:
         return
-    pairs = [pair for pair in pairs if any(getattr(attention, name, None) is not None for name in pair)]
-    kinds = {_full_name(getattr(attention, name)) for pair in pairs for name in pair}
-    if not pairs:
+    present = [pair for pair in pairs if any(getattr(attention, name, None) is not None for name in pair)]
+    kinds = {_full_name(getattr(attention, name)) for pair in present for name in pair}
+    if not present:
         yield Left(QK_NORM_ROPE, "", "it has no QK norm")
     elif not kinds <= RMS_NORMS:
         foreign = not all(kind.startswith(("torch.nn.", "diffusers.")) for kind in kinds)
         kind = " and ".join(sorted(kinds - RMS_NORMS))
         yield Left(QK_NORM_ROPE, "", f"its QK norm is {kind}, the op's is RMSNorm", unknown=foreign)
     else:
-        odd = [reason for pair in pairs if (reason := _odd_rms_norms(attention, pair))]
+        odd = [reason for pair in present if (reason := _odd_rms_norms(attention, pair))]
         yield _unless(odd[0] if odd else None, QK_NORM_ROPE, "")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import (
     FeedForward,
     FinalLayer,
@@ -52,9 +53,12 @@ class FusedZImageTransformerBlock(ZImageTransformerBlock):
         adaln_noisy: Tensor | None = None,
         adaln_clean: Tensor | None = None,
     ) -> Tensor:
+        modulation: Sequence[Tensor]
         if noise_mask is None:
+            assert adaln_input is not None
             modulation = self._modulation(adaln_input)
         else:  # noisy and clean tokens in one sequence
+            assert adaln_noisy is not None and adaln_clean is not None
             pairs = zip(self._modulation(adaln_noisy), self._modulation(adaln_clean), strict=True)
             tokens = x.shape[1]
             modulation = [select_per_token(noisy[:, 0], clean[:, 0], noise_mask, tokens) for noisy, clean in pairs]
@@ -111,7 +115,7 @@ class FusedFeedForward(FeedForward):
 class FusedZSingleStreamAttnProcessor(ZSingleStreamAttnProcessor):
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

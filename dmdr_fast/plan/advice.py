@@ -9,9 +9,13 @@ from itertools import combinations
 from dmdr_fast.models.blocks import WITHOUT_FUSED
 from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.plan import Plan, make_plan, phase_bytes
-from dmdr_fast.plan.workload import Adapter, Hardware, Workload
+from dmdr_fast.plan.workload import Activation, Adapter, Hardware, Workload
 
-FEWER = {"none": ("selective", "full", "offload"), "selective": ("full", "offload"), "full": ("offload",)}
+FEWER: dict[Activation, tuple[Activation, ...]] = {
+    "none": ("selective", "full", "offload"),
+    "selective": ("full", "offload"),
+    "full": ("offload",),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def changes(work: Workload) -> Iterator[Change]:
 
 def _reward_changes(work: Workload) -> Iterator[Change]:
     reward = work.reward
-    if reward is None:
+    if reward is None or not reward.scores:
         return
     if min(reward.chunk, work.batch) > 1:
         yield Change("rl.refl.chunk: 1", replace(work, reward=replace(reward, chunk=1)), 0)
@@ -78,8 +82,9 @@ def _other_runs(work: Workload) -> Iterator[Change]:
     if work.sharing == "separate":
         yield Change("sharing: shared_score", replace(work, sharing="shared_score", fake_lora=lora), 2)
     if work.sharing != "shared_all":
-        changed = replace(work, sharing="shared_all", fake_lora=lora, student_lora=work.student_lora or lora)
-        yield Change(f"sharing: shared_all, student.lora.rank: {changed.student_lora.rank}", changed, 2)
+        student = work.student_lora or lora
+        changed = replace(work, sharing="shared_all", fake_lora=lora, student_lora=student)
+        yield Change(f"sharing: shared_all, student.lora.rank: {student.rank}", changed, 2)
 
 
 def fits(work: Workload, hardware: Hardware) -> bool:

@@ -20,7 +20,7 @@ from dmdr_fast.plan.live import flash_attention
 from dmdr_fast.plan.networks import DTYPES, META, as_network, condition, latent_shape
 from dmdr_fast.plan.reward import reward_cost, split_flops
 from dmdr_fast.plan.trace import few_blocks, update_peaks
-from dmdr_fast.plan.workload import Hardware, Workload
+from dmdr_fast.plan.workload import Activation, Hardware, Workload
 from dmdr_fast.plan.zero import Engine, engines, prefetch, trained_by
 
 
@@ -122,7 +122,7 @@ def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     products, convolutions = _flops(work) * work.batch
     found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work, hardware.gpus).items()}
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
-    if work.reward is not None:
+    if work.reward is not None and work.reward.scores:
         samples = work.batch * work.accumulation
         products, convolutions = reward_cost(work).flops
         found["reward"] = PhaseCost(products=products * samples, convolutions=convolutions * samples)
@@ -170,7 +170,7 @@ def _reads(work: Workload, phase: str) -> Iterator[tuple[Engine, float, float]]:
 def _block_inputs(work: Workload) -> float:
     """Bytes of block inputs that `offload` sends to the host in one forward: tokens times width, every block."""
 
-    def peak(activation: str) -> int:
+    def peak(activation: Activation) -> int:
         found = update_peaks(replace(work, activation=activation))
         return max(sum(kinds.values()) for (phase, _), kinds in found.items() if phase == "generator update")
 

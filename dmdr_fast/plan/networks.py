@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmdr_fast.errors import UserError
 from dmdr_fast.models.eight_bit import quantise_blocks
 from dmdr_fast.models.lora import LoraAdapter, add_lora
+from dmdr_fast.models.sit import SiT
 from dmdr_fast.patch import patch
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Adapter, Workload
@@ -21,12 +23,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_WIDTH = {"z_image": "cap_feat_dim", "sdxl": "cross_attention_dim"}
 
 
-def latent_shape(shape: Shape, resolution: int) -> tuple[int, int, int]:
-    """(channels, height, width) of the latent of a square image."""
+def latent_shape(shape: Shape, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latent of an image: a square's side, or its height and width.
+
+    Raises:
+        UserError: a size that the family cannot make.
+    """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     if shape.family == "sit":
-        side = resolution // (1 if shape.vae is None else 8)
-        return shape.config["in_channels"], side, side
-    return shape.opened().latent_shape(resolution, resolution)
+        factor = 1 if shape.vae is None else 8
+        return shape.config["in_channels"], height // factor, width // factor
+    try:
+        return shape.opened().latent_shape(height, width)
+    except ValueError as error:
+        raise UserError(f"model.resolution: {error}") from None
 
 
 def condition(shape: Shape, batch: int, dtype: torch.dtype) -> Any:
@@ -59,7 +69,7 @@ def as_network(shape: Shape, model: nn.Module, dtype: torch.dtype) -> Callable[[
 
 def blocks(shape: Shape, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(kind, block) of every transformer block; blocks of a kind have the same modules."""
-    found = enumerate(model.blocks) if shape.family == "sit" else shape.opened().blocks(model)
+    found = enumerate(model.blocks) if isinstance(model, SiT) else shape.opened().blocks(model)
     for name, block in found:
         kind = str(name).rpartition(".")[0] or "blocks"
         if shape.family == "sd3":  # the last block leaves the text alone, the first ones may attend twice
@@ -105,11 +115,13 @@ def build(work: Workload, prepare: Callable[[nn.Module], None] = lambda model: N
         prepare(model)
         # Under shared_all adapters are fp32 and no part of the engine, as dmdr_fast.engine.networks has it.
         whole = work.sharing == "shared_all"
-        own = {"dtype": torch.float32 if whole else dtype, "registered": not whole}
         with META:
             for role, lora in roles.items():
                 if lora is not None:
-                    adapters[role] = add_lora(model, role, rank=lora.rank, targets=lora.targets, form=lora.form, **own)
+                    adapters[role] = add_lora(
+                        model, role, rank=lora.rank, targets=lora.targets, form=lora.form,
+                        dtype=torch.float32 if whole else dtype, registered=not whole,
+                    )  # fmt: skip
         return model
 
     if work.sharing == "shared_all":

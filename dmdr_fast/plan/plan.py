@@ -13,8 +13,10 @@ from dmdr_fast.plan.zero import backward_buffers, engines, gathered, resident, s
 Bytes = dict[str, float]
 KINDS = (
     "parameters", "gradients", "optimizer", "EMA", "buckets", "decoder and reward", "gathered weights", "activations",
-    "reserve",
+    "CUDA graphs", "reserve",
 )  # fmt: skip
+
+REPLAYED = ("rollout", "score pass")  # phases whose forwards compute.cuda_graphs replays
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,14 @@ def phase_bytes(work: Workload, hardware: Hardware) -> dict[str, Bytes]:
         trained = net is not nets.get("teacher")
         extra = {"gathered weights": net.size if whole else gathered(work, net, graded=trained), **moment}
         found[phase] = _sum(always, extra, backward_buffers(work, role, hardware.gpus) if graded else {})
-    if work.reward is not None:
+    if work.reward is not None and work.reward.scores:
         found["reward"] = _sum(always, {"activations": float(reward_cost(work).peak)})
     for role in ("fake", "generator"):
         found[f"{role} optimizer step"] = _sum(always, step_buffers(work, role, hardware.gpus))
+    if work.cuda_graphs:  # what a forward without grad allocates is the graphs', and stays: one pool for all of them
+        pool = max(found[phase]["activations"] for phase in REPLAYED)
+        for phase, kinds in found.items():
+            kinds |= {"CUDA graphs": pool} | ({"activations": 0.0} if phase in REPLAYED else {})
     return found
 
 

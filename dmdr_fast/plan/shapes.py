@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import FAMILIES, Family, open_family
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 MODELS = Path(__file__).parent / "models"
 # The keys of a configuration that say how many blocks of a kind there are.
@@ -84,7 +87,7 @@ class Shape:
         """
         family = FAMILIES[self.family]
         guided = family.default_guidance if self.config.get("guidance_embeds") else None
-        return family(self.name, self.config, self.vae_config, {}, self.length, guided)
+        return family(self.name, self.config, self.vae_config or {}, {}, self.length, guided)
 
     def build(self) -> nn.Module:
         """The transformer on the meta device."""
@@ -98,29 +101,31 @@ class Shape:
     @property
     def vae_recomputes(self) -> bool:
         """Whether there is a VAE that can recompute its decoder's blocks."""
-        if self.vae is None:
+        config = self.vae_config
+        if config is None:
             return False
         import diffusers
 
-        return getattr(diffusers, self.vae_config["_class_name"])._supports_gradient_checkpointing
+        return getattr(diffusers, config["_class_name"])._supports_gradient_checkpointing
 
-    def build_vae(self) -> nn.Module | None:
+    def build_vae(self) -> ModelMixin | None:
         """The VAE on the meta device; None for pixel-space models."""
-        if self.vae is None:
+        config = self.vae_config
+        if config is None:
             return None
         import diffusers
 
         with torch.device("meta"):
-            return getattr(diffusers, self.vae_config["_class_name"]).from_config(self.vae_config)
+            return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def published() -> Iterator[Shape]:
     """The shapes that come with the package, smallest first."""
-    yield from sorted((_read(path) for path in MODELS.glob("*.json")), key=lambda shape: shape.parameters)
+    yield from sorted((_read(path) for path in MODELS.glob("*.json")), key=lambda shape: shape.parameters or 0)
 
 
 def _read(path: Path) -> Shape:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_bytes())
     return Shape(**values | {part: json.dumps(values[part]) for part in ("transformer", "vae")})
 
 
@@ -143,13 +148,39 @@ def find_shape(name: str) -> Shape:
         family = open_family(name)
     except (ValueError, OSError) as error:
         raise UserError(f"teacher.pipeline: {error}") from None
-    return Shape(
+    shape = Shape(
         name=Path(name).name,
         family=family.name,
         transformer=json.dumps(dict(family.network_config)),
         vae=json.dumps(dict(family.vae_config)),
         length=family.length,
     )
+    _try(shape, family)
+    return shape
+
+
+def _try(shape: Shape, family: Family) -> None:
+    """Build what a folder's JSON describes.
+
+    Raises:
+        UserError: it cannot be built, or has no blocks.
+    """
+    for part, config, named in (
+        (family.folder, family.network_config, family.network),
+        ("vae", family.vae_config, family.vae),
+    ):
+        try:
+            if config.get("_class_name") != named:
+                raise ValueError(f"expected a {named}, got {config.get('_class_name')}")
+            if part == "vae":
+                shape.build_vae()
+            elif not count(shape)[0] or not all(depth >= 0 for depth in shape.depths) or not shape.depths[0]:
+                raise ValueError("a network without blocks")
+        except Exception as error:  # diffusers checks no value: a wrong one shows wherever it is first used
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"teacher.pipeline: {shape.name}: {part}/config.json describes no network ({reason})"
+            ) from None
 
 
 @cache

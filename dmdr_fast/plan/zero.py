@@ -87,7 +87,9 @@ def trained_by(work: Workload, role: str) -> int:
 
 @cache
 def _built(work: Workload) -> tuple[dict[str, Engine], dict[str, int]]:
-    roles, found, names = build(work), {}, {}
+    roles = build(work)
+    found: dict[str, nn.Module] = {}
+    names: dict[int, str] = {}
     for role in ("generator", "fake", "teacher"):
         module = getattr(roles, role)
         names.setdefault(id(module), role)

@@ -14,7 +14,7 @@ from dmdr_fast.rewards.loading import LOADABLE, REMEDY, load_pretrained, load_to
 from dmdr_fast.rewards.pixels import square_pixels
 
 if TYPE_CHECKING:
-    from transformers import CLIPConfig
+    from transformers import CLIPConfig, CLIPModel
 
 TEXT_BATCH = 16  # a matrix product's bits depend on its shape: prompts are always embedded this many at a time
 CACHED_PROMPTS = 16_384  # 64 MiB of ViT-H's embeddings
@@ -29,7 +29,7 @@ class CLIP(nn.Module):
         fit: how images become squares, see :func:`~dmdr_fast.rewards.pixels.square_pixels`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, fit: Literal["crop", "pad"] = "crop") -> None:
+    def __init__(self, model: CLIPModel, tokenizer: Any, *, fit: Literal["crop", "pad"] = "crop") -> None:
         super().__init__()
         self.model, self.fit = model, fit
         self._tokenizer = tokenizer

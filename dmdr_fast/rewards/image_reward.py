@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmdr_fast.rewards.base import check_prompts
 from dmdr_fast.rewards.linear_head import linear_head
 from dmdr_fast.rewards.loading import PUBLISHED, FrozenReward, load_pretrained, load_state, load_tokenizer
 from dmdr_fast.rewards.pixels import square_pixels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on ImageReward's own data
 PROMPT_TOKENS = 35
@@ -94,7 +98,7 @@ def _part(state: dict[str, Tensor], prefix: str, where: str) -> dict[str, Tensor
     return part
 
 
-def _vision(state: dict[str, Tensor], dtype: torch.dtype, where: str) -> nn.Module:
+def _vision(state: dict[str, Tensor], dtype: torch.dtype, where: str) -> PreTrainedModel:
     """BLIP's image encoder: a ViT whose last norm is applied to all patches."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
@@ -123,7 +127,7 @@ def _vision_name(key: str) -> str:
     return key if old is None else prefix + names[old] + rest.removeprefix(old)
 
 
-def _text(state: dict[str, Tensor], vision_width: int, dtype: torch.dtype, where: str) -> nn.Module:
+def _text(state: dict[str, Tensor], vision_width: int, dtype: torch.dtype, where: str) -> PreTrainedModel:
     """BLIP's text encoder: BERT with cross attention; the names are transformers' own."""
     from transformers import BlipTextConfig, BlipTextModel
 

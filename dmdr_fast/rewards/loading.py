@@ -7,10 +7,13 @@ import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REMEDY = "set {key} of its reward.terms entry to {expected}"
 LOADABLE = "a folder with config.json and weights, or a hub id that can be reached"
@@ -28,7 +31,7 @@ class FrozenReward(nn.Module):
 
 
 def load_pretrained(
-    model_class: type,
+    model_class: type[PreTrainedModel],
     path: str | Path | None,
     *,
     dtype: torch.dtype,
@@ -36,7 +39,7 @@ def load_pretrained(
     key: str = "path",
     expected: str = LOADABLE,
     **given: Any,
-) -> nn.Module:
+) -> PreTrainedModel:
     """``model_class.from_pretrained(path, **given)``, complete, frozen, in evaluation mode.
 
     Args:
@@ -110,7 +113,7 @@ def load_state(path: str | Path, file: str, *, where: str) -> dict[str, Tensor]:
         if location.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(location)
+            state: Any = load_file(location)
         else:
             state = torch.load(location, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ def is_differentiable(kind: str) -> bool:
     return kind not in SCORE_ONLY if kind in KINDS else _reward_class(kind).differentiable
 
 
-def _reward_class(kind: str) -> type:
+def _reward_class(kind: str) -> type[Reward]:
     if kind in KINDS:
         module, _, name = KINDS[kind].rpartition(":")
         return getattr(importlib.import_module(module), name)
@@ -148,7 +148,7 @@ def _reward_class(kind: str) -> type:
             f"reward.terms: kind: {kind}: expected a reward, a class with `differentiable = True` or `= False` in "
             "its body and __call__(images, *, labels=None, prompts=None) -> [B]: add what is missing"
         )
-    return reward_class
+    return cast("type[Reward]", reward_class)
 
 
 def _module_of_file(source: str, kind: str):
@@ -158,6 +158,7 @@ def _module_of_file(source: str, kind: str):
     name = f"dmdr_fast_reward:{file}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None  # of a .py file there are
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses look their module up while it runs
         try:
@@ -165,6 +166,9 @@ def _module_of_file(source: str, kind: str):
         except Exception as error:
             del sys.modules[name]
             raise ValueError(f"reward.terms: kind: {kind}: {file} does not run: {_said(error)}") from error
+        # Behind what the file has imported: pickle takes the first module that holds an object such as
+        # torch.contiguous_format, and the compiler's cache pickles those; this one cannot be imported by its name.
+        sys.modules[name] = sys.modules.pop(name)
     return sys.modules[name]
 
 

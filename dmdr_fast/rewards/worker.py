@@ -115,6 +115,7 @@ class WorkerReward:
 
 def _end(process: subprocess.Popen, connection: Connection) -> None:
     process.kill()
+    assert process.stdin is not None  # a pipe
     process.stdin.close()
     process.wait()
     connection.close()
@@ -137,11 +138,10 @@ def serve(connection: Connection) -> None:
         try:
             with torch.no_grad():
                 values = check_reward(reward(images, labels=labels, prompts=prompts), images, reward.name)
-            answer = ("value", values.detach())
+            _reply(connection, "value", values.detach())
         except Exception as error:
             traceback.print_exc()  # the reward is likely the user's own: the way there helps
-            answer = ("error", f"{type(error).__name__}: {error}")
-        _reply(connection, *answer)
+            _reply(connection, "error", f"{type(error).__name__}: {error}")
 
 
 def _reply(connection: Connection, kind: str, value: object) -> None:

@@ -71,7 +71,7 @@ class SceneSource:
         return Scenes(images, torch.tensor(attributes), prompts)
 
     def _draw(self, rng: np.random.Generator) -> tuple[Attributes, Tensor, tuple[int, int], int]:
-        scene = self._combinations[rng.integers(len(self._combinations))]
+        scene = self._combinations[int(rng.integers(len(self._combinations)))]
         choices = [self._scans[digit] for digit in (scene.first_digit, scene.second_digit)]
         pair = torch.stack([scans[rng.integers(len(scans))] for scans in choices])
         return scene, pair, PLACES[rng.integers(len(PLACES))], int(rng.integers(len(WORDINGS[0])))

@@ -166,7 +166,7 @@ def _train(
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
-    lines = [line for line in read_losses(out) if line["stage"] != stage or line["step"] < start]
+    lines = [line for line in read_losses(out) if line["stage"] != stage or int(line["step"]) < start]
     began = time.monotonic()
     end = steps if stop is None else stop
     for step in tqdm(range(start, end), desc=stage, unit="step", initial=start, total=end, mininterval=5.0):

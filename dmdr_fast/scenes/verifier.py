@@ -173,7 +173,7 @@ def load_verifier(kind: Kind) -> Verifier:
 
 def main() -> None:
     """Fit both verifiers and store them."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for kind in SEEDS:
         state = fit_verifier(kind).state_dict()
         tensors |= {f"{kind}.{name}": tensor for name, tensor in state.items()}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import cuda, eager
+from benchmarks import cuda
+from benchmarks.bench_gelu_mul import gelu_mul
 from benchmarks.case import Case
 from benchmarks.measure import run_case
 from benchmarks.memory import peak_bytes
@@ -54,7 +55,7 @@ def test_a_case_from_gate_to_rows():
         (64, 512),
         torch.bfloat16,
         lambda inputs: {"packed": inputs.normal(64, 512)},
-        eager.gelu_mul,
+        gelu_mul,
         forward_bytes=3 * 64 * 256 * 2,
         backward_bytes=5 * 64 * 256 * 2,
         wrt=("packed",),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import eager, gate, measure
+from benchmarks import gate, measure
+from benchmarks.bench_gated_residual import gated_residual
 from benchmarks.case import Case
 from dmdr_fast import ops
 
@@ -21,7 +22,7 @@ def case(dtype=torch.float32, **changes):
         return {"x": inputs.normal(*SHAPE), "h": inputs.normal(*SHAPE), "gate": inputs.normal(2, 64)}
 
     values = {"forward_bytes": 1, "wrt": ("x", "h", "gate")} | changes
-    return Case("gated_residual", SHAPE, dtype, tensors, eager.gated_residual, **values)
+    return Case("gated_residual", SHAPE, dtype, tensors, gated_residual, **values)
 
 
 def break_op(monkeypatch, broken):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.native.calls import DTYPES, calls
-from tests.native.test_accuracy import exact, relative_error
+from tests.cases import DTYPES, calls
 from tests.raw import RawFunctions, as_tuple
+from tests.truth import exact, largest_error, relative_error
 
 reference = RawFunctions(None)
 
 # Relative L2 against float64: the rounding of the output, and float32 arithmetic before it.
 CEILING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# Bicubic weights come from a filter centre in float32, as PyTorch's do: an ulp of a position of 600 is 6e-5.
-RESIZE_CEILING = {**CEILING, torch.float32: 5e-5}
 
 
 # Strided rows and mixed dtypes run in one instance of a kernel, contiguous tensors in one for each dtype.
@@ -38,7 +36,6 @@ def test_agrees_with_the_formula_in_float64(kernels, dtype, strided):
         if kernels.emulated:
             kernels.configure()
         plain = as_tuple(getattr(reference, call.name)(*call.args))
-        ceiling = RESIZE_CEILING if call.name.startswith("preprocess") else CEILING
         truths = exact(call, results)
         for index, (value, same, like, truth) in enumerate(zip(results, again, plain, truths, strict=True)):
             where = f"{call}[{index}]"
@@ -47,5 +44,5 @@ def test_agrees_with_the_formula_in_float64(kernels, dtype, strided):
             if not value.is_floating_point():
                 assert torch.equal(value, like), where
             elif value.numel():
-                assert relative_error(value, truth) < ceiling[value.dtype], where
+                assert relative_error(value, truth) < largest_error(call, value.dtype, CEILING), where
     assert seen == set(kernels.functions.names)

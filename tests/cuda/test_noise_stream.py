@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmdr_fast.reference import seeded_blocks
+from dmdr_fast.ops._noise import seeded_blocks
 from tests.cuda import building
 from tests.raw import RawFunctions
 

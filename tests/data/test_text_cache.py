@@ -19,11 +19,6 @@ class Letters:
         self.identity = {"encoder": "letters", "weight": weight, "length": 20}
         self.weight, self.computed, self.loaded = weight, [], 0
 
-    def check(self, prompts):
-        for prompt in prompts:
-            if len(prompt) > 20:
-                raise ValueError(f"prompt {prompt!r} has {len(prompt)} tokens, the text encoder takes 20")
-
     def encode(self, prompts, *, negative):
         self.loaded += 1
         self.computed += prompts
@@ -185,11 +180,11 @@ def test_ranks_fill_their_parts_and_jobs_take_turns(tmp_path):
         assert_holds(cache, encoder, prompts)
 
 
-def test_a_prompt_too_long_stops_before_anything_is_computed(tmp_path):
-    encoder = Letters()
-    with pytest.raises(UserError, match="prompt 'cccccccccccccccccccccccc' has 24 tokens, the text encoder takes 20"):
-        TextCache(encoder, tmp_path).fill(["cat", "c" * 24])
-    assert encoder.computed == []
+def test_what_it_lacks(tmp_path):
+    cache = TextCache(Letters(), tmp_path)
+    cache.fill(["cat"], ["blurry"])
+    assert cache.lacks(["dog", "cat", "sea", "dog", "blurry"]) == ["dog", "sea", "blurry"]
+    assert cache.lacks(["blurry", "cat"], negative=True) == ["cat"]
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError])

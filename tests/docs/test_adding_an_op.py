@@ -16,6 +16,9 @@ USERS = ("dmdr_fast/patch/", "tests/patch/", "docs/", "benchmarks/results/", "be
 SHARING = {"dmdr_fast/ops/gated_residual_rms_norm.py", "kernels/gated_residual_rms_norm.py"}
 
 
+MOST = 12
+
+
 def squeezed(text):
     return re.sub(r"\s+|# fmt: skip", "", text)
 
@@ -26,12 +29,13 @@ def test_the_page_names_every_file_of_the_op_once():
     grep = ["git", "grep", "--untracked", "-l", "rms_norm_scale", "--", ".", ":!tests/docs"]
     found = subprocess.run(grep, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert sorted(FILES) == sorted(path for path in found if not path.startswith(USERS) and path not in SHARING)
+    assert len(FILES) <= MOST
 
 
 def test_what_it_quotes_is_in_those_files():
-    sources = squeezed("".join((ROOT / path).read_text() for path in FILES if path.endswith(".py")))
-    for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M):
-        for block in re.split(r"\n\n\n|\n(?=_fwd = )", code):
+    sources = squeezed("".join((ROOT / path).read_text() for path in FILES if path.endswith((".py", ".cpp"))))
+    for code in re.findall(r"^```(?:python|cpp)\n(.*?)^```", PAGE, re.S | re.M):
+        for block in re.split(r"\n\n\n|\n(?=_fwd = |on_rows)", code):
             assert squeezed(block) in sources, block
 
 

@@ -26,8 +26,13 @@ SD3 = {
     "optimizer__generator__lr": 1e-3,
     "optimizer__fake__lr": 1e-3,
 }
-# With blocks captured as they are, and the recomputation that goes with each.
-ACTIVATION = {"eager": "none", "fused": "selective", "compiled": "full"}
+# What else goes with the blocks: evaluations in between, of batches of another size, and whole weights in rollouts.
+EVALUATED = {"eval__samples": 4, "eval__batch_size": 1, "eval__every": 2, "eval__teacher_steps": 2}
+BESIDE = {
+    "eager": {"memory__activation": "none"},
+    "fused": {"memory__activation": "selective"},
+    "compiled": {"memory__activation": "full", "rollout__keep_gathered": "true", **EVALUATED},
+}
 
 
 def losses(run_dir):
@@ -50,8 +55,7 @@ def zero3(folder):
     keys |= {"checkpoint__every": 1, "checkpoint__keep": 9}
 
     def line(run_dir, blocks):
-        path = {"compute__blocks": blocks, "memory__activation": ACTIVATION[blocks]}
-        return words("sd3", folder, run_dir, **SD3, **keys, **path)
+        return words("sd3", folder, run_dir, **SD3, **keys, compute__blocks=blocks, **BESIDE[blocks])
 
     return line
 
@@ -68,7 +72,7 @@ def plain(run, folder, tmp_path_factory):
 
 @pytest.mark.parametrize("blocks", ["eager", "fused", "compiled"])
 def test_two_zero3_ranks_follow_eager_blocks_without_zero(run, zero3, plain, tmp_path, blocks):
-    script = {"script": CAPTURED} if blocks == "compiled" else {}
+    script = {"script": CAPTURED} if blocks == "compiled" else {}  # graphs are captured whole and run as they are
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     code, out, err = run(zero3(whole, blocks), ranks=2, small=False, **script)
     assert code == 0, err

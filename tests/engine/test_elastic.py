@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmdr_fast.cli import parse
+from dmdr_fast.disk import Writes
 from dmdr_fast.engine import runtime
 from dmdr_fast.engine.conditions import build_conditions
 from dmdr_fast.engine.model import open_model
@@ -73,7 +74,7 @@ def test_a_role_comes_back_to_the_bit(tmp_path, monkeypatch, environment, stage,
         roles[0].backward(loss, last=True)
         assert roles[0].step()
         averages[0].update()
-    save_role(tmp_path / "generator", roles[0], averages[0], ranks)
+    save_role(tmp_path / "generator", roles[0], averages[0], ranks, Writes())
     assert not list((tmp_path / "generator").glob("*.pt"))
     stored = StoredRole(tmp_path / "generator", [p.name for p in (tmp_path / "generator").iterdir()])
     load_role(stored, roles[1], averages[1], ranks)

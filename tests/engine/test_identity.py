@@ -99,6 +99,41 @@ def test_a_finished_run_goes_on_with_more_updates(repeat):
     assert json.loads((repeat.folder / "summary.json").read_text())["updates"] == 7
 
 
+@pytest.mark.parametrize(
+    ("lost", "arguments", "words"),
+    [
+        ([], [], None),
+        ([], ["--optimizer.generator.lr", "1e-4"], None),
+        ([], ["--lora.rank", "2"], ["but no checkpoint, and was written with lora.rank 4, this run has 2"]),
+        ([], ["--train.generator_steps", "7"], ["has final/generator.safetensors and cold_start/", "to go on from"]),
+        (["summary.json"], [], ["to go on from"]),  # killed in its evaluation
+        (["final/settings.json"], [], ["to go on from"]),
+        (["final"], [], ["has cold_start/generator.safetensors, but no checkpoint to go on from"]),
+    ],
+)
+def test_weights_without_checkpoints_are_not_written_over(repeat, lost, arguments, words):
+    for name in ("checkpoints", *lost):
+        path = repeat.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, out, err = repeat(arguments)
+    if words is None:
+        assert code == 0 and "nothing to do" in out, err
+        return
+    line = refused(code, err)
+    for word in (f"resume: {repeat.folder} has ", *words, "another run_dir", "--resume never"):
+        assert word in line
+
+
+def test_without_weights_another_run_may_start_in_the_folder(repeat):
+    """One that was killed before its first checkpoint leaves a configuration and a log."""
+    for name in ("checkpoints", "final", "cold_start"):
+        shutil.rmtree(repeat.folder / name)
+    code, out, err = repeat(["--seed", "5"], changes=True)
+    assert code == 0 and "resumed" not in out, err
+    assert yaml.safe_load((repeat.folder / "config.yaml").read_text())["seed"] == 5
+    assert [json.loads(line)["step"] for line in (repeat.folder / "log.jsonl").read_text().splitlines()] == [*range(6)]
+
+
 def test_nothing_in_a_checkpoint_is_unpickled(repeat, tmp_path):
     """Pickles that run code, planted beside the files of the manifest, under names old and new."""
 

@@ -1,11 +1,13 @@
 """The run's log: exact records, no duplicates after a resume, nothing from ranks that do not log."""
 
+import io
 import json
 import logging
 import sys
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmdr_fast.engine.logs import RunLog
@@ -103,27 +105,92 @@ def test_wandb_that_is_asked_for_and_missing_is_an_error_in_words(tmp_path, monk
         RunLog(tmp_path, total_steps=1, start_step=0, wandb="my-project")
 
 
-def test_wandb_gets_every_record_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
-    calls = []
+@pytest.fixture
+def offline(monkeypatch):
+    """The real package, which needs neither a key nor a network like this."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    import wandb
 
-    def init(**kwargs):
-        calls.append(kwargs)
-        return SimpleNamespace(
-            log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finished")
-        )
+    wandb.teardown()  # its settings are the process's
+    yield
+    wandb.teardown()
 
-    ids = iter(["first", "second"])
-    fake = SimpleNamespace(init=init, util=SimpleNamespace(generate_id=lambda: next(ids)))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+def wandb_history(file):
+    """(step, values) of every logged line of an offline run: protocol buffers in LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, lines, at, record = file.read_bytes(), [], 7, b""  # ":W&B", a magic number, a version
+    while at < len(content):
+        if 32768 - at % 32768 < 7:  # a block's last bytes, where no header fits
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            history, record = Record.FromString(record).history, b""
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+            lines += [(history.step.num, items)] if items else []
+    return lines
+
+
+def test_wandb_gets_records_evaluations_and_sheets_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, offline):
+    sheet = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
     for start in (0, 1):
         run_log = RunLog(tmp_path, total_steps=2, start_step=start, wandb="project")
-        run_log.log(start, "dmdr", {"reward": 2.0})
+        run_log.log(start, "dmdr", {"reward": 2.0 + start})
+        run_log.evaluation(start, {"fd": 1.5, "accuracy": None}, sheet)
         run_log.close()
-    assert [call["id"] for call in calls if isinstance(call, dict)] == ["first", "first"]
-    assert calls[0]["project"] == "project" and calls[0]["resume"] == "allow"
-    assert [call for call in calls if not isinstance(call, dict)] == [
-        (0, {"phase": "dmdr", "reward": 2.0}),
-        "finished",
-        (1, {"phase": "dmdr", "reward": 2.0}),
-        "finished",
-    ]
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.stem for file in files] == [f"run-{(tmp_path / 'wandb_id').read_text()}"] * 2
+    for start, lines in enumerate(map(wandb_history, files)):
+        assert {step for step, _ in lines} == {start}
+        values = {name: value for _, line in lines for name, value in line.items()}
+        assert (values["phase"], values["reward"], values["evaluation/fd"]) == ("dmdr", 2.0 + start, 1.5)
+        assert "evaluation/accuracy" not in values
+    pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png"))
+    assert len(pictures) == 2 and all((np.asarray(Image.open(p)) == sheet).all() for p in pictures)
+
+
+def test_wandb_without_a_key_is_an_error_in_words(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
+    wandb.teardown()
+    with pytest.raises(UserError, match=r"^log\.wandb: No API key configured.*WANDB_MODE=offline") as error:
+        RunLog(tmp_path, total_steps=1, start_step=0, wandb="project")
+    assert "\n" not in str(error.value) and not (tmp_path / "wandb_id").exists()
+
+
+def test_tensorboard_has_evaluations_and_sheets(tmp_path):
+    sheet = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    run_log = RunLog(tmp_path, total_steps=4, start_step=0)
+    run_log.evaluation(1, {"fd": 2.5, "held_out_reward": None}, sheet)
+    run_log.evaluation(3, {"fd": 1.25, "held_out_reward": -0.5}, 255 - sheet)
+    # on disk before the log is closed
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert scalars(tmp_path, "evaluation/fd") == [(1, 2.5), (3, 1.25)]
+    assert scalars(tmp_path, "evaluation/held_out_reward") == [(3, -0.5)]
+    drawn = [(i.step, np.asarray(Image.open(io.BytesIO(i.encoded_image_string)))) for i in events.Images("samples")]
+    assert [step for step, _ in drawn] == [1, 3]
+    assert (drawn[0][1] == sheet).all() and (drawn[1][1] == 255 - sheet).all()
+    run_log.close()
+
+
+def test_a_resumed_log_knows_how_long_the_run_had_trained(tmp_path):
+    run_log = RunLog(tmp_path, total_steps=4, start_step=0)
+    assert run_log.elapsed_before == 0.0
+    for step in range(3):
+        run_log.log(step, "dmdr", {"elapsed_seconds": 10.0 * (step + 1)})
+    run_log.close()
+    run_log = RunLog(tmp_path, total_steps=4, start_step=2)
+    assert run_log.elapsed_before == 20.0
+    run_log.close()

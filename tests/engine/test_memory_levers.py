@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dmdr_fast import cli, preflight
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.config import AdamW
-from dmdr_fast.engine import runtime
+from dmdr_fast.engine import compute, runtime
 from dmdr_fast.engine.memory import Probe, check_levers, dmd_gradient_change
 from dmdr_fast.engine.optimizers import build_optimizer
 from dmdr_fast.errors import UserError
@@ -56,6 +56,21 @@ def test_activation_modes_train_the_same_weights(ranks, tmp_path, stage):
     ]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(outputs[2], outputs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "mode", "frozen"), [("2", "selective", "native"), ("3", "offload", "int8")])
+def test_compiled_blocks_train_the_same_weights(ranks, tmp_path, monkeypatch, stage, mode, frozen):
+    """A LoRA on a frozen base, captured as it is compiled and run as it is."""
+    monkeypatch.setattr(compute, "BACKEND", "eager")
+    monkeypatch.setattr(torch._logging._internal.trace_log, "propagate", False)  # pytest would keep megabytes of it
+    options = ("--deepspeed.stage", stage, "--memory.frozen", frozen)
+    eager = roles_of(ranks, tmp_path, *options, "--compute.blocks", "eager")[1]
+    compiled = roles_of(ranks, tmp_path, *options, "--compute.blocks", "compiled", "--memory.activation", mode)[1]
+    graphs = compute.compiled_graphs()
+    want, got = (trained_weights(roles) for roles in (eager, compiled))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert compute.compiled_graphs() > graphs
+    torch._dynamo.reset()
 
 
 def test_cpu_offload_by_the_deepspeed_json_trains_the_same_weights(ranks, tmp_path):

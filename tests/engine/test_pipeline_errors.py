@@ -43,9 +43,15 @@ def test_prompts(refused, tmp_path):
     assert "data.prompts: prompts" in (line := refused(data__prompts=tmp_path / "none.txt")) and "no such file" in line
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"caption": "a dog"}\n')
     assert "line 2 has no key 'prompt'; it has 'caption'" in refused(data__prompts=tmp_path / "bad.jsonl")
-    (tmp_path / "long.txt").write_text("a cat\n" + "very " * 40 + "long\n")
+    (tmp_path / "long.txt").write_text("a cat\n" + "very " * 40 + "long\n\nsea\n" + "very " * 50)
     line = refused(data__prompts=tmp_path / "long.txt", data__max_length=32)
-    assert "very very" in line and "takes 32" in line and "shorten it" in line
+    assert "data.prompts: the text encoder takes 32 tokens, but line 2 has " in line and ", line 5 has " in line
+    assert "data.too_long" in line
+    (tmp_path / "longer.txt").write_text("very " * 40)
+    line = refused(data__prompts=tmp_path / "longer.txt", data__max_length=32, data__too_long="skip")
+    assert "data.prompts: every prompt has more than the 32 tokens" in line
+    line = refused(data__max_length=32, data__negative_prompt="very " * 40)
+    assert "data.negative_prompt: the text encoder takes 32 tokens, but it has " in line
 
 
 def test_pipelines(refused, folder, tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import resource
 import shutil
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +149,17 @@ def test_a_checkpoint_of_two_ranks_is_the_generator(finished, tmp_path, family):
     assert not list(tmp_path.iterdir())
 
 
+@contextmanager
+def full_disk():
+    """Inside, no file grows beyond 4 KB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_exporting_and_sampling_a_checkpoint(finished, tmp_path, capsys):
     """``--step``, of a run that has no final weights (yet)."""
     run_dir, prompts = tmp_path / "run", ["sea", "a red cat"]
@@ -167,10 +180,32 @@ def test_exporting_and_sampling_a_checkpoint(finished, tmp_path, capsys):
     torch.testing.assert_close(image, images[:1], rtol=0, atol=1e-5)
     steps = [sample.sample_run(run_dir, prompts, step=step) for step in (1, 2)]
     assert (steps[0] - steps[1]).abs().max() > 1e-4
-    (run_dir / "checkpoints/step_00000002/generator/ema.00000.safetensors").write_bytes(b"torn")
+    for chosen in (["--step", "2"], ["--weights", str(run_dir / "cold_start/generator.safetensors")]):
+        with full_disk():
+            assert run_user_command(export.main, [arguments[0], str(tmp_path / "full"), *chosen]) == 2
+        assert re.search(r"^error: .* cannot be written \(.*\); free some space", capsys.readouterr().err, re.MULTILINE)
+        assert not [path.name for path in tmp_path.iterdir() if "full" in path.name or "dmdr_fast" in path.name]
+    shards = run_dir / "checkpoints/step_00000002/generator"
+    for name, spoil in (
+        ("ema.00000.safetensors", lambda content: content[:-4] + b"\0\0\0\1"),  # still a safetensors file
+        ("ema.00000.safetensors", lambda content: b"torn"),
+        ("parts.00000.json", lambda content: content.replace(b"1", b"2", 1)),
+    ):
+        content = (shards / name).read_bytes()
+        (shards / name).write_bytes(spoil(content))
+        for command, more in ((sample.main, ["--prompts", "sea"]), (export.main, [str(tmp_path / "x")])):
+            assert run_user_command(command, [str(run_dir), *more, "--step", "2"]) == 2
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert error.startswith("error: --step 2: ") and f"{name} does not match its checksum" in error
+            assert "it has steps 1, 2, 3" in error
+        (shards / name).write_bytes(content)
+    (shards / "weight.00000.safetensors").write_bytes(b"torn")  # which is not read
+    assert not run_user_command(export.main, [arguments[0], str(tmp_path / "again"), "--step", "2"])
+    manifest = shards.parent / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({n: e for n, e in entries.items() if n != "generator/ema.00000.safetensors"}))
     assert run_user_command(sample.main, [str(run_dir), "--prompts", "sea", "--step", "2"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --step 2: ") and "cannot be read" in error and "it has steps 1, 2, 3" in error
+    assert "ema.00000.safetensors is not in its manifest.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("family", "stage"), [("flux", 3), ("flux2", 2)])

@@ -1,5 +1,6 @@
 """A run that was killed and resumed is the run that never stopped, to the byte."""
 
+import io
 import json
 import re
 import shlex
@@ -8,7 +9,10 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmdr_fast import cli
 from dmdr_fast.engine.recipe import learning_rates
@@ -17,6 +21,7 @@ from .conftest import TRAIN
 
 TWELVE = ["--train.cold_start_steps", "4", "--train.generator_steps", "12", "--checkpoint.every", "2"]
 TWELVE += ["--optimizer.generator.warmup_steps", "8", "--optimizer.fake.warmup_steps", "10"]
+EVALUATED = ["--eval.every", "3", "--eval.samples", "24", "--eval.batch_size", "12", "--eval.teacher_steps", "2"]
 FINAL = "final/generator.safetensors"
 
 
@@ -39,7 +44,7 @@ def wait_for_step(process, folder, step):
 
 
 def same_log(a, b):
-    drop = {"samples_per_second", "host_memory_bytes", "host_peak_memory_bytes"}
+    drop = {"samples_per_second", "elapsed_seconds", "host_memory_bytes", "host_peak_memory_bytes"}
     return [
         [
             {k: v for k, v in json.loads(line).items() if k not in drop}
@@ -49,15 +54,18 @@ def same_log(a, b):
     ]
 
 
-@pytest.mark.parametrize(("step", "delay"), [(3, 0.0), (6, 0.02), (10, 0.01)])
-def test_killed_at_any_point_and_resumed_gives_the_same_bytes(launch, run, uninterrupted, tmp_path, step, delay):
-    process = launch([*TWELVE, "--run_dir", tmp_path])
+@pytest.mark.parametrize(("step", "delay", "options"), [(3, 0.0, ()), (6, 0.02, ()), (10, 0.01, EVALUATED)])
+def test_killed_at_any_point_and_resumed_gives_the_same_bytes(
+    launch, run, uninterrupted, tmp_path, step, delay, options
+):
+    """And those of a run without evaluations, which change nothing."""
+    process = launch([*TWELVE, *options, "--run_dir", tmp_path])
     wait_for_step(process, tmp_path, step)
     time.sleep(delay)
     process.kill()
     process.communicate()
     assert not (tmp_path / FINAL).exists()
-    code, out, err = run([*TWELVE, "--run_dir", tmp_path, "--resume", "auto"])
+    code, out, err = run([*TWELVE, *options, "--run_dir", tmp_path, "--resume", "auto"])
     assert code == 0, err
     assert "resumed from" in out
     assert (tmp_path / FINAL).read_bytes() == (uninterrupted / FINAL).read_bytes()
@@ -66,6 +74,29 @@ def test_killed_at_any_point_and_resumed_gives_the_same_bytes(launch, run, unint
     ).read_bytes()
     one, two = same_log(tmp_path, uninterrupted)
     assert one == two
+    if options:
+        check_what_there_is_to_see(tmp_path)
+
+
+def check_what_there_is_to_see(folder):
+    """TensorBoard's event files and the sheets of a run that was killed and resumed."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    scalars = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    for name in ("fd", "reward", "held_out_reward", "diversity", "accuracy"):
+        assert scalars[f"evaluation/{name}"] == pytest.approx({row["step"] - 1: row[name] for row in rows}, rel=1e-6)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name in ("generator_lr", "fake_lr", "reward_weight"):
+        assert scalars[name] == pytest.approx({r["step"]: r[name] for r in lines if name in r}, rel=1e-6)
+    assert scalars["reward_weight"] == pytest.approx(dict.fromkeys(range(4, 12), 0.05))
+    drawn = {image.step + 1: image.encoded_image_string for image in events.Images("samples")}
+    sheets = {int(file.stem[-8:]): file.read_bytes() for file in (folder / "samples").iterdir()}
+    assert drawn.keys() == sheets.keys() == {3, 6, 9, 12}
+    for step, content in sheets.items():
+        one, two = (np.asarray(Image.open(io.BytesIO(png))) for png in (content, drawn[step]))
+        assert one.shape[-1] == 3 and (one == two).all()
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
@@ -144,11 +175,13 @@ def test_two_zero3_ranks_resume_exactly(launch, run, tmp_path):
     options = [*TWELVE, "--train.micro_batch_size", "4", "--deepspeed.stage", "3"]
     code, _, err = run([*options, "--run_dir", whole], ranks=2)
     assert code == 0, err
-    process = launch([*options, "--run_dir", broken], ranks=2)
+    process = launch([*options, *EVALUATED, "--run_dir", broken], ranks=2)
     wait_for_step(process, broken, 7)
     process.kill()
     process.communicate()
-    code, out, err = run([*options, "--run_dir", broken], ranks=2)
+    code, out, err = run([*options, *EVALUATED, "--run_dir", broken], ranks=2)
     assert code == 0, err
-    assert "resumed from" in out
+    assert "resumed from" in out and {"step_00000009.png", "step_00000012.png"} <= {
+        file.name for file in (broken / "samples").iterdir()
+    }
     assert (whole / FINAL).read_bytes() == (broken / FINAL).read_bytes()

@@ -2,13 +2,20 @@
 
 import random
 
-from tests.torture import COMPARED, FINAL, PHASES, Combination, differing, phase, torture
+from tests.torture import COMBINATIONS, COMPARED, FINAL, PHASES, Combination, differing, phase, shares, torture
 
 
 def test_a_killed_run_ends_with_equal_bytes(tmp_path, environment):
     outcomes = list(torture(Combination("shared_score", 0, "eager"), 1, random.Random(0), tmp_path))
     assert sum(len(outcome.kills) for outcome in outcomes) == 1
     assert [outcome.differs for outcome in outcomes] == [""] * len(outcomes)
+
+
+def test_parts_add_up_to_the_whole():
+    whole = shares(40)
+    assert list(whole) == COMBINATIONS and sum(whole.values()) == 40 and set(whole.values()) == {3, 4}
+    for parts in (("separate", "shared_score", "shared_all"), ("stage-0", "stage-3"), ("eager", "compiled")):
+        assert sum(n for part in parts for c, n in whole.items() if part in str(c)) == 40
 
 
 def test_bytes_that_differ_and_files_that_are_missing_are_named(tmp_path):

@@ -94,6 +94,17 @@ def test_distance_at_a_reward_is_read_between_evaluations(reward, fd):
     assert statistics.fd_at_reward(mine, reward) == pytest.approx(fd)
 
 
+def test_an_evaluation_without_a_finite_distance_is_passed_over():
+    """The distance of a run that leaves the data for a while is null in its records."""
+    way = [(500, -0.4, 0.5), (550, -0.3, None), (600, -0.2, 2.0), (650, None, None)]
+    mine = replace(record("dmd_then_rl", 0), evaluations=[{"step": s, "reward": r, "fd": f} for s, r, f in way])
+    assert statistics.fd_at_reward(mine, -0.3) == pytest.approx(math.sqrt(0.5 * 2.0))
+    assert statistics.fd_at_reward(mine, 0.0) == 2.0
+    assert statistics.value_of(mine, statistics.COLD_START_FD) == pytest.approx((math.log10(0.5) + math.log10(2.0)) / 2)
+    never = replace(mine, evaluations=[{"step": 500, "reward": -0.4, "fd": None}])
+    assert statistics.fd_at_reward(never, -0.4) is statistics.value_of(never, statistics.COLD_START_FD) is None
+
+
 def test_a_run_without_a_cold_start_starts_as_the_teacher_in_one_step():
     mine = record("rl_only", 0)
     mine = replace(mine, rows=mine.rows | {"cold_start": {"fd": 6.0, "reward": -0.9}})

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dmdr_fast.errors import UserError
+from dmdr_fast.eval import report
 from dmdr_fast.eval.report import load_run, write_overview, write_report
 
 METRICS = {
@@ -35,6 +36,14 @@ METRICS = {
 }
 
 
+HELD_OUT = {
+    "teacher": {"held_out_reward": -0.1, "diversity": 0.5},
+    "teacher_n": {"held_out_reward": -1.6, "diversity": 0.9},
+    "cold_start": {"held_out_reward": -0.2, "diversity": 0.4},
+    "dmdr": {"held_out_reward": -0.15, "diversity": 0.3},
+}
+
+
 def make_run(directory, generators=tuple(METRICS), phases=("cold_start", "dmdr"), metrics=METRICS):
     directory.mkdir(exist_ok=True)
     (directory / "metrics.json").write_text(json.dumps({name: metrics[name] for name in generators}))
@@ -54,10 +63,16 @@ def make_run(directory, generators=tuple(METRICS), phases=("cold_start", "dmdr")
             log.write(json.dumps(record | {"memory_bytes": None if step == 3 else 2.0**30}) + "\n")
     (directory / "config.yaml").write_text("seed: 3\nstudent:\n  steps: 1\neval:\n  teacher_steps: 40\nnote: a < b\n")
     summary = {
-        "wall_seconds": 254.4,
+        "finished": "2031-05-06T07:08:09+00:00",
+        "training_seconds": 254.4,
+        "command": "dmdr-train --config 'a & b'",
+        "commit": "0123456789ab",
+        "device": "Some GPU",
+        "ranks": 8,
+        "samples_per_rank": 4,
+        "gradient_accumulation": 2,
+        "batch": 64,
         "parameters": {"generator": 703456},
-        "peak_bytes": 2**21,
-        "device": "2 cores",
     }
     (directory / "summary.json").write_text(json.dumps(summary))
     return directory
@@ -68,7 +83,8 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.text, self.images, self.links, self.open, self.cells = "", [], [], [], []
+        self.text, self.images, self.alts, self.links, self.open, self.cells = "", [], [], [], [], []
+        self.headings = []
         self.feed(path.read_text())
         self.close()
         assert self.open == []
@@ -76,11 +92,13 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if tag == "img":
-            assert attrs["alt"]
+            self.alts.append(attrs["alt"])
             self.images.append(Image.open(io.BytesIO(base64.b64decode(attrs["src"].split("base64,")[1]))))
         self.links += [value for name, value in attrs.items() if name in ("src", "href")]
         if tag not in ("meta", "img", "link", "br"):
             self.open.append(tag)
+        if tag == "th":
+            self.headings.append("")
         if tag == "td":
             self.cells.append(["", attrs.get("class")])
 
@@ -91,6 +109,8 @@ class Page(HTMLParser):
         self.text += data
         if self.open and self.open[-1] == "td":
             self.cells[-1][0] += data
+        if self.open and self.open[-1] == "th":
+            self.headings[-1] += data
 
 
 def test_the_report_holds_everything_and_needs_nothing(tmp_path):
@@ -103,7 +123,15 @@ def test_the_report_holds_everything_and_needs_nothing(tmp_path):
     assert all(image.size == (4 * 52 - 4, 10 * 52 - 4) for image in page.images[:4])
     for title in ("Teacher, 40 steps", "Teacher, 1 step", "Cold start, 1 step", "DMDR, 1 step"):
         assert page.text.count(title) >= 2, title
-    for fact in ("4 min 14 s", "703,456", "2.0 MiB", "2 cores", "note: a < b"):
+    facts = (
+        "2031-05-06T07:08:09",
+        "4 min 14 s",
+        "dmdr-train --config 'a & b'",
+        "0123456789ab",
+        "703,456",
+        "note: a < b",
+    )
+    for fact in (*facts, "8 × Some GPU × 4 samples × 2 micro-steps = 64 samples an update"):
         assert fact in page.text, fact
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in page.text
 
@@ -136,7 +164,7 @@ def test_a_run_without_rl_or_reward_has_no_boundary_and_dashes(tmp_path):
     without_reward = {name: row | {"reward": None} for name, row in METRICS.items()}
     run = make_run(tmp_path / "run", ["teacher", "cold_start"], ["cold_start"], without_reward)
     page = Page(write_report(run))
-    assert [text for text, _ in page.cells].count("–") == 2
+    assert "–" not in [text for text, _ in page.cells] and "Reward" not in page.text
     assert "mean reward" not in page.text and "Fréchet distance" in page.text
 
 
@@ -148,6 +176,70 @@ def test_any_one_file_is_enough(tmp_path, left):
             file.unlink()
     page = Page(write_report(run))
     assert len(page.images) == {"metrics.json": 0, "log.jsonl": 4, "samples.npz": 4}[left]
+
+
+def test_every_metric_that_some_row_has_is_a_column(tmp_path):
+    """Held-out reward and diversity among them; a column that no row fills is not there."""
+    rows = {name: {**METRICS[name], **HELD_OUT[name], "accuracy": None} for name in METRICS}
+    rows["teacher_n"]["reward"] = None
+    page = Page(write_report(make_run(tmp_path / "run", metrics=rows)))
+    assert page.headings == ["", "FD", "Precision", "Recall", "Reward", "Held-out reward", "Diversity", "NFE"]
+    cells = [page.cells[i : i + 8] for i in range(0, 32, 8)]
+    assert [text for text, _ in cells[1]][4:7] == ["–", "-1.6000", "0.9000"]
+    assert [row[5][1] for row in cells] == ["best", None, None, None]
+    assert {row[6][1] for row in cells} == {None}  # the most diverse are not the best: noise is
+    assert "mean held-out reward" in page.text and "Accuracy" not in page.text
+
+
+def evaluated(run, *rows):
+    (run / "evaluations.jsonl").write_text("".join(json.dumps({"step": s, **row}) + "\n" for s, row in rows))
+
+
+def test_it_says_when_fd_worsened(tmp_path):
+    run = make_run(tmp_path / "run")
+    worsened = "FD worsened in reinforcement learning: 2.260 after the cold start, 2.300 at the end."
+    assert report._remarks(load_run(run)) == [worsened]
+    evaluated(run, (5, {"fd": 2.5}), (10, {"fd": 2.1}), (15, {"fd": 2.2}), (20, {"fd": 2.3}))
+    best = "FD was best after 10 updates, 2.100, and is 2.300 after 20."
+    assert report._remarks(load_run(run)) == [worsened, best]
+    text = Page(write_report(run)).text
+    assert worsened in text and best in text
+    better = {name: METRICS[name] | {"fd": 3.0 - i} for i, name in enumerate(METRICS)}
+    run = make_run(tmp_path / "better", metrics=better)
+    evaluated(run, (5, {"fd": 2.5}), (10, {"fd": 2.1}))
+    assert report._remarks(load_run(run)) == []
+
+
+def test_evaluations_and_sheets_made_while_training_are_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    evaluated(run, (5, {"fd": 2.5, "reward": None, "nfe": 1.0}), (10, {"fd": 2.1, "reward": None, "nfe": 1.0}))
+    (run / "samples").mkdir()
+    for step in range(1, 31):
+        Image.new("RGB", (step, 7)).save(run / "samples" / f"step_{step:08d}.png")
+    page = Page(write_report(run))
+    assert [image.size for image in page.images[5:17]] == [(s, 7) for s in (1, 4, 6, 9, 12, 14, 17, 19, 22, 25, 27, 30)]
+    assert "After 1 updates" in page.text and "12 of 30 sheets" in page.text
+    assert page.alts[4] == "Evaluation over generator steps: FD" and len(page.images) == 4 + 1 + 12 + 4
+
+
+def test_prompts_stand_beside_their_pictures_and_every_sample_is_shown(tmp_path):
+    """Markup in a prompt is text."""
+    prompts = ["a <script>alert('1')</script> & b", '"quoted" fox', "狐狸", *(f"number {i}" for i in range(20))]
+    labels = np.arange(46) % 23
+    run = make_run(tmp_path / "run")
+    samples = {n: np.stack([np.full((3, 8, 8), v) for v in np.linspace(-1, 1, 46)]) for n in ("teacher", "dmdr")}
+    np.savez(run / "samples.npz", labels=labels, prompts=np.array([prompts[i] for i in labels]), **samples)
+    path = write_report(run)
+    assert "<script>" not in path.read_text()
+    page = Page(path)
+    assert page.headings[:3] == ["Prompt", "Teacher, 40 steps", "DMDR, 1 step"]
+    shown = page.images[:46]
+    for i, prompt in enumerate(prompts):
+        assert page.alts[2 * i : 2 * i + 2] == [f"Teacher, 40 steps: {prompt}", f"DMDR, 1 step: {prompt}"]
+        pixels = np.asarray(shown[2 * i].convert("L"))
+        values = [round((np.linspace(-1, 1, 46)[n] + 1) * 127.5) for n in (i, i + 23)]
+        assert pixels.shape == (256, 516) and [pixels[9, 9], pixels[9, 500]] == pytest.approx(values, abs=1)
+    assert prompts[0] in page.text and prompts[2] in page.text
 
 
 def test_the_overview_shows_the_grids_side_by_side(tmp_path):

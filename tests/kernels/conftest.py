@@ -5,7 +5,11 @@ import os
 import pytest
 import torch
 
+from tests.interpreted import make_repeatable
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    make_repeatable()
 _ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 

@@ -15,35 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import RAW, host_calls
+
 ROOT = Path(__file__).parents[2]
 _TRIES = 4
 
-# (forward, forward + backward). Eager's own lines of layer_norm_modulate take 22 and 105.
-_LIMIT = 25, 90
-_LIMITS = dict.fromkeys(("dmd_loss", "multi_lora", "preprocess_reward"), (40, 120))
 # Of a raw operator by itself, as torch.compile calls it. A tensor that comes in is 0.7, one that is allocated 0.9, a
 # launch 1.7, an argument in the dispatcher 0.2: a gradient has more of each than a forward.
 _OPERATOR = {"fwd": 15, "bwd": 20}
-_OPERATORS = {
-    "dmd_gradient_fwd": 30,  # 21 arguments, 7 allocations
-    "gated_residual_layer_norm_modulate_bwd": 25,  # 8 tensors come in, 6 are allocated
-    "multi_lora_bwd": 25,  # 4 launches
-    "qk_norm_rope_bwd": 25,  # 12 tensors come in, 5 are allocated
-    "qk_norm_rope_fwd": 18,  # 6 tensors come in, 4 are allocated
-    "sde_step_fwd": 20,  # 3 launches
-}
-LAUNCHES = {
-    "dmd_loss": [1, 2],
-    "dmd_loss, large": [2, 3],
-    "multi_lora": [2, 6],
-    "multi_lora, 0-d scale": [2, 6],
-    "preprocess_reward": [2, 4],
-    "layer_norm_modulate": [1, 3],
-    "gated_residual_layer_norm_modulate": [1, 3],
-    "qk_norm_rope": [1, 3],
-    "renoise": [1, 2],
-    "silu_mul": [1, 2],
-}
+_OPERATORS = {name: most for raw in RAW for name, most in raw.operators.items()}
+CALLS = host_calls()
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +57,6 @@ def _least(one: dict | float, other: dict | float) -> dict | float:
     return {name: min(one[name], other[name]) for name in one} if isinstance(one, dict) else min(one, other)
 
 
-def _limits(op: str) -> tuple[int, int]:
-    return _LIMITS.get(op.split(",")[0], _LIMIT)
-
-
 def _too_slow(found: dict) -> list[str]:
     """The ops whose time, or whose operators', is above a limit."""
     slow = {op for op, taken in found["ops"].items() if not _within(taken, op)}
@@ -93,7 +70,7 @@ def _most(raw: str) -> int:
 
 
 def _within(taken: dict, op: str) -> bool:
-    return all(taken[what] <= limit for what, limit in zip(("forward", "both"), _limits(op), strict=True))
+    return all(taken[what] <= limit for what, limit in zip(("forward", "both"), CALLS[op].limit, strict=True))
 
 
 @pytest.mark.slow
@@ -114,4 +91,5 @@ def test_host_time_of_raw_operators(measured):
 
 
 def test_launches(measured):
-    assert {op: measured["ops"][op]["launches"] for op in LAUNCHES} == LAUNCHES
+    held = {op: call.launches for op, call in CALLS.items() if call.launches is not None}
+    assert {op: measured["ops"][op]["launches"] for op in held} == held

@@ -9,9 +9,8 @@ from torch.library import opcheck
 
 from dmdr_fast import ops
 from dmdr_fast.ops._library import RAW
-from tests.kernels.calls import SEED, small_calls
+from tests.cases import SEED, Call, calls, small_calls
 from tests.kernels.truth import check, moved
-from tests.native.calls import Call, calls
 from tests.raw import RawFunctions, as_tuple
 
 reference = RawFunctions(None)

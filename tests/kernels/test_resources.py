@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,16 @@ triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from dmdr_fast.backends.triton import BACKEND  # noqa: E402
+from tests.cases import RAW, Compiled  # noqa: E402
 from tests.kernels import ahead_of_time  # noqa: E402
-from tests.kernels.resource_cases import MOST_INSTRUCTIONS, cases  # noqa: E402
+from tests.raw import RawFunctions  # noqa: E402
 
 RECORD = Path(__file__).parents[1] / "resources.json"
 VERSION = ".".join(triton.__version__.split(".")[:2])
-CASES = cases()
+CASES = {label: case for raw in RAW for label, case in raw.compiled().items()}
+MOST_INSTRUCTIONS = {name: most for raw in RAW for name, most in raw.instructions.items()}
+KERNELS = RawFunctions(BACKEND)
 
 # What reads or writes latents, tokens or pixels in other pieces than 16 bytes, and why.
 _BY_COLUMN = {"resize_columns_kernel", "resize_columns_bwd_kernel"}  # neighbouring threads take neighbouring outputs
@@ -37,25 +40,29 @@ LOADS_NOTHING_WIDE = _BY_COLUMN | _WRITES_ONLY
 STORES_NOTHING_WIDE = _BY_COLUMN | _SUMS_ONLY
 
 
-@lru_cache(maxsize=1)
-def measured(case: str) -> dict[str, dict[str, float]]:
-    """Kernel to numbers: the tests of one case follow each other."""
-    call, elements = CASES[case]
+def run(case: Compiled) -> None:
+    case.before()
+    KERNELS(case.name, *case.args)
+
+
+def measured(case: Compiled) -> dict[str, dict[str, float]]:
+    """Kernel to numbers."""
     kernels = {}
-    for name, taken in ahead_of_time.kernels_of(call).items():
+    for name, taken in ahead_of_time.kernels_of(lambda: run(case)).items():
         kernels[name] = taken.as_dict()
-        if name in elements:
-            kernels[name]["instructions_per_element"] = round(taken.instructions * taken.threads / elements[name], 2)
+        if name in case.elements:
+            per_element = taken.instructions * taken.threads / case.elements[name]
+            kernels[name]["instructions_per_element"] = round(per_element, 2)
     return kernels
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_machine_code(case):
-    kernels = measured(case)
-    assert kernels.keys() >= CASES[case][1].keys()
+    elements, kernels = CASES[case].elements, measured(CASES[case])
+    assert kernels.keys() >= elements.keys()
     for name, taken in kernels.items():
         assert taken["stack"] == 0 and taken["spills"] == 0, f"{name}: {taken}"
-        if name in CASES[case][1]:
+        if name in elements:
             assert (taken["wide_loads"] > 0) != (name in LOADS_NOTHING_WIDE), f"{name}: {taken}"
             assert (taken["wide_stores"] > 0) != (name in STORES_NOTHING_WIDE), f"{name}: {taken}"
         if name in MOST_INSTRUCTIONS:
@@ -68,25 +75,10 @@ def test_machine_code(case):
     assert kernels == recorded[VERSION]["kernels"][case]
 
 
-@pytest.mark.parametrize(
-    ("case", "launches"),
-    {
-        "dmd_gradient_fwd, 16384 elements": 1,
-        "dmd_gradient_fwd, 262144 elements": 2,
-        "dmd_loss_bwd": 1,
-        "multi_lora_fwd": 2,
-        "multi_lora_bwd": 4,
-        "preprocess_reward_fwd": 3,  # its first use: the table of its filter too
-        "preprocess_reward_bwd": 2,
-        "layer_norm_modulate_fwd, 1536 features": 1,
-        "layer_norm_modulate_bwd, 1536 features": 2,
-        "gated_residual_layer_norm_modulate_bwd, 1536 features": 2,
-        "qk_norm_rope_bwd, neighbours": 2,
-    }.items(),
-)
-def test_launches(case, launches):
-    ahead_of_time.compiled_by(CASES["preprocess_reward_fwd"][0])
-    assert len(ahead_of_time.compiled_by(CASES[case][0])) == launches
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].launches is not None])
+def test_launches(case):
+    ahead_of_time.compiled_by(lambda: run(CASES["preprocess_reward_fwd"]))
+    assert len(ahead_of_time.compiled_by(lambda: run(CASES[case]))) == CASES[case].launches
 
 
 def test_the_record_has_these_cases():
@@ -96,7 +88,7 @@ def test_the_record_has_these_cases():
 
 
 def test_the_decoder_agrees_with_cuobjdump():
-    compiled = ahead_of_time.compiled_by(CASES["multi_lora_fwd"][0])
+    compiled = ahead_of_time.compiled_by(lambda: run(CASES["multi_lora_fwd"]))
     cubin = compiled[-1].asm["cubin"]
     ours, theirs = ahead_of_time.instructions(cubin), ahead_of_time.disassembled(cubin)
     accesses = {name for name, _ in ours} - {"", "NOP"}

@@ -22,7 +22,7 @@ from hypothesis.strategies import SearchStrategy
 
 from dmdr_fast.errors import UserError
 
-KINDS = ("configuration", "command_line", "deepspeed_json", "weights", "checkpoints")
+KINDS = ("configuration", "command_line", "deepspeed_json", "weights", "checkpoints", "prompts", "images", "planner")
 LONGEST = 6000  # characters of a message: some of the inputs themselves have 5000
 
 

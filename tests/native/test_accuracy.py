@@ -4,45 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from dmdr_fast.backends.cpu import BACKEND
-from tests.native.calls import DTYPES, Call, calls
+from tests.cases import DTYPES, calls
 from tests.raw import RawFunctions, as_tuple
+from tests.truth import exact, largest_error, relative_error
 
 cpu, reference = RawFunctions(BACKEND), RawFunctions(None)
 
 # Relative L2 against float64. fp32: sums of up to 35,000 terms in fixed order; half types: their unit roundoff, which a
 # result of a single element can reach.
 CEILING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# Bicubic weights come from a filter centre in fp32, as PyTorch's do: an ulp of a position of 600 is 6e-5.
-RESIZE_CEILING = {**CEILING, torch.float32: 5e-5}
-
-
-def exact(call: Call, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The reference's results in float64; what is computed of a rounded result starts from that result."""
-    args = [_wide(arg) for arg in call.args]
-    truth = as_tuple(getattr(reference, call.name)(*args))
-    if call.name == "gated_residual_layer_norm_modulate_fwd":
-        return truth[0], *reference.layer_norm_modulate_fwd(results[0].double(), *args[3:])
-    if call.name == "sde_step_fwd" and results[0].numel():
-        replay = reference.sde_step_fwd(*args[:4], results[0].double(), None, 0, *args[7:])
-        return truth[0], *replay[1:]
-    return truth
-
-
-def _wide(arg):
-    if isinstance(arg, Tensor) and arg.is_floating_point():
-        return arg.double()
-    return torch.float64 if isinstance(arg, torch.dtype) else arg
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """In L2, infinite where NaN stands in one and not in the other (the mean of no elements is NaN in both)."""
-    if not torch.equal(value.isnan(), truth.isnan()):
-        return float("inf")
-    value, truth = value.double().nan_to_num(), truth.nan_to_num()
-    return float((value - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
@@ -53,7 +25,6 @@ def test_kernels_agree_with_the_formula_in_float64(dtype, strided):
         assert cpu.supports(call.name, *call.args) is None
         results = as_tuple(getattr(cpu, call.name)(*call.args))
         kept = as_tuple(getattr(reference, call.name)(*call.args))
-        ceiling = RESIZE_CEILING if call.name.startswith("preprocess") else CEILING
         for index, (value, plain, truth) in enumerate(zip(results, kept, exact(call, results), strict=True)):
             where = f"{call}[{index}]"
             assert value.dtype is plain.dtype and value.shape == plain.shape, where
@@ -61,7 +32,7 @@ def test_kernels_agree_with_the_formula_in_float64(dtype, strided):
             if not value.is_floating_point():
                 assert torch.equal(value, plain), where
             elif value.numel():
-                assert relative_error(value, truth) < ceiling[value.dtype], where
+                assert relative_error(value, truth) < largest_error(call, value.dtype, CEILING), where
         seen.add(call.name)
     assert seen == set(cpu.names)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends.cpu import BACKEND
-from tests.native.calls import calls, large_calls
+from tests.cases import calls, large_calls
 from tests.raw import RawFunctions, as_tuple
 
 cpu = RawFunctions(BACKEND)

@@ -12,7 +12,7 @@ import torch
 from dmdr_fast import backends, ops, reference
 from dmdr_fast.backends.plans import Recorder
 from dmdr_fast.ops._library import RAW
-from tests.ops.calls import valid_calls
+from tests.cases import OPS, valid_calls
 
 PACKED = torch.randn(2, 8)
 
@@ -126,7 +126,7 @@ def test_cuda_tensors_go_to_triton_first_and_to_cuda_where_a_result_favours_it(m
     assert backends._candidates("auto", "cuda", "renoise_fwd") == ("cuda", "triton")
 
 
-@pytest.mark.parametrize("op", sorted(valid_calls()))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_every_op_explains_itself_without_computing(op, monkeypatch):
     monkeypatch.setattr(backends, "run", lambda *args: pytest.fail("explain computed"))
     choice = ops.explain(op, **valid_calls()[op])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmdr_fast import ops
-from tests.ops.calls import valid_calls
+from tests.cases import OPS, valid_calls
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("op", sorted(valid_calls()))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_no_call_waits_for_the_device(op):
     call = valid_calls()[op]
     on_gpu = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in call.items()}

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from dmdr_fast import ops
-from tests.ops import formulas
+from tests.cases import OPS, valid_calls
 
-BATCH, TOKENS, WIDTH = 3, 5, 8
+BATCH, TOKENS, WIDTH = 3, 4, 8
 LAYOUTS = [(WIDTH,), (BATCH, WIDTH), (BATCH, 1, WIDTH), (BATCH, TOKENS, WIDTH)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -33,23 +33,34 @@ def draws(*shapes, dtype=torch.float64):
 X = (BATCH, TOKENS, WIDTH)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layer_norm_modulate(layout):
-    x, shift, scale = draws(X, layout, layout)
-    torch.testing.assert_close(ops.layer_norm_modulate(x, shift, scale), norm_formula(x, shift, scale))
-    assert torch.autograd.gradcheck(ops.layer_norm_modulate, (x, shift, scale))
+# Ops whose vectors modulate tokens, and the same without an optional weight.
+MODULATED = [
+    pytest.param(op, changes, id=", no ".join((op, *changes)))
+    for op, about in OPS.items()
+    if about.vectors
+    for changes in ({}, *([{"weight": None}] if "weight" in about.wrt.split() else []))
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gated_residual(layout):
-    x, h, gate = draws(X, X, layout)
-    torch.testing.assert_close(ops.gated_residual(x, h, gate), residual_formula(x, h, gate))
-    assert torch.autograd.gradcheck(ops.gated_residual, (x, h, gate))
+@pytest.mark.parametrize(("op", "changes"), MODULATED)
+def test_every_layout_of_the_vectors(op, changes, layout):
+    about = OPS[op]
+    call = valid_calls(torch.float64)[op] | changes
+    call = {name: torch.randn(layout).double() if name in about.vectors.split() else call[name] for name in call}
+    leaves = [name for name, value in call.items() if value is not None]
+
+    def function(*tensors):
+        return results_of(op, **call | dict(zip(leaves, tensors, strict=True)))
+
+    tensors = [call[name].requires_grad_() for name in leaves]
+    torch.testing.assert_close(function(*tensors), list(about.formula(**call)))
+    assert torch.autograd.gradcheck(function, tensors)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gate_layout", LAYOUTS[:2])
-def test_gated_residual_layer_norm_modulate(layout, gate_layout):
+def test_a_gate_of_another_layout(layout, gate_layout):
     tensors = draws(X, X, gate_layout, layout, layout)
     x, h, gate, shift, scale = tensors
     residual, modulated = ops.gated_residual_layer_norm_modulate(*tensors)
@@ -58,48 +69,19 @@ def test_gated_residual_layer_norm_modulate(layout, gate_layout):
     assert torch.autograd.gradcheck(ops.gated_residual_layer_norm_modulate, tensors)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weighted", [True, False])
-def test_rms_norm_scale(layout, weighted):
-    x, scale, weight = draws(X, layout, (WIDTH,))
-    weight = weight if weighted else None
-    truth = F.rms_norm(x, (WIDTH,), weight, eps=1e-6) * over_tokens(scale)
-    torch.testing.assert_close(ops.rms_norm_scale(x, weight, scale), truth)
-    assert torch.autograd.gradcheck(ops.rms_norm_scale, (x, weight, scale))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weighted", [True, False])
-def test_gated_residual_rms_norm(layout, weighted):
-    x, h, gate, weight = draws(X, X, layout, (WIDTH,))
-    weight = weight if weighted else None
-    truth = residual_formula(x, F.rms_norm(h, (WIDTH,), weight, eps=1e-6), gate)
-    torch.testing.assert_close(ops.gated_residual_rms_norm(x, h, gate, weight), truth)
-    assert torch.autograd.gradcheck(ops.gated_residual_rms_norm, (x, h, gate, weight))
-
-
 def test_the_gated_residual_of_an_rms_norm_that_feeds_itself():
     x, gate, weight = draws(X, (WIDTH,), (WIDTH,))
     assert torch.autograd.gradcheck(lambda x, *rest: ops.gated_residual_rms_norm(x, x, *rest), (x, gate, weight))
 
 
-MODULATED = {
-    "layer_norm_modulate": "x shift scale",
-    "gated_residual": "x h gate",
-    "gated_residual_layer_norm_modulate": "x h gate shift scale",
-    "rms_norm_scale": "x weight scale",
-    "gated_residual_rms_norm": "x h gate weight",
-}
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("op", MODULATED)
+@pytest.mark.parametrize("op", [op for op, about in OPS.items() if about.vectors])
 def test_modulation_per_frame(op, backend, monkeypatch):
     """[B, F, 1, D] beside [B, F, S, D]: as the formula broadcasts it, and as frames that are samples of their own."""
     monkeypatch.setenv("DMDR_FAST_BACKEND", backend)
     monkeypatch.setenv("DMDR_FAST_STRICT", "1")
     shapes = {"x": (2, 3, 5, 16), "h": (2, 3, 5, 16), "weight": (16,)}
-    names = MODULATED[op].split()
+    names = OPS[op].wrt.split()
     tensors = dict(
         zip(names, draws(*(shapes.get(name, (2, 3, 1, 16)) for name in names), dtype=torch.float32), strict=True)
     )
@@ -108,7 +90,7 @@ def test_modulation_per_frame(op, backend, monkeypatch):
 
     results = results_of(op, **tensors)
     assert all(map(torch.equal, results_of(op, **samples), (result.flatten(0, 1) for result in results)))
-    truth = getattr(formulas, op)(**exact)
+    truth = OPS[op].formula(**exact)
     torch.testing.assert_close([r.double() for r in results], list(truth), rtol=1e-5, atol=2e-6)
     incoming = [torch.randn_like(result) for result in results]
     grads = torch.autograd.grad(results, list(tensors.values()), incoming)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmdr_fast import ops
-from dmdr_fast.reference import philox4x32, seeded_blocks
+from dmdr_fast.ops._noise import philox4x32, seeded_blocks
 
 PI_COUNTER = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 PI_KEY = (0xA4093822, 0x299F31D0)

@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dmdr_fast import ops, reference
 from dmdr_fast.ops._library import RAW
-from tests.ops.calls import SEED, valid_calls
-from tests.ops.test_transforms import WRT, results
+from tests.cases import OPS, SEED, valid_calls
+from tests.ops.test_transforms import results
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def planned() -> int:
 
 def computed(op: str, call: dict) -> list[Tensor]:
     """Results and gradients, as copies."""
-    leaves = {name: value.detach().requires_grad_() for name, value in call.items() if name in WRT.get(op, "").split()}
+    leaves = {name: value.detach().requires_grad_() for name, value in call.items() if name in OPS[op].wrt.split()}
     out = results(getattr(ops, op)(**call | leaves))
     roots = [part for part in out if isinstance(part, Tensor) and part.requires_grad]
     above = [torch.linspace(-1, 1, root.numel()).view(root.shape).to(root) for root in roots]
@@ -81,7 +81,7 @@ def misaligned(value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [Tensor.contiguous, cropped, transposed, misaligned])
-@pytest.mark.parametrize("op", sorted(valid_calls()))
+@pytest.mark.parametrize("op", sorted(OPS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_known_signature_with_other_tensors(op, dtype, layout):
     call = {
@@ -109,10 +109,10 @@ def test_one_tensor_for_two_arguments_and_later_two():
     same([known], [ops.layer_norm_modulate(x, vector, scale)])
 
 
-@pytest.mark.parametrize("op", sorted(WRT))
+@pytest.mark.parametrize("op", sorted(op for op, about in OPS.items() if about.wrt))
 def test_backward_twice_through_one_graph(op):
     call = valid_calls()[op]
-    leaves = {name: call[name].clone().requires_grad_() for name in WRT[op].split()}
+    leaves = {name: call[name].clone().requires_grad_() for name in OPS[op].wrt.split()}
     for _ in range(2):  # the second time by plan
         out = [part for part in results(getattr(ops, op)(**call | leaves)) if isinstance(part, Tensor)]
         roots = [part for part in out if part.requires_grad]
@@ -180,7 +180,7 @@ def test_the_number_of_threads_may_change_between_calls():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("op", [*sorted(valid_calls()), "renoise of 8 MiB"])
+@pytest.mark.parametrize("op", [*sorted(OPS), "renoise of 8 MiB"])
 def test_a_plan_keeps_no_tensor_of_its_first_call(op):
     call = valid_calls().get(op)
     if call is None:  # so large that fresh pages are asked for

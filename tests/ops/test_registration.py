@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from dmdr_fast import backends, ops, reference
 from dmdr_fast.ops._library import RAW
-from tests.ops.calls import SEED, valid_calls
+from tests.cases import OPS, SEED, valid_calls
 from tests.raw import as_tuple
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,21 +27,16 @@ def recorded(monkeypatch):
     monkeypatch.setattr(backends, "run", record)
     for dtype in (torch.float32, torch.bfloat16):
         for op, call in valid_calls(dtype).items():
-            differentiate(op, call)
-    extra = valid_calls()
-    differentiate("renoise", {**extra["renoise"], "noise": None, "seed": SEED, "alpha": torch.rand(3).requires_grad_()})
-    differentiate("sde_step_logprob", {**extra["sde_step_logprob"], "next_sample": None, "seed": SEED})
-    differentiate("dmd_loss", {**extra["dmd_loss"], "mask": torch.ones(3, 1, 5), "out_dtype": torch.bfloat16})
-    differentiate("qk_norm_rope", {**extra["qk_norm_rope"], "q_weight": None, "cos": None, "sin": None})
+            for changes in ({}, *OPS[op].variants.values()):
+                differentiate(op, call | changes)
+    rounded = {"mask": torch.ones(3, 1, 5), "out_dtype": torch.bfloat16}
+    differentiate("dmd_loss", valid_calls()["dmd_loss"] | rounded)
     monkeypatch.setattr(backends, "run", run)
     return calls
 
 
-CONSTANTS = {"shape_like", "next_sample", "old_logprob", "advantage", "cos", "sin", "sigma", "sigma_next"}
-
-
 def differentiate(op, call):
-    constants = CONSTANTS | ({"scale"} if op == "multi_lora" else set())
+    constants = OPS[op].constants.split()
     call = {
         name: value.detach().clone().requires_grad_(name not in constants and value.dtype in FLOATS)
         if isinstance(value, torch.Tensor)
@@ -118,13 +113,13 @@ def run_with_gradients(function, call):
     return outputs, [g for g in grads if g is not None]
 
 
-@pytest.mark.parametrize("op", sorted(valid_calls()))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_compiles_to_one_graph_with_dynamic_shapes(op, monkeypatch):
     monkeypatch.setenv("DMDR_FAST_BACKEND", "auto")  # the kernels that run without a GPU
     torch._dynamo.reset()
     function = getattr(ops, op)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    constants = CONSTANTS | ({"scale"} if op == "multi_lora" else set())
+    constants = OPS[op].constants.split()
     for batch in (3, 2):
         call = {
             name: value[:batch].clone() if isinstance(value, torch.Tensor) and value.shape[:1] == (3,) else value
@@ -153,7 +148,7 @@ def test_compiles_with_inductor_between_other_operations():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("op", sorted(valid_calls()))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_autocast_changes_nothing(op):
     call = valid_calls()[op]
     expected = flatten(getattr(ops, op)(**call))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmdr_fast import ops
+from tests.cases import OPS
 from tests.kernels.conftest import INTERPRETED
-from tests.ops import formulas
-from tests.ops.sweep import CASES, Case
+from tests.ops.sweep import Case, cases
 
 EXAMPLES = 4 if INTERPRETED else 25
 
@@ -25,9 +25,6 @@ EXAMPLES = 4 if INTERPRETED else 25
 CEILING = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 1e-3}
 # Granted always: eager may be exact by chance. Half a unit in the last place; float32's sums take a few.
 FLOOR = {**CEILING, torch.float32: 5e-7, torch.float16: 2**-11}
-
-# What an op computes of a result that it has rounded starts from that result, its first.
-KEEPS = {"gated_residual_layer_norm_modulate", "sde_step_logprob"}
 
 ON_GPU = [
     pytest.mark.gpu,
@@ -54,14 +51,14 @@ def device(request, monkeypatch):
     return device
 
 
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", OPS)
 @settings(
     max_examples=EXAMPLES, derandomize=True, database=None, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
 def test_agrees_with_the_formula_and_is_functional(op, device, data):
-    case = data.draw(CASES[op])
+    case = data.draw(cases(op))
     tensors = {name: tensor.to(device) for name, tensor in case.tensors.items()}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     outputs, grads, incoming = run(case, tensors)
@@ -116,9 +113,9 @@ def evaluate(
 
     leaves = {name: cast(tensor).detach().requires_grad_(name in case.wrt) for name, tensor in case.tensors.items()}
     options = {name: cast(value) if isinstance(value, Tensor) else value for name, value in case.options.items()}
-    if rounded is not None and case.op in KEEPS:
+    if rounded is not None and OPS[case.op].keeps:
         options["kept"] = cast(rounded["0"])
-    outputs = dict(enumerated(getattr(formulas, case.op)(**leaves, **options)))
+    outputs = dict(enumerated(OPS[case.op].formula(**leaves, **options)))
     grads = {}
     if incoming:
         roots = {name: out for name, out in outputs.items() if name in incoming}

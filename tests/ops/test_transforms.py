@@ -16,25 +16,14 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from dmdr_fast import ops
 from dmdr_fast.ops._library import Raw
-from tests.ops import formulas
-from tests.ops.calls import SEED, WRT, valid_calls
+from tests.cases import OPS, valid_calls
 
-VARIANTS = {
-    "renoise, seeded": ("renoise", {"noise": None, "seed": SEED}),
-    "dmd_loss, masked": ("dmd_loss", {"mask": torch.arange(20).view(1, 4, 5) % 3 > 0, "normalizer": "global"}),
-    "dmd_loss, eps": (
-        "dmd_loss",
-        {"prediction": "eps", "reduction": "sum", "cfg_scale": torch.tensor([2.0, 3.0, 0.5])},
-    ),
-    "preprocess_reward, plain": ("preprocess_reward", {"antialias": False, "size": (3, 8)}),
-    "sde_step_logprob, drawn": ("sde_step_logprob", {"next_sample": None, "seed": SEED, "kind": "flow_grpo"}),
-    "sde_step_logprob, cps": ("sde_step_logprob", {"next_sample": None, "seed": SEED, "kind": "cps"}),
-    "qk_norm_rope, halves": ("qk_norm_rope", {"q_weight": None, "interleaved": False}),
-    "qk_norm_rope, no rotation": ("qk_norm_rope", {"cos": None, "sin": None}),
+CASES = {
+    name: (op, changes)
+    for op, about in OPS.items()
+    if about.wrt
+    for name, changes in ((op, {}), *((f"{op}, {label}", changes) for label, changes in about.variants.items()))
 }
-CASES = {**{op: (op, {}) for op in WRT}, **VARIANTS}
-# What has no gradient: statistics of ratios, the std of a step, whose sigma is a constant.
-OUTPUTS = {"grpo_loss": 1, "sde_step_logprob": 3}
 
 
 class Problem(NamedTuple):
@@ -68,16 +57,15 @@ def problem(case: str, dtype: torch.dtype) -> Problem:
     call = {name: value for name, value in (valid_calls(dtype)[op] | changes).items() if value is not None}
     if dtype is torch.float64:
         call = {name: widened(value) for name, value in call.items()}
-    names = [name for name in WRT[op].split() if name in call]
-    options = {"antialias": True, "size": (5, 5)} if op == "preprocess_reward" else {}
-    wide = options | {name: widened(value) for name, value in call.items()}
-    outputs = OUTPUTS.get(op)
+    about = OPS[op]
+    names = [name for name in about.wrt.split() if name in call]
+    wide = {name: widened(value) for name, value in call.items()}
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return results(getattr(ops, op)(**call | dict(zip(names, inputs, strict=True))))[:outputs]
+        return results(getattr(ops, op)(**call | dict(zip(names, inputs, strict=True))))[: about.outputs]
 
     def formula(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return getattr(formulas, op)(**wide | dict(zip(names, inputs, strict=True)))[:outputs]
+        return about.formula(**wide | dict(zip(names, inputs, strict=True)))[: about.outputs]
 
     if "next_sample" in call:  # handed back as it came
         function, formula = (lambda *x, f=f: f(*x)[1:] for f in (function, formula))
@@ -188,7 +176,7 @@ def projected(function, cotangents):
     return lambda *x: sum((out * c).sum() for out, c in zip(function(*x), cotangents, strict=True))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("dmd_loss")])
+@pytest.mark.parametrize("case", [case for case, (op, _) in CASES.items() if OPS[op].twice])
 def test_second_derivatives(case, dtype):
     one = problem(case, dtype)
     for derivative in (double_backward, tangent_of_gradient):
@@ -215,18 +203,13 @@ def test_dmd_gradient_is_a_constant_in_every_mode(dtype):
     inputs = call["x0"], call["pred_fake"]
     values, tangents = jvp(function, inputs, inputs)
     assert not any(part.any() for part in tangents)
-    for value, exact in zip(values, formulas.dmd_gradient(**{n: widened(v) for n, v in call.items()}), strict=True):
+    truth = OPS["dmd_gradient"].formula(**{name: widened(value) for name, value in call.items()})
+    for value, exact in zip(values, truth, strict=True):
         torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-4)
     assert not grad(lambda *x: function(*x)[2])(*inputs).any()
 
 
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [
-        ("multi_lora", "scale"), ("qk_norm_rope", "cos"), ("qk_norm_rope", "sin"), ("sde_step_logprob", "sigma"),
-        ("sde_step_logprob", "next_sample"), ("grpo_loss", "old_logprob"), ("grpo_loss", "advantage"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, about in OPS.items() for name in about.constants.split()])
 def test_a_constant_with_a_tangent_or_a_gradient_is_refused(op, name):
     call = valid_calls()[op]
 

@@ -21,6 +21,17 @@ def test_a_user_s_class_by_file_and_by_module(kind):
     assert build_reward(kind, name="mine").name == "mine"
 
 
+def test_a_file_comes_behind_what_it_imports(tmp_path, monkeypatch):
+    """Else pickle, and so the compiler's cache, looks for torch's objects in it, by a name that cannot be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_by_a_reward.py").touch()
+    own = tmp_path / "own.py"
+    own.write_text("import imported_by_a_reward\n\n\nclass Mine:\n    name, differentiable = 'mine', True\n")
+    assert build_reward(f"{own}:Mine").name == "mine"
+    order = list(sys.modules)
+    assert order.index("imported_by_a_reward") < order.index(f"dmdr_fast_reward:{own.resolve()}")
+
+
 def test_a_class_without_a_name_gets_its_own(monkeypatch):
     monkeypatch.chdir(Path(OWN).parent)
     assert build_reward("own_rewards.py:PromptLength").name == "PromptLength"

@@ -16,6 +16,7 @@ from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.rl.options import DPOOptions
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import join
+from dmdr_fast.ops.dmd import Prediction
 
 
 def dpo_loss(
@@ -28,7 +29,7 @@ def dpo_loss(
     condition: Any,
     options: DPOOptions,
     *,
-    prediction: str = "flow",
+    prediction: Prediction = "flow",
     path: Path = FLOW,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:

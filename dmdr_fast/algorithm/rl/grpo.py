@@ -22,6 +22,7 @@ from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.rl.options import GRPOOptions
 from dmdr_fast.algorithm.rollout import Network, whole_weights
+from dmdr_fast.ops.dmd import Prediction
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def sde_rollout(
     options: GRPOOptions,
     *,
     offset: int,
-    kind: str = "flow",
+    kind: Prediction = "flow",
 ) -> Trajectory:
     """The full rollout from ``noise`` [B, ...] at t_0 = 1, its stochastic steps by ``ops.sde_step_logprob``.
 
@@ -112,7 +113,7 @@ def policy_loss(
     kept: Tensor,
     options: GRPOOptions,
     *,
-    kind: str = "flow",
+    kind: Prediction = "flow",
     weight: float = 1.0,
     reference: Network | None = None,
     kl_weight: float = 0.0,
@@ -175,7 +176,7 @@ def guidance_weights(advantage: Tensor, kept: Tensor, options: GRPOOptions, weig
     return (1.0 + weight * clipped).clamp_min(0.0)
 
 
-def _velocity(network: Network, x: Tensor, t: float, condition: Any, kind: str) -> Tensor:
+def _velocity(network: Network, x: Tensor, t: float, condition: Any, kind: Prediction) -> Tensor:
     """v at (x, t): the prediction itself, or (x - x0_hat) / t."""
     prediction = network(x, torch.full((x.shape[0],), t, device=x.device), condition)
     if kind == "flow":

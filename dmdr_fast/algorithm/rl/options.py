@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from dmdr_fast.ops.sde_step import SDEKind
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class ReFLOptions:
 
     chunk: int = 8
     checkpoint: bool = False
-    objective: str = "linear"
+    objective: Literal["linear", "hinge"] = "linear"
     margin: float = 0.0
 
 
@@ -32,11 +35,11 @@ class GRPOOptions:
     noisy_last_step: the step that ends at t = 0 is stochastic too; the only one there is for a one-step student.
     """
 
-    mode: str = "policy"
+    mode: Literal["policy", "advantage_weighted_dmd"] = "policy"
     group_size: int = 8
-    kind: str = "flow_grpo"
+    kind: SDEKind = "flow_grpo"
     eta: float = 0.7
-    std: str = "group"
+    std: Literal["group", "global", "none"] = "group"
     unbiased: bool = False
     eps: float = 1e-4
     drop_zero_variance: bool = True
@@ -57,7 +60,7 @@ class DPOOptions:
 
     beta: float = 100.0
     group_size: int = 4
-    times: str = "grid"
+    times: Literal["grid", "renoise"] = "grid"
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class RLOptions:
     ``none``. With ``dmd`` a kl_weight above 0 adds the KL to it.
     """
 
-    method: str = "refl"
-    regularizer: str = "dmd"
+    method: Literal["refl", "grpo", "dpo", "none"] = "refl"
+    regularizer: Literal["dmd", "kl", "none"] = "dmd"
     kl_weight: float = 0.0
     refl: ReFLOptions = field(default_factory=ReFLOptions)
     grpo: GRPOOptions = field(default_factory=GRPOOptions)

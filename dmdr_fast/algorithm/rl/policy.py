@@ -72,12 +72,13 @@ def collect(
 ) -> Experience:
     """Sample groups with the generator as it is (GRPO: the SDE; DPO: its own sampling), and score them."""
     rl, index = recipe.rl, (step, recipe.fake_updates)
+    shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their x0 are compared and gathered
     parts = []
     for shard in shards:
         batch = data(index, shard, rl.group_size)
 
         def noise(i: int, shard: Shard = shard) -> Tensor:
-            return streams.noise("rl_rollout", step, i, shape=recipe.latent_shape, shard=shard, device=device)
+            return streams.noise("rl_rollout", step, i, shape=shape, shard=shard, device=device)
 
         if rl.method == "grpo":
             trajectory = sde_rollout(
@@ -151,6 +152,7 @@ def _grpo_losses(
 
     def at(part: Scored, i: int) -> Loss:
         def build(generator: Network) -> tuple[Tensor, dict[str, Tensor]]:
+            assert part.trajectory is not None  # collect() keeps it for GRPO
             loss, stats = policy_loss(
                 generator,
                 part.trajectory,
@@ -175,6 +177,7 @@ def _dpo_loss(pair: Pair, nets: Networks, recipe: Recipe, streams: Streams, inde
     step, shard, device = index[0], pair.part.shard, pair.winner.device
 
     def build(generator: Network) -> tuple[Tensor, dict[str, Tensor]]:
+        assert nets.reference is not None  # a run with DPO has one
         if recipe.rl.dpo.times == "grid":
             points = streams.rng("dpo_t", *index).integers(len(recipe.grid) - 1, size=shard.total)
             t = torch.tensor([recipe.grid[i] for i in points[shard.start : shard.stop]], device=device)
@@ -186,7 +189,7 @@ def _dpo_loss(pair: Pair, nets: Networks, recipe: Recipe, streams: Streams, inde
             pair.winner,
             pair.loser,
             t,
-            streams.noise("dpo_noise", *index, shape=recipe.latent_shape, shard=shard, device=device),
+            streams.noise("dpo_noise", *index, shape=pair.winner.shape[1:], shard=shard, device=device),
             pair.batch.condition,
             recipe.rl.dpo,
             prediction=recipe.prediction,

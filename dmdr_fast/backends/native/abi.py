@@ -60,9 +60,8 @@ def packed(struct_name: str, fields: dict[str, Any]) -> tuple[bytearray, list[Po
             values. What is left out is zero.
     """
     data, pointers, fields = bytearray(16), [], dict(fields)
-    for kind, names in STRUCTS[struct_name]:
-        values = kind if isinstance(kind, tuple) else ()
-        kind = "int" if values else kind
+    for kind_or_values, names in STRUCTS[struct_name]:
+        kind, values = (kind_or_values, ()) if isinstance(kind_or_values, str) else ("int", kind_or_values)
         for name in names.split():
             value = fields.pop(name, None)
             position = len(data)

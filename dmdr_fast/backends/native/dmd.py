@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends.native.abi import struct_of
-from dmdr_fast.backends.native.library import Calls, implements
+from dmdr_fast.backends.native.library import Calls, implements, on_samples
 
 _STRUCT = struct_of(
     "dmdr_dmd_gradient_args",
@@ -36,9 +36,7 @@ def dmd_gradient_fwd(run: Calls, a, out) -> None:
     run.call("dmd_gradient_fwd", _STRUCT, fields | {"workspace": _workspace(run, fields["shape"], a.x0)})
 
 
-@implements("dmd_loss_bwd", entry="dmd_gradient_bwd")
-def dmd_loss_bwd(run: Calls, a, out) -> None:
-    run.call("dmd_gradient_bwd", _STRUCT, run.samples(_STRUCT, a, out, pred_fake=a.g, grad=out.grad_x0))
+on_samples("dmd_loss_bwd", _STRUCT, "dmd_gradient_bwd", pred_fake="g", grad="grad_x0")
 
 
 def _workspace(run: Calls, shape: tuple[int, ...], x0: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import functools
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,18 @@ def implements(
         return function
 
     return register
+
+
+def on_samples(name: str, struct_name: str, entry: str | None = None, **fields: str) -> None:
+    """Register the raw function ``name`` as ``dmdr_<entry>``, its tensors all of one shape [B, ...].
+
+    ``fields``: arguments, or results, by field of the struct, where their names differ.
+    """
+
+    @implements(name, entry=entry)
+    def call(run: Calls, a, out) -> None:
+        given = {field: getattr(out if source in out._fields else a, source) for field, source in fields.items()}
+        run.call(entry or name, struct_name, run.samples(struct_name, a, out, **given))
 
 
 class Library:
@@ -164,7 +176,7 @@ class Calls(Recorder):
             sums.append(one if one is None or one.dtype is torch.float32 else self.new(one.shape, torch.float32))
         yield sums
         for result, one in zip(results, sums, strict=True):
-            if one is not result:
+            if result is not None and one is not None and one is not result:
                 result.copy_(one)
                 self._repeatable = False
 
@@ -212,18 +224,8 @@ class Calls(Recorder):
                 struct.pack_into("=q", arguments, position, values[place] + offset)
             entry(arguments)
 
-        def on_device(launch: Callable, argument: Any) -> None:
-            elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
-            with torch.cuda.device(self.device) if elsewhere else nullcontext():
-                launch(argument)
-
-        # The CUDA runtime launches on the thread's current device, whatever device the pointers are of.
-        if self.device.type == "cuda":
-            on_device(entry, template)
-            self.note(functools.partial(on_device, again))
-        else:
-            entry(template)
-            self.note(again)
+        self.on_device(entry, template)
+        self.note(functools.partial(self.on_device, again) if self.device.type == "cuda" else again)
 
 
 def library_path(stem: str) -> Path:

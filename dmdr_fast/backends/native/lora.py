@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
-from dmdr_fast.backends.views import Strided
+from dmdr_fast.backends.views import Strided, strided
 
 _STRUCT = struct_of(
     "dmdr_multi_lora_args",
@@ -32,7 +32,7 @@ def multi_lora_fwd(run: Calls, a, out) -> None:
 @implements("multi_lora_bwd", refuses=_refuses)
 def multi_lora_bwd(run: Calls, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
-    with run.in_float32(out.grad_a, out.grad_b) as (grad_a, grad_b):
+    with run.in_float32(out.grad_A, out.grad_B) as (grad_a, grad_b):
         run.call("multi_lora_bwd", _STRUCT, _fields(run, a, out, 1, grad_a=grad_a, grad_b=grad_b))
 
 
@@ -40,7 +40,7 @@ def _fields(run: Calls, a, out, backward: int, /, **given: Any) -> dict[str, Any
     names = ("batch", "rows", "in_features", "rank", "out_features")
     sizes = dict(zip(names, (a.x.shape[0], math.prod(a.x.shape[1:-1]), *a.A.shape, a.B.shape[1]), strict=True))
     return run.fields(
-        _STRUCT, a, out, lambda tensor: _rows(run, tensor), A=_matrix(a.A), B=_matrix(a.B),
+        _STRUCT, a, out, lambda tensor: _rows(run, tensor), A=strided(a.A), B=strided(a.B),
         scale=a.scale if a.scale.dim() else a.scale.expand(a.x.shape[0]),
         workspace=run.workspace("multi_lora", *sizes.values(), backward), **sizes, **given,
     )  # fmt: skip
@@ -52,9 +52,3 @@ def _rows(run: Calls, tensor: Tensor) -> Strided:
     return Strided(
         rows, [0 if size == 1 else step for size, step in zip(rows.shape[:2], rows.stride()[:2], strict=True)]
     )
-
-
-def _matrix(matrix: Tensor) -> Strided:
-    if matrix.stride(1) != 1 and matrix.shape[1] != 1:
-        matrix = matrix.contiguous()
-    return Strided(matrix, (matrix.stride(0),))

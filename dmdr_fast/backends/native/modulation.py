@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from dmdr_fast.backends import rows
 from dmdr_fast.backends.native.abi import struct_of
-from dmdr_fast.backends.native.library import Calls, Library, implements
+from dmdr_fast.backends.native.library import Calls, implements
 from dmdr_fast.backends.rows import Grouped
 from dmdr_fast.backends.views import Strided
 
@@ -40,63 +41,38 @@ _GATED = struct_of(
 )
 
 
-def refuses(x: str, *vectors: str) -> Callable[[Library, Any], str | None]:
-    """Of a raw function whose arguments ``x`` and ``vectors`` are called so."""
+def on_rows(
+    name: str,
+    struct_name: str,
+    tensors: str,
+    entry: str | None = None,
+    *,
+    gathers: Mapping[str, str] = MappingProxyType({}),
+    **fields: str,
+) -> None:
+    """Register the raw function ``name`` as ``dmdr_<entry>``, its tensors as rows and as vectors of rows.
+
+    Args:
+        tensors: its arguments that make the rows' grouping: one of x's shape, then vectors.
+        entry: None means ``name``.
+        gathers: by field of the struct, the vector over whose rows it says how to sum, for a backward.
+        fields: arguments by field, where their names differ.
+    """
+    x, *vectors = tensors.split()
     on = {"cpu": rows.refuses(math.inf, x, *vectors), "cuda": rows.refuses(_LONGEST_CUDA_ROW, x, *vectors)}
-    return lambda library, a: on[library.device_type](a)
 
-
-@implements("layer_norm_modulate_fwd", refuses=refuses("x", "shift", "scale"))
-def layer_norm_modulate_fwd(run: Calls, a, out) -> None:
-    call(run, "layer_norm_modulate_fwd", _NORM, a, out, Grouped(run, a.x, a.shift, a.scale))
-
-
-@implements("layer_norm_modulate_bwd", refuses=refuses("x", "scale"))
-def layer_norm_modulate_bwd(run: Calls, a, out) -> None:
-    g = Grouped(run, a.x, a.scale)
-    call(
-        run, "layer_norm_modulate_bwd", _NORM, a, out, g, gather=gather(g, a.scale, out.grad_scale),
-        workspace=run.workspace("modulation", g.groups, g.tokens, g.width, 2),
-    )  # fmt: skip
-
-
-@implements("gated_residual_fwd", refuses=refuses("x", "gate"))
-def gated_residual_fwd(run: Calls, a, out) -> None:
-    call(run, "gated_residual_fwd", _GATED, a, out, Grouped(run, a.x, a.gate))
-
-
-@implements(
-    "gated_residual_layer_norm_modulate_fwd", entry="gated_residual_fwd", refuses=refuses("x", "gate", "shift", "scale")
-)
-def gated_residual_layer_norm_modulate_fwd(run: Calls, a, out) -> None:
-    call(run, "gated_residual_fwd", _GATED, a, out, Grouped(run, a.x, a.gate, a.shift, a.scale))
-
-
-@implements("gated_residual_bwd", refuses=refuses("grad_residual", "gate"))
-def gated_residual_bwd(run: Calls, a, out) -> None:
-    g = Grouped(run, a.grad_residual, a.gate)
-    call(
-        run, "gated_residual_bwd", _GATED, a, out, g, gather_gate=gather(g, a.gate, out.grad_gate),
-        workspace=run.workspace("modulation", g.groups, g.tokens, g.width, 3),
-    )  # fmt: skip
-
-
-@implements(
-    "gated_residual_layer_norm_modulate_bwd", entry="gated_residual_bwd", refuses=refuses("residual", "gate", "scale")
-)
-def gated_residual_layer_norm_modulate_bwd(run: Calls, a, out) -> None:
-    g = Grouped(run, a.residual, a.gate, a.scale)
-    call(
-        run, "gated_residual_bwd", _GATED, a, out, g, gather_gate=gather(g, a.gate, out.grad_gate),
-        gather=gather(g, a.scale, out.grad_scale),
-        workspace=run.workspace("modulation", g.groups, g.tokens, g.width, 3),
-    )  # fmt: skip
-
-
-def call(run: Calls, name: str, struct_name: str, a, out, g: Grouped, /, **given: Any) -> None:
-    """``dmdr_<name>`` with the tensors as rows and as vectors of rows."""
-    shape = g.groups, g.tokens, 1, 1, 1, g.width
-    run.call(name, struct_name, run.fields(struct_name, a, out, lambda x: _strided(g.vectors(x)), shape=shape, **given))
+    @implements(name, entry=entry, refuses=lambda library, a: on[library.device_type](a))
+    def call(run: Calls, a, out) -> None:
+        g = Grouped(run, *(getattr(a, tensor) for tensor in (x, *vectors)))
+        given: dict[str, Any] = {field: getattr(a, argument) for field, argument in fields.items()}
+        for field, vector in gathers.items():
+            given[field] = _gather(g, getattr(a, vector), getattr(out, f"grad_{vector}"))
+        if gathers:
+            sums = 3 if struct_name == _GATED else 2  # see abi.h
+            given["workspace"] = run.workspace("modulation", g.groups, g.tokens, g.width, sums)
+        given["shape"] = g.groups, g.tokens, 1, 1, 1, g.width
+        made = run.fields(struct_name, a, out, lambda tensor: _strided(g.vectors(tensor)), **given)
+        run.call(entry or name, struct_name, made)
 
 
 def _strided(tensor: Tensor) -> Strided:
@@ -105,7 +81,7 @@ def _strided(tensor: Tensor) -> Strided:
     return Strided(tensor, tuple(0 if size == 1 else step for size, step in steps))
 
 
-def gather(g: Grouped, vector: Tensor, grad: Tensor | None) -> int:
+def _gather(g: Grouped, vector: Tensor, grad: Tensor | None) -> int:
     """Over which rows the kernels sum for the gradient of a vector."""
     if grad is None:
         return _NONE
@@ -113,3 +89,14 @@ def gather(g: Grouped, vector: Tensor, grad: Tensor | None) -> int:
     if (groups, tokens) == (g.groups, g.tokens):
         return _PER_ROW
     return _SAMPLE if groups == g.groups else _ALL
+
+
+on_rows("layer_norm_modulate_fwd", _NORM, "x shift scale")
+on_rows("layer_norm_modulate_bwd", _NORM, "x scale", gathers={"gather": "scale"})
+on_rows("gated_residual_fwd", _GATED, "x gate")
+on_rows("gated_residual_bwd", _GATED, "grad_residual gate", gathers={"gather_gate": "gate"})
+on_rows("gated_residual_layer_norm_modulate_fwd", _GATED, "x gate shift scale", "gated_residual_fwd")
+on_rows(
+    "gated_residual_layer_norm_modulate_bwd", _GATED, "residual gate scale", "gated_residual_bwd",
+    gathers={"gather_gate": "gate", "gather": "scale"},
+)  # fmt: skip

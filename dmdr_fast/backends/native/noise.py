@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dmdr_fast.backends.native.abi import struct_of
-from dmdr_fast.backends.native.library import Calls, implements
+from dmdr_fast.backends.native.library import Calls, implements, on_samples
 from dmdr_fast.backends.views import Strided
 
 _STRUCT = struct_of(
@@ -25,16 +25,6 @@ def normal_noise_fwd(run: Calls, a, out) -> None:
     run.call("renoise_fwd", _STRUCT, fields)
 
 
-@implements("renoise_fwd")
-def renoise_fwd(run: Calls, a, out) -> None:
-    run.call("renoise_fwd", _STRUCT, run.samples(_STRUCT, a, out))
-
-
-@implements("renoise_bwd")
-def renoise_bwd(run: Calls, a, out) -> None:
-    run.call("renoise_bwd", _STRUCT, run.samples(_STRUCT, a, out, x0=a.grad, alpha=a.scale))
-
-
-@implements("renoise_scale_bwd")
-def renoise_scale_bwd(run: Calls, a, out) -> None:
-    run.call("renoise_scale_bwd", _STRUCT, run.samples(_STRUCT, a, out, x0=a.grad, noise=a.factor))
+on_samples("renoise_fwd", _STRUCT)
+on_samples("renoise_bwd", _STRUCT, x0="grad", alpha="scale")
+on_samples("renoise_scale_bwd", _STRUCT, x0="grad", noise="factor")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
-from dmdr_fast.backends.views import Strided
+from dmdr_fast.backends.views import strided
 
 _STRUCT = struct_of(
     "dmdr_preprocess_reward_args",
@@ -69,11 +69,4 @@ def _call(run: Calls, name: str, a, out, sizes: tuple[int, ...], /, **given: Any
 
     names = ("batch", "channels", "height", "width", "out_height", "out_width")
     given |= {**dict(zip(names, sizes, strict=True)), "workspace": run.allocate(workspace)}
-    run.call(name, _STRUCT, run.fields(_STRUCT, a, out, _planes, **given))
-
-
-def _planes(image: Tensor) -> Strided:
-    """[N, C, H, W]; copied only if the last dimension is not contiguous."""
-    if image.stride(3) != 1 and image.shape[3] != 1:
-        image = image.contiguous()
-    return Strided(image, image.stride()[:3])
+    run.call(name, _STRUCT, run.fields(_STRUCT, a, out, strided, **given))

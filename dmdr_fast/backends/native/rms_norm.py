@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dmdr_fast.backends.native.abi import struct_of
-from dmdr_fast.backends.native.library import Calls, implements
-from dmdr_fast.backends.native.modulation import call, gather, refuses
-from dmdr_fast.backends.rows import Grouped
+from dmdr_fast.backends.native.modulation import on_rows
 
 _STRUCT = struct_of(
     "dmdr_rms_norm_scale_args",
@@ -17,23 +15,6 @@ _STRUCT = struct_of(
     ("pointer", "workspace"),
 )
 
-
-@implements("rms_norm_scale_fwd", refuses=refuses("x", "scale"))
-def rms_norm_scale_fwd(run: Calls, a, out) -> None:
-    call(run, "rms_norm_scale_fwd", _STRUCT, a, out, Grouped(run, a.x, a.scale))
-
-
-@implements("gated_residual_rms_norm_fwd", entry="rms_norm_scale_fwd", refuses=refuses("x", "gate"))
-def gated_residual_rms_norm_fwd(run: Calls, a, out) -> None:
-    g = Grouped(run, a.x, a.gate)
-    call(run, "rms_norm_scale_fwd", _STRUCT, a, out, g, x=a.h, scale=a.gate, residual=a.x)
-
-
-@implements("rms_norm_scale_bwd", refuses=refuses("x", "scale"))
-def rms_norm_scale_bwd(run: Calls, a, out) -> None:
-    g = Grouped(run, a.x, a.scale)
-    call(
-        run, "rms_norm_scale_bwd", _STRUCT, a, out, g, gather_weight=gather(g, a.weight, out.grad_weight),
-        gather=gather(g, a.scale, out.grad_scale),
-        workspace=run.workspace("modulation", g.groups, g.tokens, g.width, 2),
-    )  # fmt: skip
+on_rows("rms_norm_scale_fwd", _STRUCT, "x scale")
+on_rows("rms_norm_scale_bwd", _STRUCT, "x scale", gathers={"gather_weight": "weight", "gather": "scale"})
+on_rows("gated_residual_rms_norm_fwd", _STRUCT, "x gate", "rms_norm_scale_fwd", x="h", scale="gate", residual="x")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
-from dmdr_fast.backends.views import Strided
+from dmdr_fast.backends.views import Strided, strided, table
 
 _STRUCT = struct_of(
     "dmdr_qk_norm_rope_args",
@@ -47,8 +45,8 @@ def qk_norm_rope_fwd(run: Calls, a, out) -> None:
 def qk_norm_rope_bwd(run: Calls, a, out) -> None:
     with run.in_float32(out.grad_q_weight, out.grad_k_weight) as (grad_q_weight, grad_k_weight):
         sides = {
-            "q_x": a.q, "q_grad": a.grad_q, "q_grad_x": out.grad_q, "q_grad_weight": grad_q_weight,
-            "k_x": a.k, "k_grad": a.grad_k, "k_grad_x": out.grad_k, "k_grad_weight": grad_k_weight,
+            "q_x": a.q, "q_grad": a.grad_q_out, "q_grad_x": out.grad_q, "q_grad_weight": grad_q_weight,
+            "k_x": a.k, "k_grad": a.grad_k_out, "k_grad_x": out.grad_k, "k_grad_weight": grad_k_weight,
             "workspace": run.workspace("qk_norm_rope", *a.q.shape[:2], a.q.shape[3]),
         }  # fmt: skip
         _call(run, "qk_norm_rope_bwd", a, out, sides)
@@ -61,23 +59,7 @@ def _call(run: Calls, name: str, a, out, sides: dict[str, Any]) -> None:
         for field, weight in (("q_weight", a.q_weight), ("k_weight", a.k_weight))
     }
     fields = run.fields(
-        _STRUCT, a, out, _heads, batch=batch, rows=rows, features=features, q_heads=heads, k_heads=a.k.shape[2],
-        cos=_table(a.cos), sin=_table(a.sin), **weights, **sides,
+        _STRUCT, a, out, strided, batch=batch, rows=rows, features=features, q_heads=heads, k_heads=a.k.shape[2],
+        cos=table(a.cos), sin=table(a.sin), **weights, **sides,
     )  # fmt: skip
     run.call(name, _STRUCT, fields)
-
-
-def _heads(tensor: Tensor) -> Strided:
-    """[B, T, heads, D]; copied only if the last dimension is not contiguous."""
-    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
-        tensor = tensor.contiguous()
-    return Strided(tensor, tensor.stride()[:3])
-
-
-def _table(table: Tensor | None) -> Strided | None:
-    """cos or sin [T, D] or [B, T, D]."""
-    if table is None:
-        return None
-    if table.stride(-1) != 1:
-        table = table.contiguous()
-    return Strided(table, (0 if table.dim() == 2 or table.shape[0] == 1 else table.stride(0), table.stride(-2)))

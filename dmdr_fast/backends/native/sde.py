@@ -7,7 +7,7 @@ import math
 import torch
 
 from dmdr_fast.backends.native.abi import struct_of
-from dmdr_fast.backends.native.library import Calls, implements
+from dmdr_fast.backends.native.library import Calls, implements, on_samples
 
 _STRUCT = struct_of(
     "dmdr_sde_step_args",
@@ -29,6 +29,4 @@ def sde_step_fwd(run: Calls, a, out) -> None:
     run.call("sde_step_fwd", _STRUCT, fields | {"workspace": space})
 
 
-@implements("sde_step_bwd")
-def sde_step_bwd(run: Calls, a, out) -> None:
-    run.call("sde_step_bwd", _STRUCT, run.samples(_STRUCT, a, out))
+on_samples("sde_step_bwd", _STRUCT)

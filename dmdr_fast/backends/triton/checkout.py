@@ -24,8 +24,8 @@ def find_kernels() -> None:
     """
     if _NAME in sys.modules or importlib.util.find_spec(_NAME) is not None:
         return
-    folders = [Path(folder).parent / "kernels" for folder in dmdr_fast.__path__]
-    folders = [str(folder) for folder in folders if (folder / "normals.py").is_file()]
+    beside = [Path(folder).parent / "kernels" for folder in dmdr_fast.__path__]
+    folders = [str(folder) for folder in beside if (folder / "normals.py").is_file()]
     if not folders:
         raise ImportError("the Triton kernels are not installed: reinstall dmdr_fast (`pip install .`)")
     package = ModuleType(_NAME, "The Triton kernels, one file per op.")

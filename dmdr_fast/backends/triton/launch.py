@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from dmdr_fast.backends import Backend
+from dmdr_fast.backends import Backend, at_most
 from dmdr_fast.backends.plans import Live, Recorder
 from dmdr_fast.backends.triton import checkout  # noqa: F401  before anything of dmdr_fast.kernels
 from dmdr_fast.backends.views import shared_view
@@ -39,15 +37,14 @@ class Launches(Recorder):
         The compiler must not fuse multiplications and additions by itself: the kernels say where, so the bits are the
         same under every version of Triton (its default differs) and in every specialisation of a kernel.
         """
-        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
-        with torch.cuda.device(self.device) if elsewhere else nullcontext():
-            compiled = kernel[grid](*_plain(args), **constants, num_warps=num_warps, enable_fp_fusion=False)
+        options = {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
+        compiled = self.on_device(kernel[grid], *_plain(args), **options)
         if self.device.type == "meta":  # compiled ahead of time, launched nowhere
             return
-        values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
         if INTERPRETED:
-            self.note(self._interpreted(kernel, grid, args, constants))
+            self._repeatable = False  # nothing is compiled that could run again
         else:
+            values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
             self.note(self._compiled(compiled, grid, values))
 
     def _compiled(self, compiled: Any, grid: tuple[int, ...], values: list) -> Callable[[list[int]], None]:
@@ -63,14 +60,8 @@ class Launches(Recorder):
         x, y, z = (*grid, 1, 1)[:3]
         source = f"lambda p: run({x}, {y}, {z}, stream(device), function, metadata, None, None, None, {written})"
         again = eval(source, names)
-        if self.device.type != "cuda" or torch.cuda.device_count() == 1:
-            return again
-
-        def on_device(pointers: list[int]) -> None:
-            with torch.cuda.device(self.device):
-                again(pointers)
-
-        return on_device
+        alone = self.device.type != "cuda" or torch.cuda.device_count() == 1
+        return again if alone else functools.partial(self.on_device, again)
 
     def _written(self, value: Any, names: dict[str, Any]) -> str:
         """``value`` as Python source: a pointer is one of ``p`` (at some bytes), all else a name in ``names``."""
@@ -85,39 +76,12 @@ class Launches(Recorder):
         names[name] = value
         return name
 
-    def _interpreted(
-        self, kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict
-    ) -> Callable[[list[int]], None]:
-        """The same in the interpreter, so that plans are tested there: tensors are made of the pointers."""
-
-        def rebuilt(value: Any) -> Callable[[list[int]], Any]:
-            if isinstance(value, tuple):
-                parts = [rebuilt(part) for part in value]
-                make = getattr(type(value), "_make", tuple)
-                return lambda p: make(part(p) for part in parts)
-            if isinstance(value, Tensor):
-                place, offset = self.place(value) or (0, 0)
-                dtype = value.dtype
-                return lambda p: _at(p[place] + offset, dtype)
-            if isinstance(value, Live):
-                place = value.place
-                return lambda p: p[place]
-            return lambda p: value
-
-        made = rebuilt(tuple(args))
-        return lambda p: kernel[grid](*made(p), **constants)
-
 
 def _plain(value: Any) -> Any:
     """Without :class:`Live`: Triton knows ints by their exact type."""
     if isinstance(value, tuple):
         return getattr(type(value), "_make", tuple)(_plain(part) for part in value)
     return int(value) if isinstance(value, Live) else value
-
-
-def _at(pointer: int, dtype: torch.dtype) -> Tensor:
-    """The element at an address: all that the interpreter asks of a tensor is where it starts."""
-    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(pointer), dtype=dtype)
 
 
 def _refuses(device: torch.device) -> str | None:
@@ -141,14 +105,7 @@ _LARGEST_SAMPLE = 65535 * 2048
 
 def too_large(name: str) -> Callable[[Any], str | None]:
     """Why samples of the argument ``name`` are too large, or None."""
-
-    def refusal(a: Any) -> str | None:
-        count = getattr(a, name).shape[1:].numel()
-        if count <= _LARGEST_SAMPLE:
-            return None
-        return f"it takes samples of at most {_LARGEST_SAMPLE} elements, these have {count}"
-
-    return refusal
+    return at_most(_LARGEST_SAMPLE, "elements", "samples", lambda a: getattr(a, name).shape[1:].numel())
 
 
 class Samples(NamedTuple):

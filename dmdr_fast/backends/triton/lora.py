@@ -25,16 +25,16 @@ def multi_lora_fwd(run: Launches, a, out) -> None:
 @implements("multi_lora_bwd")
 def multi_lora_bwd(run: Launches, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
-    if a.need_x or a.need_a:
+    if a.need_x or a.need_A:
         low_rank_grad = run.new(a.low_rank.shape, torch.float32)
         _project(run, a.grad, run.part(a.B.mT, a.B), a.scale, low_rank_grad)
     if a.need_x:
         _expand(run, low_rank_grad, run.part(a.A.mT, a.A), a.scale, None, out.grad_x)
     products, (rank, out_features) = [], a.B.shape
-    if a.need_a:
-        products.append((a.x, low_rank_grad, out.grad_a, (rank, 1)))
-    if a.need_b:
-        products.append((a.grad, a.low_rank, out.grad_b, (1, out_features)))
+    if a.need_A:
+        products.append((a.x, low_rank_grad, out.grad_A, (rank, 1)))
+    if a.need_B:
+        products.append((a.grad, a.low_rank, out.grad_B, (1, out_features)))
     if products:
         _outer_sums(run, products, a.scale)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,25 @@ _TILE = 4096
 refuses = functools.partial(rows_refuses, _LONGEST_ROW)
 
 
-@implements("layer_norm_modulate_fwd", refuses=refuses("x", "shift", "scale"))
-def layer_norm_modulate_fwd(run: Launches, a, out) -> None:
-    g = Grouped(run, a.x, a.shift, a.scale)
-    run.launch(
-        layer_norm_modulate_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.vectors(a.shift)),
-        rows(g.vectors(a.scale)), *out, g.tokens, float(a.eps), **row_tile(g.width, 64),
-    )  # fmt: skip
+def norm_forward(name: str, kernel: Any, tensors: str) -> None:
+    """Register ``kernel``, of one program per row, as the forward ``name``.
+
+    ``tensors`` are its first arguments: x and h have a row of their own for each, all others are vectors.
+    """
+    vectors = [tensor for tensor in tensors.split() if tensor not in ("x", "h")]
+
+    @implements(name, refuses=refuses("x", *vectors))
+    def launch(run: Launches, a, out) -> None:
+        g = Grouped(run, a.x, *(getattr(a, vector) for vector in vectors))
+        given = [(g.vectors if tensor in vectors else g.rows)(getattr(a, tensor)) for tensor in tensors.split()]
+        tile = row_tile(g.width, 64)
+        run.launch(kernel, (g.groups * g.tokens,), *map(rows, given), *out, g.tokens, float(a.eps), **tile)
+
+
+norm_forward("layer_norm_modulate_fwd", layer_norm_modulate_kernel, "x shift scale")
+norm_forward(
+    "gated_residual_layer_norm_modulate_fwd", gated_residual_layer_norm_modulate_kernel, "x h gate shift scale"
+)
 
 
 @implements("layer_norm_modulate_bwd", refuses=refuses("x", "scale"))
@@ -76,16 +89,6 @@ def gated_residual_bwd(run: Launches, a, out) -> None:
     finish(run, grad_gate)
 
 
-@implements("gated_residual_layer_norm_modulate_fwd", refuses=refuses("x", "gate", "shift", "scale"))
-def gated_residual_layer_norm_modulate_fwd(run: Launches, a, out) -> None:
-    g = Grouped(run, a.x, a.gate, a.shift, a.scale)
-    run.launch(
-        gated_residual_layer_norm_modulate_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.rows(a.h)),
-        *(rows(g.vectors(vector)) for vector in (a.gate, a.shift, a.scale)), *out, g.tokens,
-        float(a.eps), **row_tile(g.width, 64),
-    )  # fmt: skip
-
-
 @implements("gated_residual_layer_norm_modulate_bwd", refuses=refuses("residual", "gate", "scale"))
 def gated_residual_layer_norm_modulate_bwd(run: Launches, a, out) -> None:
     g = Grouped(run, a.residual, a.gate, a.scale)
@@ -122,7 +125,8 @@ class Gradient:
     """
 
     def __init__(self, g: Grouped, vector: Tensor | None, out: Tensor | None) -> None:
-        self._grouped, self.out, self.buffer, self.parts = g, out, out, None
+        self._grouped, self.out, self.buffer = g, out, out
+        self.parts: Tensor | None = None
         self._lines, tokens, _ = (1, 1, 0) if vector is None else g.vector_shape(vector.shape)
         self.per_token = tokens == g.tokens and self._lines == g.groups
         self.summed = out is not None and not self.per_token
@@ -142,7 +146,7 @@ class Gradient:
 
 def finish(run: Launches, *gradients: Gradient) -> None:
     """Add up the partial sums of those that have some."""
-    sum_chunks(run, *((one.parts, one.out) for one in gradients if one.parts is not None))
+    sum_chunks(run, *((one.parts, one.out) for one in gradients if one.parts is not None and one.out is not None))
 
 
 def spread(run: Launches, g: Grouped, programs: int, *gradients: Gradient) -> tuple[int, int]:
@@ -162,7 +166,7 @@ def spread(run: Launches, g: Grouped, programs: int, *gradients: Gradient) -> tu
     return chunks, chunk
 
 
-def row_tile(width: int, most: int) -> dict[str, object]:
+def row_tile(width: int, most: int) -> dict[str, Any]:
     """The pieces of a row and the fewest warps with at most ``most`` lanes a thread: per thread, sums cost the same.
 
     1024 threads are the most; beyond ``1024 most`` features each has more lanes.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends import at_most
 from dmdr_fast.backends.triton.launch import Launches, cdiv, implements, next_power_of_2
 from dmdr_fast.kernels.preprocess_reward import (
     Filter,
@@ -37,14 +39,8 @@ class _Filter(NamedTuple):
     reach: float
 
 
-def _refuses(name: str):
-    def refusal(a) -> str | None:
-        channels = getattr(a, name).shape[1]
-        if channels <= _MOST_CHANNELS:
-            return None
-        return f"it takes images of at most {_MOST_CHANNELS} channels, these have {channels}"
-
-    return refusal
+def _refuses(name: str) -> Callable[[Any], str | None]:
+    return at_most(_MOST_CHANNELS, "channels", "images", lambda a: getattr(a, name).shape[1])
 
 
 @implements("preprocess_reward_fwd", refuses=_refuses("image"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends import at_most
 from dmdr_fast.backends.triton.launch import Launches, cdiv, implements, next_power_of_2
 from dmdr_fast.backends.triton.sums import sum_chunks
+from dmdr_fast.backends.views import strided, table
 from dmdr_fast.kernels.qk_norm_rope import Heads, Side, Table, qk_norm_rope_bwd_kernel, qk_norm_rope_kernel
 
 _LONGEST_HEAD = 4096
@@ -16,9 +18,7 @@ _BLOCK = 1024
 _PROGRAMS = 256
 
 
-def _refuses(a) -> str | None:
-    width = a.q.shape[-1]
-    return f"it takes heads of at most {_LONGEST_HEAD} features, these have {width}" if width > _LONGEST_HEAD else None
+_refuses = at_most(_LONGEST_HEAD, "features", "heads", lambda a: a.q.shape[-1])
 
 
 @implements("qk_norm_rope_fwd", refuses=_refuses)
@@ -38,17 +38,17 @@ def qk_norm_rope_fwd(run: Launches, a, out) -> None:
 def qk_norm_rope_bwd(run: Launches, a, out) -> None:
     batch, tokens, _, width = a.q.shape
     rows = batch * tokens
-    chunk = cdiv(rows, _PROGRAMS) if a.need_weights else 1
+    chunk = cdiv(rows, _PROGRAMS) if a.need_q_weight_or_k_weight else 1
     programs = cdiv(rows, chunk)
     tile = _tile(width, a.interleaved, a.cos)
     sides, blocks, sums = [], [], []
     for grad, x, weight, rstd, grad_x, grad_weight in (
-        (a.grad_q, a.q, a.q_weight, a.q_rstd, out.grad_q, out.grad_q_weight),
-        (a.grad_k, a.k, a.k_weight, a.k_rstd, out.grad_k, out.grad_k_weight),
+        (a.grad_q_out, a.q, a.q_weight, a.q_rstd, out.grad_q, out.grad_q_weight),
+        (a.grad_k_out, a.k, a.k_weight, a.k_rstd, out.grad_k, out.grad_k_weight),
     ):
         count = 0 if grad is None else cdiv(x.shape[2], tile["HEADS"])
         parts = None if grad_weight is None else run.new((1, programs * count, width), torch.float32)
-        if grad_weight is not None:
+        if parts is not None:
             sums.append((parts, grad_weight))
         sides.append(Side(_heads(x), _heads(grad), _vector(weight), grad_x, rstd.contiguous(), parts, x.shape[2]))
         blocks.append(count)
@@ -64,18 +64,13 @@ def qk_norm_rope_bwd(run: Launches, a, out) -> None:
 def _heads(x: Tensor | None) -> Heads | None:
     if x is None:
         return None
-    if x.stride(3) != 1 and x.shape[3] != 1:
-        x = x.contiguous()
-    return Heads(x, *x.stride()[:3])
+    heads, strides = strided(x)
+    return Heads(heads, *strides)
 
 
-def _table(table: Tensor | None) -> Table | None:
-    """cos or sin [T, D] or [B, T, D] for the kernel; one for the whole batch has a batch stride of 0."""
-    if table is None:
-        return None
-    if table.stride(-1) != 1:
-        table = table.contiguous()
-    return Table(table, 0 if table.dim() == 2 or table.shape[0] == 1 else table.stride(0), table.stride(-2))
+def _table(values: Tensor | None) -> Table | None:
+    rows = table(values)
+    return None if rows is None else Table(rows.tensor, *rows.strides)
 
 
 def _vector(weight: Tensor | None) -> Tensor | None:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from dmdr_fast.backends.rows import Grouped
 from dmdr_fast.backends.triton.launch import Launches, implements
-from dmdr_fast.backends.triton.modulation import Gradient, finish, refuses, row_tile, rows, spread
+from dmdr_fast.backends.triton.modulation import Gradient, finish, norm_forward, refuses, row_tile, rows, spread
 from dmdr_fast.kernels.gated_residual_rms_norm import gated_residual_rms_norm_kernel
 from dmdr_fast.kernels.rms_norm_scale import rms_norm_scale_bwd_kernel, rms_norm_scale_kernel
 
-
-@implements("rms_norm_scale_fwd", refuses=refuses("x", "scale"))
-def rms_norm_scale_fwd(run: Launches, a, out) -> None:
-    g = Grouped(run, a.x, a.scale)
-    run.launch(
-        rms_norm_scale_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.vectors(a.weight)),
-        rows(g.vectors(a.scale)), *out, g.tokens, float(a.eps), **row_tile(g.width, 64),
-    )  # fmt: skip
+norm_forward("rms_norm_scale_fwd", rms_norm_scale_kernel, "x weight scale")
+norm_forward("gated_residual_rms_norm_fwd", gated_residual_rms_norm_kernel, "x h weight gate")
 
 
 @implements("rms_norm_scale_bwd", refuses=refuses("x", "scale"))
@@ -31,12 +25,3 @@ def rms_norm_scale_bwd(run: Launches, a, out) -> None:
         **row_tile(g.width, 32),
     )  # fmt: skip
     finish(run, grad_weight, grad_scale)
-
-
-@implements("gated_residual_rms_norm_fwd", refuses=refuses("x", "gate"))
-def gated_residual_rms_norm_fwd(run: Launches, a, out) -> None:
-    g = Grouped(run, a.x, a.gate)
-    run.launch(
-        gated_residual_rms_norm_kernel, (g.groups * g.tokens,), rows(g.rows(a.x)), rows(g.rows(a.h)),
-        rows(g.vectors(a.weight)), rows(g.vectors(a.gate)), *out, g.tokens, float(a.eps), **row_tile(g.width, 64),
-    )  # fmt: skip

@@ -67,6 +67,8 @@ def kept_of(path: Path | None, jobs: Sequence[Job]) -> tuple[dict[str, Any] | No
     if path is None:
         return None, {}
     before, records = read_json(path)
+    older = before.pop("before", {"seconds": 0.0, "parts": 0})
+    before |= {name: before[name] + older[name] for name in older.keys() & {"seconds", "parts"}}
     wanted = {(job.name, job.seed): job.settings for job in jobs}
     return before, {(r.name, r.seed): r for r in records if wanted.get((r.name, r.seed)) == r.settings}
 
@@ -110,8 +112,9 @@ def main(argv: list[str]) -> int:
     if committed is not None:
         wanted = [job for job in todo if not given.only or job.name in given.only]
         return DONE if compare.report(committed, [record_of(job) for job in wanted]) else DIFFERS
-    records = [kept.get((j.name, j.seed)) or (record_of(j) if is_finished(j) else None) for j in every]
-    missing = records.count(None)
+    found = [kept.get((j.name, j.seed)) or (record_of(j) if is_finished(j) else None) for j in every]
+    records = [record for record in found if record is not None]
+    missing = len(every) - len(records)
     if missing:
         print(f"{missing} of {len(every)} runs are not finished: the page is written when all are", flush=True)
         return MORE

@@ -24,7 +24,7 @@ def differences(committed: Record, again: Record) -> list[str]:
         lines.append(f"diverged: {committed.diverged} committed, {again.diverged} now")
     for row in sorted(committed.rows.keys() | again.rows.keys()):
         lines += _row(row, committed.rows.get(row, {}), again.rows.get(row, {}))
-    old, new = ({e["step"]: e for e in record.evaluations} for record in (committed, again))
+    old, new = ({e["step"] or 0: e for e in record.evaluations} for record in (committed, again))
     for step in sorted(old.keys() | new.keys()):
         lines += _row(f"evaluation at {step:g}", old.get(step, {}), new.get(step, {}))
     return lines

@@ -50,16 +50,17 @@ def _against_updates(
 ) -> None:
     """Mean over seeds of a measure at each evaluation, with a band of one standard deviation."""
     for colour, name in zip(_COLOURS, names, strict=False):
-        by_step: dict[int, list[float]] = {}
+        by_step: dict[float, list[float]] = {}
         for record in records:
             way = record.since_rl if since_rl else record.evaluations
             for row in way if record.name == name else ():
-                if row.get(measure) is not None:
-                    by_step.setdefault(row["step"], []).append(row[measure])
+                step, value = row["step"], row.get(measure)
+                if step is not None and value is not None:
+                    by_step.setdefault(step, []).append(value)
         if not by_step:
             continue
         steps = sorted(by_step)
-        found = [spread(by_step[s]) for s in steps]
+        found = [f for s in steps if (f := spread(by_step[s])) is not None]
         means, stds = [f.mean for f in found], [0.0 if math.isnan(f.std) else f.std for f in found]
         axis.plot(steps, means, color=colour, linewidth=1.6, label=TITLES[name])
         low = [m - s for m, s in zip(means, stds, strict=True)]
@@ -91,8 +92,8 @@ def _one_against_other(axis: Axes, records: Sequence[Record], names: Sequence[st
         if mine:
             label = TITLES[name]
             axis.scatter([r.final[x] for r in mine], [r.final[y] for r in mine], s=22, color=colour, label=label)
-    teacher = [spread_of(records, "teacher", m) for m in (x, y)]
-    if None not in teacher:
+    teacher = spread_of(records, "teacher", x), spread_of(records, "teacher", y)
+    if teacher[0] is not None and teacher[1] is not None:
         axis.scatter([teacher[0].mean], [teacher[1].mean], s=60, color=_INK, marker="*", label=TITLES["teacher"])
     if x == "fd":
         axis.set_xscale("log")

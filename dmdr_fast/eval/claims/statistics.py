@@ -65,10 +65,13 @@ def values_of(records: Sequence[Record], name: str, measure: str) -> list[float]
 
 
 def value_of(record: Record, measure: str) -> float | None:
-    """The measure of one run; of the cold start the mean of log10 FD over its evaluations, as of equal weight."""
+    """The measure of one run; of the cold start the mean of log10 FD over its evaluations, as of equal weight.
+
+    An FD that was not finite is left out.
+    """
     if measure != COLD_START_FD:
         return record.final.get(measure)
-    logs = [math.log10(row["fd"]) for row in record.evaluations]
+    logs = [math.log10(fd) for row in record.evaluations if (fd := row.get("fd")) is not None]
     return math.fsum(logs) / len(logs) if logs else None
 
 
@@ -84,7 +87,8 @@ def pair_of(records: Sequence[Record], first: str, second: str, measure: str) ->
     """What a test compares: the measure of both; for :data:`MATCHED_FD` the second's FD at the first's final reward."""
     if measure != MATCHED_FD:
         return spread_of(records, first, measure), spread_of(records, second, measure)
-    rewards = {r.seed: r.final["reward"] for r in records if r.name == first and r.final.get("reward") is not None}
+    finals = {r.seed: r.final.get("reward") for r in records if r.name == first}
+    rewards = {seed: reward for seed, reward in finals.items() if reward is not None}
     matched = [fd_at_reward(r, rewards[r.seed]) for r in records if r.name == second and r.seed in rewards]
     return spread_of(records, first, "fd"), spread([fd for fd in matched if fd is not None])
 
@@ -92,15 +96,17 @@ def pair_of(records: Sequence[Record], first: str, second: str, measure: str) ->
 def fd_at_reward(record: Record, reward: float) -> float | None:
     """FD where the run, on its way since RL started, first has the reward; at its highest reward if it never has.
 
-    Between evaluations log FD is linear in the reward. A run that starts above the reward has it at its start.
+    Between evaluations log FD is linear in the reward. A run that starts above the reward has it at its start. An
+    evaluation without one of the two, such as one whose FD was not finite, is passed over.
     """
-    way = [row for row in record.since_rl if row.get("reward") is not None]
+    measured = [(row.get("reward"), row.get("fd")) for row in record.since_rl]
+    way = [(at, fd) for at, fd in measured if at is not None and fd is not None]
     if not way:
         return None
-    before = way[0]
-    for row in way:
-        if row["reward"] >= reward:
-            share = 1.0 if row is before else (reward - before["reward"]) / (row["reward"] - before["reward"])
-            return before["fd"] ** (1 - share) * row["fd"] ** share
-        before = row
-    return max(way, key=lambda row: row["reward"])["fd"]
+    before, fd_before = way[0]
+    for at, fd in way:
+        if at >= reward:
+            share = 1.0 if at == before else (reward - before) / (at - before)
+            return fd_before ** (1 - share) * fd**share
+        before, fd_before = at, fd
+    return max(way)[1]

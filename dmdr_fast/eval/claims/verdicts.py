@@ -200,9 +200,11 @@ def goals(records: Sequence[Record]) -> list[Goal]:
     """Of every method that was run, beside the teacher."""
     found = []
     for name in _METHODS:
-        mine = {m: spread_of(records, name, m) for m in ("reward", "fd")}
-        teacher = {m: spread_of(records, "teacher", m) for m in ("reward", "fd")}
-        if None in (*mine.values(), *teacher.values()):
+        mine, teacher = (
+            {m: s for m in ("reward", "fd") if (s := spread_of(records, one, m)) is not None}
+            for one in (name, "teacher")
+        )
+        if len(mine) + len(teacher) < 4:
             continue
         gain = mine["reward"].mean - teacher["reward"].mean
         found.append(Goal(name, gain, mine["fd"].mean / teacher["fd"].mean))

@@ -18,12 +18,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families import loading
+from dmdr_fast.ops.dmd import Prediction
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 Condition = dict[str, Tensor]
 HOST_KEYS = frozenset({"lengths"})  # read by Python in the forward: on the device each read would wait for it
@@ -46,7 +50,7 @@ class Family(ABC):
     network: ClassVar[str]  # the denoiser's class in diffusers
     folder: ClassVar[str] = "transformer"  # where the pipeline keeps it
     vae: ClassVar[str] = "AutoencoderKL"
-    prediction: ClassVar[str] = "flow"
+    prediction: ClassVar[Prediction] = "flow"
     block_names: ClassVar[tuple[str, ...]]  # patterns of the nn.ModuleLists that hold the repeated blocks
     lora_targets: ClassVar[tuple[str, ...]]  # suffixes for ``add_lora``: attention and feed-forward of every block
     default_length: ClassVar[int]
@@ -67,13 +71,13 @@ class Family(ABC):
     # Networks
 
     @classmethod
-    def build_from_config(cls, config: Mapping[str, Any]) -> nn.Module:
+    def build_from_config(cls, config: Mapping[str, Any]) -> ModelMixin:
         """The untrained network of a config; inside ``with torch.device("meta")`` it takes no memory."""
         import diffusers  # seconds to import
 
         return getattr(diffusers, cls.network).from_config(dict(config))
 
-    def load_transformer(self, dtype: torch.dtype, **from_pretrained: Any) -> nn.Module:
+    def load_transformer(self, dtype: torch.dtype, **from_pretrained: Any) -> ModelMixin:
         """The pipeline's network with its weights, in ``dtype``, through ``from_pretrained``.
 
         Raises:
@@ -82,7 +86,7 @@ class Family(ABC):
         """
         return loading.load_module(self.path, self.folder, self.network, dtype, self.revision, **from_pretrained)
 
-    def load_vae(self, dtype: torch.dtype, **from_pretrained: Any) -> nn.Module:
+    def load_vae(self, dtype: torch.dtype, **from_pretrained: Any) -> ModelMixin:
         """The pipeline's VAE, frozen and in evaluation mode; raises as ``load_transformer``."""
         vae = loading.load_module(self.path, "vae", self.vae, dtype, self.revision, **from_pretrained)
         return vae.requires_grad_(False).eval()
@@ -110,6 +114,11 @@ class Family(ABC):
         """Latent pixels along one edge of what the network sees as one token (1: no constraint on the size)."""
         return 2
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens along one side that the network has positions for; None: any number."""
+        return None
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of x_t for an image of ``height`` x ``width`` pixels.
 
@@ -118,9 +127,15 @@ class Family(ABC):
         """
         unit = self.factor * self.patch
         if height < unit or width < unit or height % unit or width % unit:
+            nearest = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (height, width))
             raise ValueError(
                 f"{self.name}: height and width must be multiples of {unit} pixels ({self.factor} pixels a latent "
-                f"pixel, {self.patch} a token), got {height} x {width}"
+                f"pixel, {self.patch} a token), got {height} x {width}; the nearest is {nearest}"
+            )
+        if self.longest is not None and max(height, width) // unit > self.longest:
+            raise ValueError(
+                f"{self.name}: its positions are {self.longest} tokens of {unit} pixels along a side, got "
+                f"{height} x {width}; give at most {self.longest * unit} a side"
             )
         return self.channels, height // self.factor, width // self.factor
 
@@ -138,7 +153,7 @@ class Family(ABC):
         return latents
 
     @abstractmethod
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         """Images [B, 3, height, width] in about [-1, 1], in the VAE's dtype, of x0; differentiable."""
 
     # Noise
@@ -184,7 +199,7 @@ class Family(ABC):
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's prediction at (x_t, t): see the top of this file."""
 
-    def fold_guidance(self, network: nn.Module) -> nn.Module:
+    def fold_guidance(self, network: ModelMixin) -> ModelMixin:
         """``network``, changed where it is guidance-distilled: with the pipeline's ``guidance_scale=0`` it then
         computes what it does now with ``guidance``."""
         return network
@@ -193,6 +208,7 @@ class Family(ABC):
         """The guidance scale per sample for a guidance-distilled network, None for any other."""
         if not self.network_config.get("guidance_embeds", False):
             return None
+        assert self.guidance is not None  # open_family has filled it in
         return torch.full_like(t, self.guidance)
 
 
@@ -210,7 +226,7 @@ class Denoiser(nn.Module):
         self.family, self.transformer = family, transformer
 
     @property
-    def prediction(self) -> str:
+    def prediction(self) -> Prediction:
         return self.family.prediction
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -1,4 +1,4 @@
-"""A pipeline's own text encoders, behind what the text cache asks for: an identity, a length check, embeddings."""
+"""A pipeline's own text encoders, behind what the text cache asks for: an identity, lengths, embeddings."""
 
 from __future__ import annotations
 
@@ -51,18 +51,15 @@ class TextEncoder:
         root = Path(self.family.path).expanduser()
         return identity | {"files": {name: _fingerprints(root / name) for name in folders}}
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """ValueError that names the first prompt longer than the encoder takes. Loads tokenizers only.
+    @property
+    def limit(self) -> int:
+        """Tokens that a prompt may have; CLIP beside a longer encoder (SD3, FLUX.1) reads the first 77, as in the
+        pipeline."""
+        return self.family.length
 
-        CLIP beside a longer encoder (SD3, FLUX.1) reads the first 77 tokens, as in the pipeline; that is no error.
-        """
-        for prompt, tokens in zip(prompts, self.family.count_tokens(self._tokenizers, prompts), strict=True):
-            if tokens > self.family.length:
-                shown = prompt if len(prompt) <= 80 else prompt[:77] + "..."
-                raise ValueError(
-                    f"prompt {shown!r} has {tokens} tokens, the text encoder of {self.family.path} takes "
-                    f"{self.family.length}; shorten it"
-                )
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, uncut. Loads tokenizers only; ValueError where they cannot be loaded."""
+        return self.family.count_tokens(self._tokenizers, prompts)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, negative: bool = False) -> list[dict[str, Tensor]]:
@@ -114,7 +111,11 @@ class TextEncoder:
             log.info("loading the text encoders of %s (%s)", path, ", ".join(folders))
         try:
             return DiffusionPipeline.from_pretrained(
-                path, revision=self.family.revision, torch_dtype=self.dtype, **absent
+                path,
+                revision=self.family.revision,
+                torch_dtype=self.dtype,
+                variant=loading.local_variant(path, *folders) if encoders else None,
+                **absent,
             )
         except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(

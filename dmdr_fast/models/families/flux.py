@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from dmdr_fast.models.families.base import Condition, Family, token_counts
 from dmdr_fast.models.families.packing import grid_ids, pack, unpack
 from dmdr_fast.models.families.sd3 import decode_shifted
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class Flux(Family):
@@ -57,7 +60,7 @@ class Flux(Family):
         )[0]
         return self.from_pipeline(prediction, height, width)
 
-    def fold_guidance(self, network: nn.Module) -> nn.Module:
+    def fold_guidance(self, network: ModelMixin) -> ModelMixin:
         """The guidance's embedding is one vector, added to the time's: it goes into that one's bias."""
         if not self.network_config.get("guidance_embeds", False):
             return network
@@ -76,7 +79,7 @@ class Flux(Family):
         network.register_to_config(guidance_embeds=False)
         return network
 
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         return decode_shifted(vae, latents)
 
     def read_encoded(self, encoded: Any, index: int) -> dict[str, Tensor]:

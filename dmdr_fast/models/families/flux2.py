@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families.base import Condition, Family, token_counts
 from dmdr_fast.models.families.packing import grid_ids, unpatchify
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class Flux2(Family):
@@ -68,7 +71,7 @@ class Flux2(Family):
         )[0]
         return self.from_pipeline(prediction, height, width)
 
-    def fold_guidance(self, network: nn.Module) -> nn.Module:
+    def fold_guidance(self, network: ModelMixin) -> ModelMixin:
         """W1 of the guidance's embedding changes by one rank, so that p(0) is mapped to where p(guidance) was.
 
         No layer there has a bias to take a constant. p is the sinusoidal projection, and |p(0)|^2 half its length.
@@ -83,7 +86,7 @@ class Flux2(Family):
             weight.copy_(weight.float() + change)
         return network
 
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.dtype)
         std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents.dtype)
         return vae.decode(unpatchify(latents * std + mean).to(vae.dtype), return_dict=False)[0]

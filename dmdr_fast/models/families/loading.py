@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+
+# Weights of diffusers and transformers: plain, of a variant, in shards.
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([A-Za-z]\w*))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
 
 
 def is_local(path: str) -> bool:
@@ -27,8 +33,8 @@ def read_json(path: str, name: str, revision: str | None = None) -> dict[str, An
     """
     file = resolve(path, name, revision)
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"pipeline {path}: {name} is no JSON ({error}): copy the pipeline again") from None
     if not isinstance(content, dict):
         raise ValueError(f"pipeline {path}: {name} must hold a JSON object, got {type(content).__name__}")
@@ -46,14 +52,21 @@ def resolve(path: str, name: str, revision: str | None = None) -> Path:
         return folder / name
     from huggingface_hub import hf_hub_download
 
-    folder, _, file = name.rpartition("/")
+    subfolder, _, file = name.rpartition("/")
     try:
-        return Path(hf_hub_download(path, file, subfolder=folder or None, revision=revision))
+        return Path(hf_hub_download(path, file, subfolder=subfolder or None, revision=revision))
     except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
         raise FileNotFoundError(
             f"pipeline {path}: {name} could not be fetched ({first_line(error)}); give a local folder, or check the "
             "name, the revision and the access token"
         ) from None
+
+
+def variant_of(directory: Path) -> str | None:
+    """The variant ("fp16") of a component's folder that has weights under its name alone, as diffusers and transformers
+    write them; None where there are weights without one, which are then the ones to read."""
+    found = {match[1] for file in directory.glob("*") if (match := WEIGHTS.fullmatch(file.name))}
+    return None if None in found else min(found, default=None, key=lambda name: (name != "fp16", name))
 
 
 def load_module(
@@ -72,6 +85,7 @@ def load_module(
         raise ValueError(f"pipeline {path}: {folder} expected a {kind}, got {named}; give a pipeline of this family")
     if "variant" not in from_pretrained:
         check_weights(path, folder)
+        from_pretrained["variant"] = local_variant(path, folder)
     try:
         module, report = getattr(diffusers, kind).from_pretrained(
             path,
@@ -93,6 +107,12 @@ def load_module(
     return module
 
 
+def local_variant(path: str, *folders: str) -> str | None:
+    """The variant of the first of a local pipeline's components that has one alone; a hub id's is left to the hub."""
+    found = (variant_of(Path(path).expanduser() / folder) for folder in folders) if is_local(path) else ()
+    return next((variant for variant in found if variant is not None), None)
+
+
 def weights_of(path: str, folder: str, revision: str | None = None) -> Path:
     """A component's .safetensors file, or its folder where it is in shards; a hub id's in the hub's own cache.
 
@@ -110,7 +130,8 @@ def weights_of(path: str, folder: str, revision: str | None = None) -> Path:
         except Exception as error:  # as in resolve
             raise FileNotFoundError(f"pipeline {path}: {folder} could not be fetched ({first_line(error)})") from None
         place = Path(root) / folder
-    single = place / "diffusion_pytorch_model.safetensors"
+    variant = variant_of(place)
+    single = place / f"diffusion_pytorch_model{'' if variant is None else f'.{variant}'}.safetensors"
     return single if single.is_file() else place
 
 
@@ -122,8 +143,8 @@ def check_weights(path: str, folder: str) -> None:
     if not is_local(path):
         return
     directory = Path(path).expanduser() / folder
-    for index in sorted(directory.glob("*.index.json")):
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for index in sorted(directory.glob("*.index.json")) or sorted(directory.glob("*.index.*.json")):
+        wanted = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         missing = [name for name in wanted if not (directory / name).is_file()]
         if missing:
             raise FileNotFoundError(

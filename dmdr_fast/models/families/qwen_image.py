@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families.base import Condition, Family, pad_rows, token_counts
 from dmdr_fast.models.families.packing import pack, unpack
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class QwenImage(Family):
@@ -58,7 +61,7 @@ class QwenImage(Family):
         )[0]
         return self.from_pipeline(prediction, height, width)
 
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         mean, std = (
             torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1).to(latents.device, non_blocking=True)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from dmdr_fast.models.families.base import Condition, Family, token_counts
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class SD3(Family):
@@ -29,6 +32,11 @@ class SD3(Family):
     def patch(self) -> int:
         return self.network_config["patch_size"]
 
+    @property
+    def longest(self) -> int:
+        """The middle of a table of positions is taken."""
+        return self.network_config["pos_embed_max_size"]
+
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return network(
             hidden_states=x_t,
@@ -38,7 +46,7 @@ class SD3(Family):
             return_dict=False,
         )[0]
 
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         return decode_shifted(vae, latents)
 
     def encode_arguments(self) -> dict[str, Any]:
@@ -53,7 +61,7 @@ class SD3(Family):
         return token_counts(pipeline.tokenizer_3, prompts)
 
 
-def decode_shifted(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_shifted(vae: ModelMixin, latents: Tensor) -> Tensor:
     """D(z / scaling_factor + shift_factor): AutoencoderKL in SD3, FLUX.1 and Z-Image."""
     z = latents / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(z.to(vae.dtype), return_dict=False)[0]

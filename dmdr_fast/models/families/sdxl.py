@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families.base import Condition, Family, token_counts
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class SDXL(Family):
@@ -73,7 +76,7 @@ class SDXL(Family):
             return_dict=False,
         )[0]
 
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
         z = latents / vae.config.scaling_factor
         if mean is not None and std is not None:

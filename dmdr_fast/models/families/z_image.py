@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families.base import Condition, Family, pad_rows, token_counts
 from dmdr_fast.models.families.sd3 import decode_shifted
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class ZImage(Family):
@@ -30,6 +33,10 @@ class ZImage(Family):
     )
     default_length = 512
 
+    @property
+    def longest(self) -> int:
+        return min(self.network_config["axes_lens"][1:])
+
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         lengths = condition["lengths"].tolist()
         texts = condition["prompt_embeds"].to(x_t.dtype)
@@ -42,7 +49,7 @@ class ZImage(Family):
         )[0]
         return -torch.stack(prediction).squeeze(2)
 
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         return decode_shifted(vae, latents)
 
     def condition(self, entries: Sequence[Mapping[str, Tensor]], length: int | None = None) -> Condition:

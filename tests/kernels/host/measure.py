@@ -30,15 +30,16 @@ def main(names: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     from dmdr_fast import backends
     from dmdr_fast.ops._library import RAW
+    from tests.cases import host_calls
 
     unit, found = _Unit(), {"ops": {}, "operators": {}}
     run, arguments = backends.run, {}
-    for name, (forward, wrt) in calls().items():
+    for name, one in host_calls().items():
         if names and name not in names:
             continue
-        ran = {}
+        forward, ran = one.call, {}
         backends.run = lambda raw, args, ran=ran: ran.setdefault(raw, args) and run(raw, args)
-        both = with_backward(forward, wrt)
+        both = with_backward(forward, one.wrt)
         both()
         backends.run = run
         arguments |= ran
@@ -101,57 +102,6 @@ def _own(arg: object) -> object:
     if isinstance(arg, Tensor):
         return arg.detach()
     return int(arg) if isinstance(arg, int) and not isinstance(arg, bool) else arg
-
-
-def calls() -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
-    """Name to (call, what gets a gradient); sizes are small, the host does not see them."""
-    from dmdr_fast import ops
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16)
-
-    def leaf(*shape: int) -> Tensor:
-        return draw(*shape).requires_grad_()
-
-    x, (x_t, fake, real, uncond), sigma = leaf(4, 16, 16, 16), (draw(4, 16, 16, 16) for _ in range(4)), torch.rand(4)
-    large, (x_t2, fake2, real2, uncond2) = leaf(2, 16, 128, 128), (draw(2, 16, 128, 128) for _ in range(4))
-    seed, two_sigmas, after = torch.tensor([1, 2]), sigma[:2].clone(), sigma[:2] / 2
-    guided = {"cfg_scale": 4.0}
-    tokens, h, (shift, scale, gate) = leaf(2, 64, 256), leaf(2, 64, 256), (leaf(2, 1, 256) for _ in range(3))
-    weight, q, k, table = leaf(256), leaf(2, 64, 4, 64), leaf(2, 64, 4, 64), torch.randn(64, 64)
-    q_weight, k_weight, packed, image = leaf(64), leaf(64), leaf(2, 64, 512), leaf(2, 3, 64, 64)
-    a, b, scales, one = leaf(256, 16), leaf(16, 256), torch.rand(2), torch.tensor(0.5)
-    return {
-        "normal_noise": (lambda: ops.normal_noise(x, seed), []),
-        "renoise": (lambda: ops.renoise(x, sigma, sigma, seed=seed), [x]),
-        "dmd_gradient": (lambda: ops.dmd_gradient(x, x_t, fake, real, uncond, sigma=sigma, **guided), []),
-        "dmd_loss": (lambda: ops.dmd_loss(x, x_t, fake, real, uncond, sigma=sigma, **guided), [x]),
-        "dmd_loss, large": (
-            lambda: ops.dmd_loss(large, x_t2, fake2, real2, uncond2, sigma=two_sigmas, **guided), [large],
-        ),
-        "sde_step_logprob": (
-            lambda: ops.sde_step_logprob(tokens, h, two_sigmas, after, kind="dance", eta=0.3, seed=seed)[:3],
-            [tokens, h],
-        ),
-        "preprocess_reward": (lambda: ops.preprocess_reward(image, 28, [0.5] * 3, [0.5] * 3), [image]),
-        "layer_norm_modulate": (lambda: ops.layer_norm_modulate(tokens, shift, scale), [tokens, shift, scale]),
-        "gated_residual": (lambda: ops.gated_residual(tokens, h, gate), [tokens, h, gate]),
-        "gated_residual_layer_norm_modulate": (
-            lambda: ops.gated_residual_layer_norm_modulate(tokens, h, gate, shift, scale),
-            [tokens, h, gate, shift, scale],
-        ),
-        "rms_norm_scale": (lambda: ops.rms_norm_scale(tokens, weight, scale), [tokens, weight, scale]),
-        "gated_residual_rms_norm": (
-            lambda: ops.gated_residual_rms_norm(tokens, h, gate, weight), [tokens, h, gate, weight],
-        ),
-        "qk_norm_rope": (
-            lambda: ops.qk_norm_rope(q, k, q_weight, k_weight, table, table), [q, k, q_weight, k_weight],
-        ),
-        "gelu_mul": (lambda: ops.gelu_mul(packed), [packed]),
-        "silu_mul": (lambda: ops.silu_mul(packed), [packed]),
-        "multi_lora": (lambda: ops.multi_lora(tokens, h, a, b, scales), [tokens, h, a, b]),
-        "multi_lora, 0-d scale": (lambda: ops.multi_lora(tokens, h, a, b, one), [tokens, h, a, b]),
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""Writes that a disk refuses: it is full, over a quota, read-only or failing, or takes no file of that size."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+SAFETENSORS = re.compile(r"os error (\d+)")  # in a SafetensorError
+TORCH = "inline_container.cc"  # torch.save's RuntimeError, which says no more
+
+
+def refusal(error: BaseException) -> str | None:
+    """What the disk said ("No space left on device: FILE") where ``error`` comes from a write that it refused."""
+    if TORCH in str(error):
+        return "the disk is full, or fails"
+    found = None if isinstance(error, OSError) else SAFETENSORS.search(str(error))
+    code = error.errno if isinstance(error, OSError) else found and int(found[1])
+    if code not in REFUSALS:
+        return None
+    file = getattr(error, "filename", None)
+    return os.strerror(code) if file is None else f"{os.strerror(code)}: {file}"
+
+
+class Writes:
+    """Writes of one rank. After the first one that the disk refuses the others are left out, and ``fault`` says why.
+
+    Ranks that write together meet after it all the same, and agree there.
+    """
+
+    fault: str | None = None
+
+    def __call__(self, write: Callable[[], T]) -> T | None:
+        if self.fault is None:
+            try:
+                return write()
+            except Exception as error:
+                self.fault = refusal(error)
+                if self.fault is None:
+                    raise
+        return None

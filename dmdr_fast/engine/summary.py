@@ -1,0 +1,81 @@
+"""summary.json: what ran, when, from which command and which version, for the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+import deepspeed
+import torch
+
+import dmdr_fast
+from dmdr_fast.config import Config
+from dmdr_fast.engine.go_on import given_command
+from dmdr_fast.engine.runtime import Runtime
+
+SUMMARY = Path("summary.json")
+
+
+def origin() -> dict[str, str | None]:
+    """Command, versions and commit of this process, taken at its start: the files may change while it runs."""
+    return {
+        "command": given_command(),
+        "dmdr_fast": dmdr_fast.__version__,
+        "commit": commit(Path(dmdr_fast.__file__).parent),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
+def write_summary(
+    config: Config,
+    ranks: Runtime,
+    origin: Mapping[str, str | None],
+    trained: Mapping[str, int],
+    *,
+    updates: int,
+    skipped: int,
+    elapsed: float,
+) -> None:
+    """Write ``run_dir/summary.json`` of a finished run.
+
+    Args:
+        trained: trained parameters by role.
+        elapsed: seconds of training, those before a resume included.
+    """
+    train = config.train
+    summary = {
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "training_seconds": elapsed,
+        **origin,
+        "updates": updates,
+        "skipped": skipped,
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU",
+        "ranks": ranks.world_size,
+        "samples_per_rank": train.micro_batch_size,
+        "gradient_accumulation": train.gradient_accumulation,
+        "batch": ranks.world_size * train.micro_batch_size * train.gradient_accumulation,
+        "parameters_trained": dict(trained),
+    }
+    (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))
+
+
+def commit(folder: Path) -> str | None:
+    """The commit that the Python files of ``folder`` are of, "-dirty" behind it where files have changed since.
+
+    None where they are in no git repository, as in an installed package.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # a package installed inside of another project is not its own
+        return git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None
