@@ -232,14 +232,14 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
     Raises:
         UserError: it is not.
     """
-    if (out / "model_index.json").is_file():
-        raise UserError(f"--out {out}: holds a finished teacher; give another folder, or remove it")
     record = out / RECORD
     if record.is_file():
         found = json.loads(record.read_text())
-        if found != settings:
-            raise UserError(f"--out {out}: began with {found}, not {settings}; give these, or another folder")
-        return
+        if found == settings:
+            return
+        if "sha256" in found:
+            raise UserError(f"--out {out}: holds a finished teacher; give another folder, or remove it")
+        raise UserError(f"--out {out}: began with {found}, not {settings}; give these, or another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         _replace(record, lambda aside: aside.write_text(json.dumps(settings) + "\n"))
