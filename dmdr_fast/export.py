@@ -94,9 +94,9 @@ def export_run(
             export_pipeline(
                 model.family,
                 out,
-                grid=timestep_grid(config.student.steps, shift=config.student.shift),
+                grid=timestep_grid(config.student.steps, shift=config.student.shift, times=config.student.times),
                 dtype=DTYPES[dtype or config.export.dtype],
-                resolution=config.model.resolution,
+                size=config.model.sizes[0],
                 **given,
             )
     except (FileExistsError, FileNotFoundError, ValueError) as error:

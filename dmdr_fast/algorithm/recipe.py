@@ -15,7 +15,7 @@ from dmdr_fast.algorithm.rl.refl import Decode
 from dmdr_fast.algorithm.rollout import Network, Variant
 from dmdr_fast.algorithm.schedules import RenoiseLaw, real_score_lora_scale
 from dmdr_fast.algorithm.score_pass import ScorePass
-from dmdr_fast.algorithm.streams import Shard
+from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.ops.dmd import Prediction
 
 
@@ -83,7 +83,7 @@ class Recipe:
 
     prediction: what generator, fake and real score predict on ``path``. rollout_reuse: fake updates in a row that train
     on one rollout, renoised anew. stop_step_per: "micro_step" or "rank", see ``step.stop_places``. saturation: |x0|
-    beyond which a value counts as saturated.
+    beyond which a value counts as saturated. more_shapes: latents of other sizes than ``latent_shape``, see ``sizes``.
     """
 
     grid: tuple[float, ...]
@@ -105,6 +105,20 @@ class Recipe:
     reward_final_weight: float | None = None
     reward_warmup_steps: int = 0
     saturation: float = 1.0
+    more_shapes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The latent's shape in every size, by its number."""
+        return (self.latent_shape, *self.more_shapes)
+
+    def sizes(self, streams: Streams, index: tuple[int, ...], count: int, group: int = 1) -> list[int]:
+        """The numbers of the sizes of draw ``index``'s ``count`` micro-steps: uniform, the same on all ranks.
+
+        Samples that are compared, in groups, have one size in the whole update.
+        """
+        places = [0 if group > 1 else micro_step for micro_step in range(count)]
+        return [int(streams.rng("size", *index, place).integers(len(self.shapes))) for place in places]
 
     def rl_active(self, step: int) -> bool:
         """Reinforcement learning starts when the cold start has ended."""

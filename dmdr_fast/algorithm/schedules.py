@@ -42,8 +42,13 @@ def shift_time(t, shift: float):
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def timestep_grid(steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
-    """The student's grid 1 = t_0 > t_1 > ... > t_N = 0: shift_time(1 - i/N)."""
+def timestep_grid(steps: int, *, shift: float = 1.0, times: tuple[float, ...] | None = None) -> tuple[float, ...]:
+    """The student's grid 1 = t_0 > t_1 > ... > t_N = 0: shift_time(1 - i/N), or ``times`` and 0.
+
+    A first time below 1 is where pure noise enters, as it is: x_{t_0} = noise.
+    """
+    if times is not None:
+        return (*times, 0.0)
     return tuple(shift_time(1.0 - i / steps, shift) for i in range(steps + 1))
 
 

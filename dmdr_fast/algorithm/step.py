@@ -45,6 +45,7 @@ class Simulated:
     batch: Batch
     rollout: Rollout
     shard: Shard
+    size: int = 0  # its number, see Recipe.sizes
 
 
 def simulate(
@@ -57,16 +58,18 @@ def simulate(
     device: torch.device,
     group: int = 1,
     place: int = 0,
+    size: int = 0,
 ) -> Simulated:
     """Draw the conditions and the stop step of update ``index`` (step, fake update) and roll the generator out.
 
-    Micro-batches of one ``place`` have one stop step.
+    Micro-batches of one ``place`` have one stop step. ``size``: the number of the samples' shape.
     """
+    shape, noise = recipe.shapes[size], streams.of_size(size)
     batch = data(index, shard, group)
     stop = draw_stop_step(streams.rng("stop", *index, *([place] if place else [])), len(recipe.grid) - 1)
     rollout = truncated_rollout(
         generator,
-        lambda i: streams.noise("rollout", *index, i, shape=recipe.latent_shape, shard=shard, device=device),
+        lambda i: noise.noise("rollout", *index, i, shape=shape, shard=shard, device=device),
         batch.condition,
         recipe.grid,
         stop,
@@ -74,7 +77,25 @@ def simulate(
         kind=recipe.prediction,
         path=recipe.path,
     )
-    return Simulated(batch, rollout, shard)
+    return Simulated(batch, rollout, shard, size)
+
+
+def simulate_all(
+    generator: Trained,
+    data: Data,
+    recipe: Recipe,
+    streams: Streams,
+    index: tuple[int, int],
+    shards: Sequence[Shard],
+    device: torch.device,
+    group: int = 1,
+) -> list[Simulated]:
+    """:func:`simulate` for each of this rank's micro-batches, with its stop step and its size."""
+    places, sizes = stop_places(recipe, shards, group), recipe.sizes(streams, index, len(shards), group)
+    return [
+        simulate(generator, data, recipe, streams, index, shard, device, group, place, size)
+        for shard, place, size in zip(shards, places, sizes, strict=True)
+    ]
 
 
 def stop_places(recipe: Recipe, shards: Sequence[Shard], group: int = 1) -> Sequence[int]:
@@ -97,9 +118,9 @@ def fake_update(
     """F <- F - lr grad of its denoising loss on the generator's samples, renoised by DynaRS."""
     losses = []
     for sample in samples:
-        x0, shard = sample.rollout.x0, sample.shard
+        x0, shard, own = sample.rollout.x0, sample.shard, streams.of_size(sample.size)
         t = streams.times(recipe.renoise, "fake_t", *index, step=index[0], shard=shard, device=x0.device)
-        noise = streams.noise("fake_noise", *index, shape=recipe.latent_shape, shard=shard, device=x0.device)
+        noise = own.noise("fake_noise", *index, shape=x0.shape[1:], shard=shard, device=x0.device)
         loss = fake_loss(fake, x0, t, noise, sample.batch.condition, recipe.prediction, recipe.path)
         fake.backward(loss, last=sample is samples[-1])
         losses.append(loss.detach())
@@ -127,7 +148,7 @@ def dmd_part(
     return dmd_leaf_gradient(
         x0,
         streams.times(recipe.renoise, "dmd_t", *index, step=step, shard=shard, device=x0.device),
-        streams.noise_seed("dmd_noise", *index, device=x0.device),
+        streams.of_size(sample.size).noise_seed("dmd_noise", *index, device=x0.device),
         batch.condition,
         batch.uncond if recipe.dmd.uses_cfg else None,
         nets.score,
@@ -282,19 +303,13 @@ def dmdr_update(
         if r % recipe.rollout_reuse == 0:
             last = r + recipe.rollout_reuse >= recipe.fake_updates
             group = recipe.rl.group_size if rl and last and policy.weighs_guidance(recipe.rl) else 1
-            samples = [
-                simulate(nets.generator, data, recipe, streams, (step, r), s, device, group, place)
-                for s, place in zip(shards, stop_places(recipe, shards, group), strict=True)
-            ]
+            samples = simulate_all(nets.generator, data, recipe, streams, (step, r), shards, device, group)
         fake_metrics, applied = fake_update(nets.fake, samples, recipe, streams, (step, r))
         metrics |= fake_metrics
         if not applied:
             skipped.append("fake")
     if not uses_dmd and (recipe.rl.method == "refl" or (recipe.kl_weight and recipe.rl.method == "dpo")):
-        samples = [
-            simulate(nets.generator, data, recipe, streams, (step, 0), s, device, place=place)
-            for s, place in zip(shards, stop_places(recipe, shards), strict=True)
-        ]
+        samples = simulate_all(nets.generator, data, recipe, streams, (step, 0), shards, device)
     experience = None
     if rl and reward is not None and policy.has_losses(recipe.rl):
         experience = policy.collect(nets.generator, data, reward, recipe, streams, step, shards, device, gather)

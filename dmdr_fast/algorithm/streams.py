@@ -8,7 +8,7 @@ global batch and keeps its own part.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,9 +41,15 @@ class Streams:
     """Independent random streams of one run, addressed by a purpose and counters (step, fake update, ...)."""
 
     seed: int
+    size: int = 0
+
+    def of_size(self, number: int) -> Streams:
+        """The streams of samples of size ``number``: noise of two sizes in one draw must not overlap."""
+        return replace(self, size=number)
 
     def _words(self, purpose: str, counters: tuple[int, ...]) -> np.ndarray:
-        text = ":".join([str(self.seed), purpose, *map(str, counters)])
+        named = f"{purpose}@{self.size}" if self.size else purpose
+        text = ":".join([str(self.seed), named, *map(str, counters)])
         return np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8")
 
     def rng(self, purpose: str, *counters: int) -> np.random.Generator:

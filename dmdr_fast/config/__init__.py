@@ -107,8 +107,8 @@ class Config(Section):
 
     @property
     def latent_size(self) -> int:
-        """Side of the latent, in latent pixels."""
-        return self.model.resolution // self.decoder_factor
+        """Side of SiT's latent, in latent pixels."""
+        return self.model.sizes[0][0] // self.decoder_factor
 
     @property
     def cfg_mode(self) -> Literal["standard", "offset", "per_token"]:

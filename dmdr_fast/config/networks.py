@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from dmdr_fast.config.base import Count, Fraction, NonNegative, Place, Positive, PositiveFloat, Section, TorchSeed, key
 
 # How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
 PIPELINE_CFG: dict[str, Literal["offset", "per_token"]] = {"z_image": "offset", "qwen_image": "per_token"}
+Size = tuple[Positive, Positive]  # height, width
+Time = Annotated[float, Field(gt=0, le=1)]
 
 
 class Model(Section):
@@ -18,7 +22,11 @@ class Model(Section):
     """
 
     family: Literal["sit", "sd3", "flux", "flux2", "z_image", "qwen_image", "sdxl"] = key("sit", "Model family.")
-    resolution: Positive = key(8, "Image side in pixels; a multiple of the decoder's factor times the patch.")
+    resolution: Positive | Size | tuple[Size, ...] = key(
+        8,
+        "Images in pixels, multiples of the decoder's factor times the patch. 1024: squares; [768, 1280]: height and "
+        "width; [[1024, 1024], [768, 1280]]: several sizes, one drawn for each micro-step, the first for evaluation.",
+    )
     channels: Positive = key(1, "Latent channels (4 for sd-vae, the image's own without a decoder).")
     patch_size: Positive = key(2, "Side of a patch in latent pixels.")
     hidden_size: Positive = key(96, "Width.")
@@ -27,6 +35,25 @@ class Model(Section):
     num_classes: Positive = key(10, "Classes; class number num_classes is the null class.")
     learn_sigma: bool = key(False, "The checkpoint predicts 2x channels (public SiT); only the velocity half is used.")
     time_reversed: bool = key(False, "The checkpoint's time runs from noise at 0 to data at 1 (public SiT, not REPA).")
+
+    @field_validator("resolution")
+    @classmethod
+    def _one_form_each(cls, value: Any) -> Any:
+        """``[[768, 1280]]`` is ``[768, 1280]``, and ``[1024, 1024]`` is ``1024``."""
+        if isinstance(value, tuple) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1] and isinstance(value[0], int):
+            value = value[0]
+        if value == () or (isinstance(value, tuple) and len(set(value)) < len(value)):
+            raise ValueError("no size, or one twice")
+        return value
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) in pixels of every size that is trained."""
+        if isinstance(self.resolution, int):
+            return ((self.resolution, self.resolution),)
+        return (self.resolution,) if isinstance(self.resolution[0], int) else self.resolution
 
 
 class TeacherTraining(Section):
@@ -96,6 +123,10 @@ class Student(Section):
     )
     steps: Positive = key(1, "Student steps N.")
     shift: PositiveFloat = key(1.0, "Timestep shift of the grid, t' = s t / (1 + (s - 1) t).")
+    times: tuple[Time, ...] | None = key(
+        None,
+        "The times themselves in place of steps and shift: falling, the first at most 1 (pure noise); 0 is implied.",
+    )
     grid_points: Positive = key(1000, "Distinct times that the teacher was trained on; N cannot exceed them.")
     rollout: Literal["backward_simulation", "same_step"] = key(
         "backward_simulation",
@@ -103,6 +134,13 @@ class Student(Section):
     )
     ema: Fraction | None = key(0.99, "EMA decay of the generator that is evaluated and saved; null: none.")
     lora: StudentLoRA = key(StudentLoRA(), "The generator as a LoRA.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _times_count_the_steps(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("times"), (list, tuple)) and "steps" not in values:
+            return values | {"steps": len(values["times"]) or 1}
+        return values
 
 
 class Fake(Section):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dmdr_fast.config import Config
@@ -17,6 +20,7 @@ def problems(config: Config) -> Iterator[str]:
             f"student.steps: {config.student.steps} steps do not fit a grid of {config.student.grid_points} times; "
             "set student.steps to at most student.grid_points"
         )
+    yield from _times_problems(config)
     if config.train.cold_start_steps > config.train.generator_steps:
         yield (
             f"train.cold_start_steps: {config.train.cold_start_steps} is more than "
@@ -51,10 +55,16 @@ def problems(config: Config) -> Iterator[str]:
 
 def _sit_problems(config: Config) -> Iterator[str]:
     model, unit = config.model, config.decoder_factor * config.model.patch_size
-    if model.resolution % unit:
+    if not isinstance(model.resolution, int):
         yield (
-            f"model.resolution: {model.resolution} is not a multiple of {unit} "
-            f"(decoder factor {config.decoder_factor} x model.patch_size {model.patch_size})"
+            f"model.resolution: {_listed(model.resolution)}; SiT's positions are a table of one square size, give its "
+            "side as one number"
+        )
+    elif model.resolution % unit:
+        nearest = max(unit, round(model.resolution / unit) * unit)
+        yield (
+            f"model.resolution: {model.resolution} is not a multiple of {unit} (decoder factor "
+            f"{config.decoder_factor} x model.patch_size {model.patch_size}); the nearest is {nearest}"
         )
     if model.hidden_size % model.num_heads or model.hidden_size % 4:
         yield (
@@ -105,8 +115,31 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
         yield f"lora.form: {config.lora.form} needs q, k and v in one layer, unlike {family}; set it to standard"
     digits = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("digits")]
     digits += [f"eval.{key}" for key in ("data", "features") if getattr(config.eval, key) == "digits"]
+    scenes = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("scenes")]
+    if scenes and config.model.resolution != 16:
+        yield f"model.resolution: {config.model.resolution}; {scenes[0]}: scenes are of 16 x 16 pixels, set it to 16"
     if digits:
         yield f"{digits[0]}: digits are 8x8x1 images of ten classes, model.family {family} makes others of prompts"
+
+
+def _times_problems(config: Config) -> Iterator[str]:
+    """Of ``student.times``."""
+    student = config.student
+    if student.times is None:
+        return
+    if student.steps != len(student.times):
+        yield f"student.steps: {student.steps}, but student.times names {len(student.times)}; set it to that"
+    if student.shift != 1.0:
+        yield f"student.shift: {student.shift:g} beside student.times, which are taken as they are; leave it out"
+    if any(now <= later for now, later in pairwise(student.times)):
+        yield f"student.times: {_listed(student.times)}; expected falling times, each once"
+    steps = [math.ceil(1000 * t - 1e-3) for t in student.times]
+    if config.model.family == "sdxl" and len(set(steps)) < len(steps):
+        yield f"student.times: {_listed(student.times)}; SDXL has 1000 steps, and two of these are one of them"
+
+
+def _listed(values: Any) -> str:
+    return json.dumps(values)
 
 
 def _sharing_problems(config: Config) -> Iterator[str]:

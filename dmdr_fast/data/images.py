@@ -14,32 +14,32 @@ LONGEST = 8  # of the longer edge, in shorter ones: what lies beyond is cropped 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def load_image_folder(path: str | Path, size: int) -> Tensor:
-    """Every image under ``path``, subdirectories included: float32 RGB [N, 3, size, size] in [-1, 1].
+def load_image_folder(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """Every image under ``path``, subdirectories included: float32 RGB [N, 3, height, width] in [-1, 1].
 
-    Files come in the order of their path relative to ``path``. An image is resized with an antialiased
-    bicubic filter so that its shorter edge is ``size``, then cropped to the centre square; one that is that
-    size already is unchanged.
+    Files come in the order of their path relative to ``path``. An image is resized with an antialiased bicubic filter
+    so that it just covers ``size`` (height, width), then cropped around its centre; one that fits already is only
+    cropped.
 
     Raises:
         UserError: the folder is missing or holds no image, or a file cannot be read as one.
     """
     folder = Path(path)
-    if size < 1:
-        raise UserError(f"image size: expected at least 1 pixel, got {size}")
+    if min(size) < 1:
+        raise UserError(f"image size: expected at least 1 pixel, got {size[0]} x {size[1]}")
     if not folder.is_dir():
         raise UserError(f"image folder {folder}: no such directory; give a directory of image files")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise UserError(f"image folder {folder}: no image in it; expected files ending in {', '.join(SUFFIXES)}")
-    images = np.empty((len(files), 3, size, size), dtype=np.float32)
+    images = np.empty((len(files), 3, *size), dtype=np.float32)
     for index, file in enumerate(files):
-        images[index] = _read_square(file, size).transpose(2, 0, 1)
+        images[index] = _read_cropped(file, *size).transpose(2, 0, 1)
     return torch.from_numpy(images).div_(127.5).sub_(1)
 
 
-def _read_square(file: Path, size: int) -> np.ndarray:
-    """One image as uint8 [size, size, 3]: shorter edge resized to ``size``, centre square kept."""
+def _read_cropped(file: Path, height: int, width: int) -> np.ndarray:
+    """One image as uint8 [height, width, 3]: resized to cover it, the middle kept."""
     from PIL import Image
 
     try:
@@ -52,8 +52,8 @@ def _read_square(file: Path, size: int) -> np.ndarray:
     if max(image.size) > LONGEST * side:  # resized whole, a strip of 1 x 60000 would take 180 GB at 1024 pixels
         left, top = ((edge - min(edge, LONGEST * side)) // 2 for edge in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
-    width, height = image.size
-    if side != size:
-        image = image.resize((round(width * size / side), round(height * size / side)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    factor = max(width / image.width, height / image.height)
+    if factor != 1.0:
+        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -47,10 +47,12 @@ class ComputePath:
     count: int
     kinds: int
     fused: int
+    sizes: int = 1
 
     def __str__(self) -> str:
         layers = f", {self.fused} fused layers" if self.fused else ""
         kinds = f" of {self.kinds} kind{'s' * (self.kinds > 1)}" if self.blocks == "compiled" else ""
+        kinds += f", compiled anew for each of {self.sizes} sizes" if kinds and self.sizes > 1 else ""
         reason = f" ({self.reason})" if self.reason else ""
         return f"{self.blocks}{reason}, {self.count} blocks{kinds}{layers}"
 
@@ -73,10 +75,11 @@ def apply(network: nn.Module, config: Config, device: torch.device) -> ComputePa
     own = compiled and config.memory.activation == "selective"
     set_recompute(network, "none" if own else config.memory.activation)
     if compiled:
-        compile_blocks(blocks)
+        compile_blocks(blocks, len(config.model.sizes))
     if config.deepspeed.stage == 3:
         gather_as_one(blocks)
-    return ComputePath(attention, taken, reason, len(blocks), len({kind(block) for block in blocks}), fused)
+    kinds, sizes = len({kind(block) for block in blocks}), len(config.model.sizes)
+    return ComputePath(attention, taken, reason, len(blocks), kinds, fused, sizes)
 
 
 def lines(paths: Mapping[str, ComputePath]) -> list[str]:
@@ -106,13 +109,14 @@ def choose_blocks(config: Config, block: nn.Module, device: torch.device) -> tup
     return "fused", f"auto on a CPU at width {width}"
 
 
-def compile_blocks(blocks: list[nn.Module]) -> None:
+def compile_blocks(blocks: list[nn.Module], sizes: int = 1) -> None:
     """Compile the forward of every block on its own: a whole graph, static shapes; blocks of a kind share it.
 
-    Hooks stay outside: ZeRO-3 gathers before the graph is entered.
+    Images of ``sizes`` sizes are as many graphs. Hooks stay outside: ZeRO-3 gathers before the graph is entered.
     """
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.accumulated_recompile_limit = max(4 * GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
+    limits, graphs = torch._dynamo.config, GRAPHS * sizes
+    limits.recompile_limit = max(graphs, limits.recompile_limit)
+    limits.accumulated_recompile_limit = max(4 * graphs, limits.accumulated_recompile_limit)
     # A saved view of a weight would keep it gathered, past ZeRO-3's release, until the backward pass.
     torch._functorch.config.recompute_views = True
     for block in blocks:

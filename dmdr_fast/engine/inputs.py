@@ -52,7 +52,7 @@ def build_evaluation(config: Config) -> EvaluationData | None:
     else:
         from dmdr_fast.data.images import load_image_folder
 
-        images = load_image_folder(Path(config.eval.data), config.model.resolution)
+        images = load_image_folder(Path(config.eval.data), config.model.sizes[0])
     if config.eval.features == "digits":
         return EvaluationData(images, DigitsFeatures())
     assert config.eval.features is not None  # asked for with eval.data

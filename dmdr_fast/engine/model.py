@@ -75,6 +75,7 @@ class Model(Protocol):
     return ``prediction`` ("flow" or "eps") on ``path`` in x_t's shape.
 
     Attributes:
+        more_shapes: latents of the other sizes of ``model.resolution``, whose first is ``latent_shape``'s.
         token: latent pixels along one edge of a token, over which per-token guidance takes its norms.
         teacher_shift: the timestep shift of the teacher's own multi-step samples.
         saturation: |x0| beyond which a value counts as saturated.
@@ -89,6 +90,8 @@ class Model(Protocol):
     def path(self) -> Path: ...
     @property
     def latent_shape(self) -> tuple[int, ...]: ...
+    @property
+    def more_shapes(self) -> tuple[tuple[int, ...], ...]: ...
     @property
     def token(self) -> int: ...
     @property

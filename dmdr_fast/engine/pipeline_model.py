@@ -39,6 +39,7 @@ class PipelineModel:
     config: Config
     family: Family
     latent_shape: tuple[int, int, int]
+    more_shapes: tuple[tuple[int, int, int], ...] = ()
 
     saturation = LATENT_SATURATION
     merges_lora = False  # merged, the weights of a 20B network would take 80 GB of one host's memory
@@ -65,10 +66,10 @@ class PipelineModel:
             raise UserError(f"teacher.pipeline: {error} (model.family is {name})") from None
         _check_guidance(config, family)
         try:
-            shape = family.latent_shape(config.model.resolution, config.model.resolution)
+            shape, *more = (family.latent_shape(*size) for size in config.model.sizes)
         except ValueError as error:
             raise UserError(f"model.resolution: {error}") from None
-        return cls(config, family, shape)
+        return cls(config, family, shape, tuple(more))
 
     @property
     def prediction(self) -> Prediction:
@@ -84,7 +85,7 @@ class PipelineModel:
 
     @property
     def teacher_shift(self) -> float:
-        return self.family.default_shift(self.config.model.resolution, self.config.model.resolution)
+        return self.family.default_shift(*self.config.model.sizes[0])
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

@@ -22,8 +22,9 @@ def recipe_of(config: Config, model: Model) -> Recipe:
     """The numbers that the step reads."""
     shared = config.sharing != "separate"
     return Recipe(
-        grid=timestep_grid(config.student.steps, shift=config.student.shift),
+        grid=timestep_grid(config.student.steps, shift=config.student.shift, times=config.student.times),
         latent_shape=model.latent_shape,
+        more_shapes=model.more_shapes,
         prediction=model.prediction,
         path=model.path,
         cold_start_steps=config.train.cold_start_steps,
@@ -103,6 +104,7 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     lines = [
         f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
+        f"images     {_size_words(config)}",
         f"teacher    {_guidance_words(recipe.dmd)}",
         f"roles      {config.sharing}; parameters trained / all: "
         + ", ".join(f"{n} {t:,} / {c:,}" for n, t, c in _sizes(roles)),
@@ -116,6 +118,12 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         *roles.notes,
     ]
     return "\n".join(lines)
+
+
+def _size_words(config: Config) -> str:
+    named = ", ".join(f"{height} x {width}" for height, width in config.model.sizes)
+    drawn = ", one drawn for each micro-step" if len(config.model.sizes) > 1 else ""
+    return f"{named} pixels{drawn}"
 
 
 def _guidance_words(dmd: DMDOptions) -> str:

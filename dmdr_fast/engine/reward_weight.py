@@ -81,9 +81,9 @@ def first_rl_loss(
 
     Conditions and noise are drawn as for a rollout of that update. All ranks must call.
     """
-    losses = []
-    for shard in shards:
-        sample = simulate(generator, data, recipe, streams, (step, recipe.fake_updates - 1), shard, device)
+    losses, index = [], (step, recipe.fake_updates - 1)
+    for shard, size in zip(shards, recipe.sizes(streams, index, len(shards)), strict=True):
+        sample = simulate(generator, data, recipe, streams, index, shard, device, size=size)
         inputs, name = sample.batch.reward_inputs, batch_name(step, shard)
 
         def score(images: Tensor, rows: slice, inputs: dict = inputs, name: str = name) -> Tensor:

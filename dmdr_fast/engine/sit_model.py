@@ -76,6 +76,7 @@ class SiTModel:
     path = FLOW
     lora_targets = ("attn.qkv",)
     merges_lora = True
+    more_shapes = ()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

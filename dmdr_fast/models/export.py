@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dmdr_fast.models.families import Denoiser, Family
 from dmdr_fast.models.families.loading import WEIGHTS, is_local, variant_of
-from dmdr_fast.models.families.schedulers import student_scheduler
+from dmdr_fast.models.families.schedulers import grid_shift, student_scheduler
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.lora_export import diffusers_lora, merge
 
@@ -27,7 +28,7 @@ def export_pipeline(
     out: str | Path,
     *,
     grid: tuple[float, ...],
-    resolution: int,
+    size: tuple[int, int],
     weights: Mapping[str, Tensor] | None = None,
     lora: Mapping[str, Tensor] | None = None,
     lora_scale: float = 1.0,
@@ -43,8 +44,8 @@ def export_pipeline(
     Args:
         family: the teacher's, with the guidance and length that the student was trained at.
         out: a folder that is not there yet.
-        grid: 1 = t_0 > ... > t_N = 0.
-        resolution: edge of the square images the student was trained on.
+        grid: 1 >= t_0 > ... > t_N = 0.
+        size: height and width of the images the student was trained on.
         weights: every parameter of the network by name ("transformer." in front or not); the teacher's where None.
         lora: "LAYER.lora_A" [in, r] and "LAYER.lora_B" [r, out], merged into the network at ``lora_scale``, and written
             as ``out/pytorch_lora_weights.safetensors`` too: the teacher's own pipeline takes it by
@@ -53,7 +54,7 @@ def export_pipeline(
 
     Raises:
         FileExistsError: ``out`` is there.
-        ValueError: a grid that no scheduler of diffusers makes, or tensors that do not fit the network.
+        ValueError: times that do not fall to 0, or tensors that do not fit the network.
     """
     out = Path(out).expanduser()
     if out.exists():
@@ -70,10 +71,10 @@ def export_pipeline(
             network = _with_lora(family, network, lora, lora_scale, aside)
         network = family.fold_guidance(network)
         if family.sized:
-            network.register_to_config(sample_size=resolution // family.factor)
+            network.register_to_config(sample_size=max(size) // family.factor)
         network.save_pretrained(aside / family.folder)
         _write_scheduler(aside, scheduler)
-        _write_student(aside, len(grid) - 1, resolution, family)
+        _write_student(aside, grid, size, family)
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -172,9 +173,16 @@ def _write_scheduler(folder: Path, scheduler: Any) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_student(folder: Path, steps: int, resolution: int, family: Family) -> None:
+def _write_student(folder: Path, grid: tuple[float, ...], size: tuple[int, int], family: Family) -> None:
     """What the pipeline is called with: the student's steps and size, no guidance, and the text length if its own."""
-    arguments = {"num_inference_steps": steps, **family.unguided, "height": resolution, "width": resolution}
+    arguments: dict[str, Any] = {
+        "num_inference_steps": len(grid) - 1,
+        **family.unguided,
+        "height": size[0],
+        "width": size[1],
+    }
+    if family.prediction == "eps" and grid_shift(grid) != 1.0:  # LCMScheduler spreads its steps evenly by itself
+        arguments["timesteps"] = [math.ceil(1000 * t - 1e-3) - 1 for t in grid[:-1]]
     if family.length != family.default_length and "max_sequence_length" in family.encode_arguments():
         arguments["max_sequence_length"] = family.length
     (folder / STUDENT).write_text(json.dumps(arguments, indent=2) + "\n")

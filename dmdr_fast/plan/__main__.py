@@ -28,6 +28,7 @@ BOUNDS = {
     "latency": (0.0, 1e6),
     "gpus_per_node": (1, 1024),
     "reserve": (0.0, 1e4),
+    "reward_gb": (0.0, 1e4),
     "resolution": (1, 2**15),
     "batch": (1, 2**15),
     "student_lora": (1, 2**15),
@@ -54,11 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--flops", type=float, default=989.0, metavar="TFLOP/s", help="Dense bf16 peak of one GPU (989, an H100).")
     add("--utilisation", type=float, default=0.4, help="Share of --flops that is reached (0.4).")
     add("--convolutions", type=float, default=0.2, help="Share of --flops that convolutions reach (0.2, assumed).")
+    add("--reward-gb", type=float, default=0.0, metavar="GB", help="Of rewards that cannot be counted: weights, graph.")
     add("--reserve", type=float, default=2.5, metavar="GB", help="CUDA context, cuBLAS and NCCL workspaces (2.5).")
     own = parser.add_argument_group("in place of the configuration's keys")
     own.add_argument("--sharing", choices=["separate", "shared_score", "shared_all"])
     own.add_argument("--activation", choices=["none", "selective", "full", "offload"])
-    own.add_argument("--resolution", type=int, metavar="PIXELS")
+    own.add_argument(
+        "--resolution", type=int, nargs="+", metavar="PIXELS", help="A square's side, or height and width."
+    )
     own.add_argument("--batch", type=int, nargs="+", help="Micro-batch per GPU; several for --sweep.")
     own.add_argument("--student-lora", type=int, metavar="RANK", help="The generator as a LoRA of this rank.")
     add("--sweep", action="store_true", help="Sharing x activation x --batch x --gpus as a table.")
@@ -76,17 +80,18 @@ def main(argv: list[str]) -> int:
         for value in given if isinstance(given, list) else [least if given is None else given]:
             if not least <= value <= most:
                 raise UserError(f"--{name.replace('_', '-')}: expected {least:g} to {most:g}, got {value:g}")
-    work = _workload(options, rest)
+    work, config = _workload(options, rest)
     _check_resolution(work)
     if options.sweep:
         _sweep(work, options)
         return 0
     if len(options.gpus) > 1 or len(options.batch or ()) > 1:
         raise UserError("--gpus, --batch: several values are for --sweep; give one, or add --sweep")
-    return _plan(work, options)
+    return _plan(work, config, options)
 
 
-def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
+def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
+    """What is planned, and the configuration where there is one."""
     config = parse(["--config", options.config, *rest])[0] if options.config else None
     if config is None and rest:
         raise UserError(f"{rest[0]}: a key of the configuration needs --config FILE")
@@ -95,7 +100,7 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
     from dmdr_fast.plan.from_config import workload  # torch and diffusers, seconds
     from dmdr_fast.plan.shapes import find_shape
     from dmdr_fast.plan.sweep import shared
-    from dmdr_fast.plan.workload import Adapter, Workload
+    from dmdr_fast.plan.workload import GB, Adapter, Workload
 
     shape = None if options.model is None else find_shape(options.model)
     if config is None:
@@ -104,7 +109,10 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
     else:
         work = workload(config, shape)
     if options.resolution is not None:
-        work = replace(work, resolution=options.resolution)
+        size = options.resolution
+        if len(size) > 2:
+            raise UserError(f"--resolution: expected a side, or height and width, got {' '.join(map(str, size))}")
+        work = replace(work, resolution=size[0] if len(size) == 1 else (size[0], size[1]))
     if options.activation is not None:
         work = replace(work, activation=options.activation)
     if options.batch is not None:
@@ -113,18 +121,23 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> Any:
         from dmdr_fast.plan.from_config import default_targets
 
         work = replace(work, student_lora=Adapter(options.student_lora, default_targets(work.shape)))
-    return shared(work, options.sharing or work.sharing)
+    if options.reward_gb:
+        if work.reward is None:
+            raise UserError("--reward-gb: the run has no reward; leave it out, or name one in reward.terms")
+        work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
+    return shared(work, options.sharing or work.sharing), config
 
 
 def _check_resolution(work: Any) -> None:
     shape, edge = work.shape, work.resolution
+    height, width = (edge, edge) if isinstance(edge, int) else edge
     try:
         if shape.family == "sit":
             made = shape.config["input_size"] * (1 if shape.vae is None else 8)
-            if edge != made:
-                raise ValueError(f"{shape.name} makes images of {made} pixels, got {edge}")
+            if (height, width) != (made, made):
+                raise ValueError(f"{shape.name} makes images of {made} pixels, got {height} x {width}")
         else:
-            shape.opened().latent_shape(edge, edge)
+            shape.opened().latent_shape(height, width)
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"--resolution: {error}; give another one") from None
 
@@ -146,7 +159,8 @@ def _hardware(options: argparse.Namespace) -> Any:
     )
 
 
-def _plan(work: Any, options: argparse.Namespace) -> int:
+def _plan(work: Any, config: Any, options: argparse.Namespace) -> int:
+    from dmdr_fast.plan import disk
     from dmdr_fast.plan.advice import cheapest_change
     from dmdr_fast.plan.plan import make_plan
     from dmdr_fast.plan.report import lines
@@ -154,6 +168,8 @@ def _plan(work: Any, options: argparse.Namespace) -> int:
 
     plan = make_plan(work, _hardware(options))
     print("\n".join(lines(plan)))
+    if config is not None:
+        print("\n".join(disk.lines(disk.disk(config, work))))
     if plan.fits:
         return 0
     found = cheapest_change(plan)

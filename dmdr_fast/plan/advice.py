@@ -64,7 +64,7 @@ def changes(work: Workload) -> Iterator[Change]:
 
 def _reward_changes(work: Workload) -> Iterator[Change]:
     reward = work.reward
-    if reward is None:
+    if reward is None or not reward.scores:
         return
     if min(reward.chunk, work.batch) > 1:
         yield Change("rl.refl.chunk: 1", replace(work, reward=replace(reward, chunk=1)), 0)

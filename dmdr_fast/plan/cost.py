@@ -122,7 +122,7 @@ def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     products, convolutions = _flops(work) * work.batch
     found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work, hardware.gpus).items()}
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
-    if work.reward is not None:
+    if work.reward is not None and work.reward.scores:
         samples = work.batch * work.accumulation
         products, convolutions = reward_cost(work).flops
         found["reward"] = PhaseCost(products=products * samples, convolutions=convolutions * samples)

@@ -8,9 +8,8 @@ from typing import Any
 from dmdr_fast.config import Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.models.families import FAMILIES
-from dmdr_fast.plan.reward import MODELS as REWARDS
 from dmdr_fast.plan.shapes import Shape, find_shape
-from dmdr_fast.plan.workload import Adapter, RewardPass, Workload, Zero
+from dmdr_fast.plan.workload import Adapter, RewardNet, RewardPass, Workload, Zero
 
 SD_VAE = find_shape("sit-xl-2").vae
 
@@ -25,7 +24,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
     train, student = config.train, config.student
     return Workload(
         shape=shape,
-        resolution=config.model.resolution,
+        resolution=_largest(config.model.sizes),
         batch=train.micro_batch_size,
         accumulation=train.gradient_accumulation,
         sharing=config.sharing,
@@ -44,11 +43,18 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         same_step=student.rollout == "same_step",
         cfg=config.uses_cfg,
         ema=student.ema is not None,
+        keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),
         policy_steps=policy_steps(config),
         reference=config.reference_kind,
         zero=_zero(config),
     )
+
+
+def _largest(sizes: tuple[tuple[int, int], ...]) -> int | tuple[int, int]:
+    """The size with most pixels, which every phase must have room for."""
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    return height if height == width else (height, width)
 
 
 def default_targets(shape: Shape) -> tuple[str, ...]:
@@ -72,15 +78,19 @@ def _shape(config: Config) -> Shape:
     return Shape("SiT", "sit", json.dumps(network), vae, 0)
 
 
-def _reward(config: Config) -> RewardPass | None:
+def _reward(config: Config) -> RewardPass:
+    """Decoder and rewards: a run holds them, and those that are only watched, with or without RL."""
     reward, rl = config.reward, config.rl
-    if rl.method == "none" or not reward.terms or config.train.cold_start_steps == config.train.generator_steps:
-        return None
-    terms = [term for term in (*reward.terms, *reward.held_out) if term.kind in REWARDS]
+    ends_cold = config.train.cold_start_steps == config.train.generator_steps
+    classes = config.model.num_classes if config.model.family == "sit" else None
     return RewardPass(
+        scores=rl.method != "none" and bool(reward.terms) and not ends_cold,
         graded=rl.method == "refl",
         chunk=rl.refl.chunk,
-        models=tuple((term.kind, term.options.get("dtype", "fp32")) for term in terms),
+        models=tuple(
+            RewardNet(term.kind, term.path, json.dumps(term.options, default=str), classes)
+            for term in (*reward.terms, *reward.held_out)
+        ),
         tiling=config.decoder.tiling,
         recompute=config.decoder.recompute,
         checkpoint=rl.refl.checkpoint,
@@ -113,4 +123,5 @@ def _zero(config: Config) -> Zero:
         offload_optimizer=off_gpu("offload_optimizer"),
         offload_parameters=off_gpu("offload_param"),
         overlap=settings.get("overlap_comm", True),
+        efficient_linear=settings.get("memory_efficient_linear", True),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -82,6 +82,27 @@ def no_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def linear_layers(own: bool) -> Iterator[None]:
+    """Linear layers are DeepSpeed's ``own``, or torch's, whatever ran in this process before.
+
+    ZeRO-3 puts its linear in the place of ``torch.nn.functional.linear`` for good, for every network of the process: a
+    product, then the bias added in place. Its backward pass holds one activation more at once.
+    """
+    now = functional.linear
+    functional.linear = _deepspeed_linear() if own else torch._C._nn.linear
+    try:
+        yield
+    finally:
+        functional.linear = now
+
+
+def _deepspeed_linear() -> Callable[..., Tensor]:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # a second to import
+
+    return zero3_linear_wrap
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmdr_fast.errors import UserError
 from dmdr_fast.models.eight_bit import quantise_blocks
 from dmdr_fast.models.lora import LoraAdapter, add_lora
 from dmdr_fast.models.sit import SiT
@@ -22,12 +23,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_WIDTH = {"z_image": "cap_feat_dim", "sdxl": "cross_attention_dim"}
 
 
-def latent_shape(shape: Shape, resolution: int) -> tuple[int, int, int]:
-    """(channels, height, width) of the latent of a square image."""
+def latent_shape(shape: Shape, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latent of an image: a square's side, or its height and width.
+
+    Raises:
+        UserError: a size that the family cannot make.
+    """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     if shape.family == "sit":
-        side = resolution // (1 if shape.vae is None else 8)
-        return shape.config["in_channels"], side, side
-    return shape.opened().latent_shape(resolution, resolution)
+        factor = 1 if shape.vae is None else 8
+        return shape.config["in_channels"], height // factor, width // factor
+    try:
+        return shape.opened().latent_shape(height, width)
+    except ValueError as error:
+        raise UserError(f"model.resolution: {error}") from None
 
 
 def condition(shape: Shape, batch: int, dtype: torch.dtype) -> Any:

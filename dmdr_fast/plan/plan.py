@@ -75,7 +75,7 @@ def phase_bytes(work: Workload, hardware: Hardware) -> dict[str, Bytes]:
         trained = net is not nets.get("teacher")
         extra = {"gathered weights": net.size if whole else gathered(work, net, graded=trained), **moment}
         found[phase] = _sum(always, extra, backward_buffers(work, role, hardware.gpus) if graded else {})
-    if work.reward is not None:
+    if work.reward is not None and work.reward.scores:
         found["reward"] = _sum(always, {"activations": float(reward_cost(work).peak)})
     for role in ("fake", "generator"):
         found[f"{role} optimizer step"] = _sum(always, step_buffers(work, role, hardware.gpus))

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dmdr_fast.plan.plan import KINDS, Plan
+from dmdr_fast.plan.reward import reward_cost
 from dmdr_fast.plan.workload import GB, Workload
 from dmdr_fast.plan.zero import engines, trained_by
 
 
 def described(work: Workload) -> str:
     """The workload in a line."""
+    size = work.resolution if isinstance(work.resolution, int) else " x ".join(map(str, work.resolution))
     total = sum(engine.weights for engine in engines(work).values())
     generator = f"LoRA {work.student_lora.rank}" if work.student_lora else "all weights"
     rl = "no reward"
-    if work.reward is not None:
-        rl = f"reward {' + '.join(name for name, _ in work.reward.models) or 'without a network'}"
+    if work.reward is not None and work.reward.models:
+        rl = f"reward {' + '.join(net.kind for net in work.reward.models)}"
     return (
-        f"{work.shape.name} at {work.resolution} px, sharing {work.sharing}, generator trains {generator} "
+        f"{work.shape.name} at {size} px, sharing {work.sharing}, generator trains {generator} "
         f"({trained_by(work, 'generator') / 1e9:.2f}B of {total / 1e9:.2f}B stored), activation {work.activation}, "
         f"{work.blocks} blocks{', CUDA graphs' * work.cuda_graphs}, {work.dtype}, ZeRO-{work.zero.stage}, "
         f"N={work.student_steps}, R={work.fake_updates}, {'CFG' if work.cfg else 'no CFG'}, {rl}"
@@ -75,5 +77,7 @@ def lines(plan: Plan) -> Iterator[str]:
         f"convolutions {h.flops * h.convolutions / 1e12:.0f}, half of it in fp32: assumed, not measured), {node}, "
         f"{h.latency * 1e6:g} us: {plan.seconds:.2f} s per update of {plan.samples} samples"
     )
+    if plan.work.reward is not None:
+        yield from reward_cost(plan.work).notes
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"{verdict}: {plan.peak / GB:.1f} of {h.memory / GB:g} GB at the peak ({plan.peak_phase})"

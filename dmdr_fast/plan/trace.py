@@ -19,7 +19,7 @@ from dmdr_fast.algorithm.score_pass import ScorePass, separate_scores, shared_sc
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.recompute import set_recompute
-from dmdr_fast.plan.live import Key, LiveBytes, flash_attention
+from dmdr_fast.plan.live import Key, LiveBytes, flash_attention, linear_layers, no_collector
 from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, condition, latent_shape
 from dmdr_fast.plan.networks import blocks as all_blocks
 from dmdr_fast.plan.shapes import Shape
@@ -39,8 +39,9 @@ def update_peaks(work: Workload) -> Peaks:
     (stage 0) the largest sum has no fixed place: then the whole network is traced.
     """
     work = replace(
-        work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, cuda_graphs=False,
-        reward=None, student_steps=min(work.student_steps, 2), fake_updates=1, zero=Zero(stage=min(work.zero.stage, 2)),
+        work, accumulation=1, optimizer="adamw", ema=False, keep_gathered=False, cuda_graphs=False, reward=None,
+        student_steps=min(work.student_steps, 2), fake_updates=1,
+        zero=Zero(stage=work.zero.stage, efficient_linear=work.zero.efficient_linear),
     )  # fmt: skip
     if work.blocks == "compiled":
         return _compiled_peaks(replace(work, blocks="eager"))
@@ -130,7 +131,9 @@ def traced_peaks(work: Workload) -> Peaks:
     shard = Shard(0, work.batch, work.batch)
     batch = Batch(text, text, torch.empty(work.batch, dtype=torch.int64, device=META), {})
     with ExitStack() as stack:
+        stack.enter_context(no_collector())
         stack.enter_context(flash_attention())
+        stack.enter_context(linear_layers(work.zero.own_linear))
         # the longest rollout
         stack.enter_context(mock.patch("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, steps: steps - 1))
         stack.enter_context(live)

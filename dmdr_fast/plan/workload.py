@@ -33,6 +33,22 @@ class Zero:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     overlap: bool = True  # two reduce buckets under stage 2
+    efficient_linear: bool = True  # stage 3 runs DeepSpeed's own linear layers
+
+    @property
+    def own_linear(self) -> bool:
+        """Whether a run's linear layers are DeepSpeed's."""
+        return self.stage == 3 and self.efficient_linear
+
+
+@dataclass(frozen=True)
+class RewardNet:
+    """A reward as the configuration names it; ``options`` are its constructor's other arguments, as JSON."""
+
+    kind: str
+    path: str | None = None
+    options: str = "{}"
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,16 +56,19 @@ class RewardPass:
     """Decode ``chunk`` samples at a time and score them; ``graded`` (ReFL) goes back to x0 through both.
 
     tiling, recompute and dtype are the keys of ``decoder``, checkpoint that of ``rl.refl``. Reward models are fp32
-    unless their options say otherwise.
+    unless their options say otherwise. ``scores``: an update runs them; a run without RL only holds their weights.
+    ``stated``: bytes of rewards that cannot be counted.
     """
 
     graded: bool = True
     chunk: int = 1
-    models: tuple[tuple[str, str], ...] = (("pickscore", "fp32"),)  # names of rewards.json, types
+    models: tuple[RewardNet, ...] = (RewardNet("pickscore"),)
     tiling: bool = False
     recompute: bool = False
     checkpoint: bool = False
     dtype: Literal["fp32", "bf16"] = "bf16"
+    scores: bool = True
+    stated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ class Workload:
     """One DMDR update as the planner sees it. ``batch`` is the micro-batch per GPU; dtype is that of the networks."""
 
     shape: Shape
-    resolution: int = 1024
+    resolution: int | tuple[int, int] = 1024  # a square's side, or height and width
     batch: int = 1
     accumulation: int = 1
     sharing: Sharing = "shared_score"

@@ -42,7 +42,8 @@ FLUX = {
 }  # fmt: skip
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "latent_channels": 4,
-    "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "norm_num_groups": 4, "shift_factor": 0.1,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
 }  # fmt: skip
 SHAPES = {
     "sd3": Shape("small-sd3", "sd3", json.dumps(SD3), json.dumps(VAE), 20),

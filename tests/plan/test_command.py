@@ -1,5 +1,6 @@
 """The command: what it says, its exit codes, and the change that it proposes."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,14 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from dmdr_fast.cli import CONFIGS, load
+from dmdr_fast.cli import CONFIGS, load, parse
 from dmdr_fast.errors import UserError
 from dmdr_fast.plan.__main__ import main
-from dmdr_fast.plan.advice import cheapest_change, largest_batch
+from dmdr_fast.plan.advice import changes, cheapest_change, largest_batch
+from dmdr_fast.plan.cost import forward_flops
 from dmdr_fast.plan.from_config import default_targets, workload
-from dmdr_fast.plan.plan import make_plan
+from dmdr_fast.plan.plan import make_plan, phase_bytes
 from dmdr_fast.plan.sweep import sweep, sweep_plot, sweep_table
-from dmdr_fast.plan.workload import Adapter, Hardware, Zero
+from dmdr_fast.plan.workload import Adapter, Hardware, RewardNet, Zero
+from dmdr_fast.plan.zero import engines
 
 from . import measured
 
@@ -46,7 +49,8 @@ def test_the_configuration_reaches_the_workload():
     assert (work.zero.stage, work.dtype, work.activation, work.ema) == (2, "bf16", "none", False)
     assert work.blocks == "compiled" and work.reward.dtype == "bf16"
     assert work.fake_lora == Adapter(32, ("attn.qkv",), "post_projection") and work.student_lora is None
-    assert work.reward.models == (("classifier", "fp32"),) and work.reward.graded
+    dino = RewardNet("classifier", "facebook/dinov2-large-imagenet1k-1-layer", num_classes=1000)
+    assert work.reward.models == (dino,) and work.reward.graded and work.reward.scores
 
 
 def test_mistakes_are_one_line():
@@ -56,6 +60,7 @@ def test_mistakes_are_one_line():
         (["--model", "sd3.5-medium", "--gpus", "2000"], "expected 1 to 1024, got 2000"),
         (["--model", "sd3.5-medium", "--batch", "1", "2"], "are for --sweep"),
         (["--model", "sd3.5-medium", "--tain.micro", "1"], "needs --config"),
+        (["--model", "sd3.5-medium", "--reward-gb", "2"], "--reward-gb: the run has no reward"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             main(argv)
@@ -104,3 +109,52 @@ def test_sweep(work, tmp_path):
     assert len(sweep_table(plans).splitlines()) == 2 + 12
     sweep_plot(plans, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_kept_weights_are_counted():
+    """``rollout.keep_gathered``: all of the generator lies on every GPU while rollouts run."""
+    small = measured.SHAPES["flux"]
+    argv = ["--config", str(CONFIGS / "flux_dev.yaml"), "--model.resolution", "256", "--rollout.keep_gathered"]
+    plans = (workload(parse([*argv, value])[0], small) for value in ("true", "false"))
+    kept, not_kept = (replace(work, blocks="eager", reward=None) for work in plans)
+    whole = engines(kept)["generator"].size
+    assert phase_bytes(kept, GPUS)["rollout"]["gathered weights"] == whole
+    assert "rollout.keep_gathered: false" in {change.keys for change in changes(kept)}
+    near = replace(not_kept, zero=replace(not_kept.zero, reuse_distance=0))
+    assert phase_bytes(near, GPUS)["rollout"]["gathered weights"] < whole
+
+
+def test_auto_in_a_deepspeed_json_is_what_the_trainer_sets(tmp_path):
+    file = tmp_path / "ds.json"
+    auto = {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "sub_group_size": "auto"}
+    file.write_text(json.dumps({"zero_optimization": auto, "train_batch_size": "auto"}))
+    argv = ["--config", str(CONFIGS / "flux_dev.yaml")]
+    plain, given = parse(argv)[0], parse([*argv, "--deepspeed.config", str(file)])[0]
+    small = measured.SHAPES["flux"]
+    assert workload(given, small) == workload(plain, small)
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 7e6}}))
+    assert workload(given, small).zero.reduce_bucket == 7_000_000
+
+
+def test_weights_of_rewards_that_no_update_runs():
+    """A run without RL holds them all the same, for the evaluation."""
+    argv = ["--config", str(CONFIGS / "flux_dev.yaml"), "--model.resolution", "256", "--rl.method"]
+    off = workload(parse([*argv, "none"])[0], measured.SHAPES["flux"])
+    off = replace(off, blocks="eager", reward=replace(off.reward, models=off.reward.models[-1:]))
+    phases = phase_bytes(off, GPUS)
+    assert "reward" not in phases and phases["rollout"]["decoder and reward"] > 3.9e9  # PickScore in fp32
+
+
+def test_the_largest_of_several_sizes_is_planned():
+    argv = ["--config", str(CONFIGS / "flux_dev.yaml"), "--model.resolution"]
+    small = measured.SHAPES["flux"]
+
+    def planned(text):
+        return workload(parse([*argv, text])[0], small)
+
+    assert planned("[[1024, 1024], [768, 1280]]").resolution == 1024
+    assert planned("[[512, 512], [768, 1280], [1280, 512]]").resolution == (768, 1280)
+    wide, square = (forward_flops(planned(text)) for text in ("[512, 2048]", "1024"))
+    assert wide == square  # as many tokens
+    with pytest.raises(UserError, match=r"model\.resolution: flux: .* got 770 x 1280; the nearest is 768 x 1280"):
+        forward_flops(planned("[770, 1280]"))

@@ -72,12 +72,13 @@ def collect(
 ) -> Experience:
     """Sample groups with the generator as it is (GRPO: the SDE; DPO: its own sampling), and score them."""
     rl, index = recipe.rl, (step, recipe.fake_updates)
+    shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their x0 are compared and gathered
     parts = []
     for shard in shards:
         batch = data(index, shard, rl.group_size)
 
         def noise(i: int, shard: Shard = shard) -> Tensor:
-            return streams.noise("rl_rollout", step, i, shape=recipe.latent_shape, shard=shard, device=device)
+            return streams.noise("rl_rollout", step, i, shape=shape, shard=shard, device=device)
 
         if rl.method == "grpo":
             trajectory = sde_rollout(
@@ -188,7 +189,7 @@ def _dpo_loss(pair: Pair, nets: Networks, recipe: Recipe, streams: Streams, inde
             pair.winner,
             pair.loser,
             t,
-            streams.noise("dpo_noise", *index, shape=recipe.latent_shape, shard=shard, device=device),
+            streams.noise("dpo_noise", *index, shape=pair.winner.shape[1:], shard=shard, device=device),
             pair.batch.condition,
             recipe.rl.dpo,
             prediction=recipe.prediction,

@@ -114,6 +114,11 @@ class Family(ABC):
         """Latent pixels along one edge of what the network sees as one token (1: no constraint on the size)."""
         return 2
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens along one side that the network has positions for; None: any number."""
+        return None
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of x_t for an image of ``height`` x ``width`` pixels.
 
@@ -122,9 +127,15 @@ class Family(ABC):
         """
         unit = self.factor * self.patch
         if height < unit or width < unit or height % unit or width % unit:
+            nearest = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (height, width))
             raise ValueError(
                 f"{self.name}: height and width must be multiples of {unit} pixels ({self.factor} pixels a latent "
-                f"pixel, {self.patch} a token), got {height} x {width}"
+                f"pixel, {self.patch} a token), got {height} x {width}; the nearest is {nearest}"
+            )
+        if self.longest is not None and max(height, width) // unit > self.longest:
+            raise ValueError(
+                f"{self.name}: its positions are {self.longest} tokens of {unit} pixels along a side, got "
+                f"{height} x {width}; give at most {self.longest * unit} a side"
             )
         return self.channels, height // self.factor, width // self.factor
 

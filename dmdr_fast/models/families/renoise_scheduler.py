@@ -9,6 +9,7 @@ import hashlib
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
@@ -16,10 +17,48 @@ from torch import Tensor
 class RenoiseScheduler(FlowMatchEulerDiscreteScheduler):
     """x_{t'} = (1 - t') x0 + t' noise with x0 = x_t - t v, on the times of its config; the last step gives x0.
 
+    ``times``, where its config has them, are the sigmas, whatever a pipeline asks for; the others follow from a shift.
+
     Pipelines keep their ``generator`` to themselves: they draw the first noise with it and hand a scheduler none. So
     the later noise of each sample is drawn from a digest of its first noise: the same generator gives the same image,
     whatever the batch and the device.
     """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        shift_terminal: float | None = None,
+        stochastic_sampling: bool = False,
+        times: list[float] | None = None,
+    ) -> None:
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            shift=shift,
+            use_dynamic_shifting=use_dynamic_shifting,
+            base_shift=base_shift,
+            max_shift=max_shift,
+            shift_terminal=shift_terminal,
+            stochastic_sampling=stochastic_sampling,
+        )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        if self.config.times is not None:
+            self.sigmas = torch.tensor([*self.config.times, 0.0], dtype=torch.float32, device=device)
+            self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+            self.num_inference_steps = len(self.timesteps)
 
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, *, return_dict: bool = True

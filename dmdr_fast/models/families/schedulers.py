@@ -9,6 +9,7 @@ image's size; SDXL's with the number of steps. What is saved here makes of that 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from dmdr_fast.models.families.base import Family
@@ -21,35 +22,37 @@ def student_scheduler(family: Family, grid: tuple[float, ...]) -> Any:
 
     Flow matching: ``RenoiseScheduler``, x_{t'} = (1 - t') x0 + t' noise, or for one step diffusers'
     FlowMatchEulerDiscreteScheduler, which draws later noise from the global random state. Eps (SDXL): LCMScheduler,
-    whose boundary terms timestep_scaling drives to zero.
+    whose boundary terms timestep_scaling drives to zero. Other grids than shift_time(1 - i/N) are the times of a
+    ``RenoiseScheduler``, and of SDXL the pipeline's own argument ``timesteps``.
 
     Raises:
-        ValueError: the grid is none of these: shift_time(1 - i/N) for some shift, or 1 - i/N for SDXL.
+        ValueError: times that do not fall from at most 1 to 0.
     """
-    shift = grid_shift(grid)
+    if len(grid) < 2 or grid[0] > 1.0 or grid[-1] != 0.0 or any(a <= b for a, b in pairwise(grid)):
+        raise ValueError(f"student grid: expected 1 >= t_0 > ... > t_N = 0, got {_shown(grid)}")
     if family.prediction == "eps":
-        if abs(shift - 1.0) > 1e-6:
-            raise ValueError(f"{family.name}: the exported scheduler needs an even grid (shift 1), got {_shown(grid)}")
         return _lcm(family)
+    shift = grid_shift(grid)
+    if shift is None:
+        from dmdr_fast.models.families.renoise_scheduler import RenoiseScheduler
+
+        return RenoiseScheduler(num_train_timesteps=TRAIN_STEPS, stochastic_sampling=True, times=list(grid[:-1]))
     return _flow(shift, grid, family.passes_sigmas)
 
 
-def grid_shift(grid: tuple[float, ...]) -> float:
-    """The shift s of grid t_i = s u / (1 + (s - 1) u), u = 1 - i/N; 1 for one step. ValueError where there is none."""
+def grid_shift(grid: tuple[float, ...]) -> float | None:
+    """The shift s of a grid t_i = s u / (1 + (s - 1) u), u = 1 - i/N; 1 for one step. None where there is none."""
     steps = len(grid) - 1
-    expected = "expected 1 = t_0 > ... > t_N = 0 with t_i = shift_time(1 - i/N, shift)"
-    if steps < 1 or grid[0] != 1.0 or grid[-1] != 0.0:
-        raise ValueError(f"student grid: {expected}, got {_shown(grid)}")
+    if grid[0] != 1.0:
+        return None
     if steps == 1:
         return 1.0
     first, u = grid[1], 1.0 - 1.0 / steps
-    if not 0.0 < first < 1.0:
-        raise ValueError(f"student grid: {expected}, got {_shown(grid)}")
     shift = first * (1.0 - u) / (u * (1.0 - first))
     even = [1.0 - i / steps for i in range(steps + 1)]
     if any(abs(t - shift * e / (1.0 + (shift - 1.0) * e)) > 1e-6 for t, e in zip(grid, even, strict=True)):
-        raise ValueError(f"student grid: {expected}, got {_shown(grid)}; no shift makes it")
-    return shift
+        return None
+    return 1.0 if abs(shift - 1.0) < 1e-9 else shift
 
 
 def _flow(shift: float, grid: tuple[float, ...], passes_sigmas: bool) -> Any:

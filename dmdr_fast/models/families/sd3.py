@@ -32,6 +32,11 @@ class SD3(Family):
     def patch(self) -> int:
         return self.network_config["patch_size"]
 
+    @property
+    def longest(self) -> int:
+        """The middle of a table of positions is taken."""
+        return self.network_config["pos_embed_max_size"]
+
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return network(
             hidden_states=x_t,

@@ -33,6 +33,10 @@ class ZImage(Family):
     )
     default_length = 512
 
+    @property
+    def longest(self) -> int:
+        return min(self.network_config["axes_lens"][1:])
+
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         lengths = condition["lengths"].tolist()
         texts = condition["prompt_embeds"].to(x_t.dtype)

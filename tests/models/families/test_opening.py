@@ -51,6 +51,16 @@ def test_sizes_that_do_not_fit_are_refused(case):
     assert case.family.latent_shape(2 * unit, unit)[1:] == (2 * case.family.patch, case.family.patch)
     with pytest.raises(ValueError, match=rf"multiples of {unit} pixels .* got {unit + 1} x {unit}"):
         case.family.latent_shape(unit + 1, unit)
+    with pytest.raises(ValueError, match=rf"the nearest is {3 * unit} x {2 * unit}$"):
+        case.family.latent_shape(3 * unit + 1, 2 * unit - 1)
+
+
+def test_positions_end_somewhere(cases):
+    """SD3's table is cropped in its middle; Z-Image's rotary tables have a length per axis."""
+    for name, most in (("sd3", 12 * 4), ("z_image", 64 * 4)):
+        assert cases(name).family.latent_shape(most, 4)[1] == most // 2
+        with pytest.raises(ValueError, match=rf"give at most {most} a side"):
+            cases(name).family.latent_shape(most + 4, 4)
 
 
 def test_the_shift_is_the_schedulers(cases):
