@@ -27,8 +27,10 @@ def recorded(monkeypatch):
     monkeypatch.setattr(backends, "run", record)
     for dtype in (torch.float32, torch.bfloat16):
         for op, call in valid_calls(dtype).items():
-            for changes in ({}, *OPS[op].variants.values()):
-                differentiate(op, call | changes)
+            differentiate(op, call)
+    for op, call in valid_calls().items():
+        for changes in OPS[op].variants.values():
+            differentiate(op, call | changes)
     rounded = {"mask": torch.ones(3, 1, 5), "out_dtype": torch.bfloat16}
     differentiate("dmd_loss", valid_calls()["dmd_loss"] | rounded)
     monkeypatch.setattr(backends, "run", run)
