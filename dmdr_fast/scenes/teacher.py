@@ -35,9 +35,9 @@ from dmdr_fast.scenes.pipeline import TOKENS, build_pipeline, build_vae
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-BATCH, WARM_UP, CLIP, DECAY = 48, 100, 1.0, 0.999  # samples, steps, gradient norm, of the moving average of weights
+BATCH, WARM_UP, CLIP, DECAY = 32, 100, 1.0, 0.999  # samples, steps, gradient norm, of the moving average of weights
 VAE_STEPS, VAE_LEARNING_RATE, KL_WEIGHT = 2_000, 2e-3, 3e-4
-STEPS, LEARNING_RATE, DROPPED_CAPTIONS = 12_000, 1e-3, 0.1
+STEPS, LEARNING_RATE, DROPPED_CAPTIONS = 10_000, 1e-3, 0.1
 SAVE_EVERY = 250  # steps
 STATISTICS = 1024  # scenes that the latents' mean and standard deviation are taken over
 RECORD, LOSSES = "training.json", "losses.jsonl"
