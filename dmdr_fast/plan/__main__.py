@@ -15,8 +15,6 @@ from dmdr_fast.cli import parse, run_user_command, user_path
 from dmdr_fast.errors import UserError
 
 MOST_GPUS = 1024
-
-
 # Options that are numbers, from what they make sense to what no machine has.
 BOUNDS = {
     "gpu_memory": (0.1, 1e5),
@@ -82,6 +80,22 @@ def main(argv: list[str]) -> int:
                 raise UserError(f"--{name.replace('_', '-')}: expected {least:g} to {most:g}, got {value:g}")
     work, config = _workload(options, rest)
     _check_resolution(work)
+    try:
+        return _answer(work, config, options)
+    except UserError:
+        raise
+    except Exception as error:  # of a folder whose JSON can be built and not run: diffusers checks no value
+        from dmdr_fast.plan.shapes import published
+
+        shape = work.shape
+        if shape.family == "sit" or any(shape.transformer == known.transformer for known in published()):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{shape.name}: its config.json files describe no networks that run ({reason})") from error
+
+
+def _answer(work: Any, config: Any, options: argparse.Namespace) -> int:
+    """The plan or the sweep that the options ask for, printed; the exit code."""
     if options.sweep:
         _sweep(work, options)
         return 0
