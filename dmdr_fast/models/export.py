@@ -175,7 +175,12 @@ def _write_scheduler(folder: Path, scheduler: Any) -> None:
 
 def _write_student(folder: Path, grid: tuple[float, ...], size: tuple[int, int], family: Family) -> None:
     """What the pipeline is called with: the student's steps and size, no guidance, and the text length if its own."""
-    arguments = {"num_inference_steps": len(grid) - 1, **family.unguided, "height": size[0], "width": size[1]}
+    arguments: dict[str, Any] = {
+        "num_inference_steps": len(grid) - 1,
+        **family.unguided,
+        "height": size[0],
+        "width": size[1],
+    }
     if family.prediction == "eps" and grid_shift(grid) != 1.0:  # LCMScheduler spreads its steps evenly by itself
         arguments["timesteps"] = [math.ceil(1000 * t - 1e-3) - 1 for t in grid[:-1]]
     if family.length != family.default_length and "max_sequence_length" in family.encode_arguments():

@@ -38,7 +38,7 @@ def reward_cost(work: Workload) -> RewardCost:
     assert work.reward is not None
     chunk = min(work.reward.chunk, work.batch)
     cost = _traced(work.shape, work.resolution, replace(work.reward, chunk=chunk), work.zero.own_linear)
-    return replace(cost, weights=cost.weights + work.reward.stated)
+    return replace(cost, weights=cost.weights + round(work.reward.stated))
 
 
 @cache
@@ -66,7 +66,7 @@ def _traced(shape: Shape, resolution: int | tuple[int, int], options: RewardPass
     with no_collector(), flash_attention(), linear_layers(own_linear), FlopCounterMode(display=False) as flops, live:
         leaf = x0.detach().requires_grad_(options.graded)
         images = checkpoint(decode, leaf, use_reentrant=False) if options.checkpoint else decode(leaf)
-        total = sum(score(images) for score in scores) if scores else images.flatten(1).sum(1)
+        total = torch.stack([score(images) for score in scores]).sum(0) if scores else images.flatten(1).sum(1)
         if options.graded:
             total.sum().backward()  # autograd.grad would trip over the FLOP counter's hooks on the leaf
     products, convolutions = split_flops(flops)
