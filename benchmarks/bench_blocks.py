@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from benchmarks.gate import GateError, GateFailure, relative_error
 from benchmarks.measure import Row, ratio
 from benchmarks.memory import peak_bytes
-from benchmarks.step_sides import ComputePath
 from benchmarks.timing import Spread, interleave, wall
 from dmdr_fast import ops
 from dmdr_fast.models.sit import SiT
+from dmdr_fast.patch import patch
 
 # Relative L2 difference from the blocks as they are: they round after every step, a fused op once.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -101,14 +101,17 @@ def measured(
     device: torch.device,
 ) -> list[Row]:
     """Two rows for fused and two for compiled blocks, after their gates. ``shapes`` are those of the inputs."""
+    from dmdr_fast.engine.compute import compile_blocks  # which needs pydantic
+
     torch.manual_seed(0)
     with device:
         eager = stack().to(dtype)
         inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
     stacks = {"eager": eager}
-    for blocks in ("fused", "compiled"):
-        stacks[blocks] = deepcopy(eager)
-        ComputePath(blocks).apply(stacks[blocks])
+    stacks["fused"] = deepcopy(eager)
+    patch(stacks["fused"])
+    stacks["compiled"] = deepcopy(eager)
+    compile_blocks(list(stacks["compiled"].blocks))
     errors = {name: _check(stack, eager, inputs, dtype, name) for name, stack in stacks.items() if name != "eager"}
     rows = []
     for what, graded in PASSES.items():

@@ -159,10 +159,18 @@ def _check_prompts(config: Config) -> None:
     if config.model.family == "sit":
         return
     from dmdr_fast.data.prompts import load_prompts
+    from dmdr_fast.scenes.captions import parse
 
+    kinds = [term.kind for term in (*config.reward.terms, *config.reward.held_out)]
+    scenes = next((kind for kind in kinds if kind.startswith("scenes")), None)
     for name, path in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
         if path is not None:
             try:
-                load_prompts(path, config.data.key)
+                prompts = load_prompts(path, config.data.key)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
+            try:
+                for prompt in prompts if scenes else ():
+                    parse(prompt.text)
+            except ValueError as error:
+                raise UserError(f"{name}: {path}: {error}, which the reward {scenes} reads") from None

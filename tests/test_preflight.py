@@ -49,6 +49,16 @@ def test_a_package_that_is_missing_is_told_before_loading(tmp_path, monkeypatch)
     )
 
 
+def test_rewards_of_scenes_are_told_of_other_prompts_and_sizes(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("below a blue three: a white nine\na fox\n")
+    flags = ("--data.prompts", str(prompts), "--teacher.pipeline", str(tmp_path), "--reward.terms", "[{kind: scenes}]")
+    with pytest.raises(UserError, match=r"model.resolution: 1024; reward.terms: scenes are of 16 x 16 pixels, set it"):
+        refused(tmp_path, *flags, recipe="sd35_large")
+    line = refused(tmp_path, *flags, "--reward.held_out", "[]", "--model.resolution", "16", recipe="sd35_large")
+    assert f"data.prompts: {prompts}: prompt 'a fox' describes no scene" in line and "the reward scenes reads" in line
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of the hub, and a hub that nothing can reach."""

@@ -115,6 +115,9 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
         yield f"lora.form: {config.lora.form} needs q, k and v in one layer, unlike {family}; set it to standard"
     digits = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("digits")]
     digits += [f"eval.{key}" for key in ("data", "features") if getattr(config.eval, key) == "digits"]
+    scenes = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("scenes")]
+    if scenes and config.model.resolution != 16:
+        yield f"model.resolution: {config.model.resolution}; {scenes[0]}: scenes are of 16 x 16 pixels, set it to 16"
     if digits:
         yield f"{digits[0]}: digits are 8x8x1 images of ten classes, model.family {family} makes others of prompts"
 

@@ -49,17 +49,29 @@ def fit_classifier(model: nn.Module, images: Tensor, labels: Tensor, *, seed: in
         steps: optimizer updates.
         noise: largest standard deviation of the augmentation's noise.
     """
+
+    def loss(rng: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(images), (int(RECIPE["batch_size"]),), generator=rng)
+        logits = model(augment(images[chosen], rng, noise=noise))
+        return F.cross_entropy(logits, labels[chosen], label_smoothing=RECIPE["label_smoothing"])
+
+    fit(model, loss, seed=seed, steps=steps)
+
+
+def fit(model: nn.Module, loss: Callable[[torch.Generator], Tensor], *, seed: int, steps: int) -> None:
+    """Minimise ``loss(rng)``, which draws a batch from ``rng`` (seeded by ``seed``), over ``model`` in place.
+
+    AdamW of :data:`RECIPE` with a cosine learning rate to 0, on one thread; ``model`` is left in evaluation mode.
+    """
     rng = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=RECIPE["weight_decay"])
     model.train()
     with _one_thread():
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = RECIPE["learning_rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-            chosen = torch.randint(len(images), (int(RECIPE["batch_size"]),), generator=rng)
-            logits = model(augment(images[chosen], rng, noise=noise))
-            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=RECIPE["label_smoothing"])
+            value = loss(rng)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
     model.eval()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def _traced(shape: Shape, resolution: int | tuple[int, int], options: RewardPass
     with no_collector(), flash_attention(), linear_layers(own_linear), FlopCounterMode(display=False) as flops, live:
         leaf = x0.detach().requires_grad_(options.graded)
         images = checkpoint(decode, leaf, use_reentrant=False) if options.checkpoint else decode(leaf)
-        total = torch.stack([score(images) for score in scores]).sum(0) if scores else images.flatten(1).sum(1)
+        total = reduce(add, (score(images) for score in scores)) if scores else images.flatten(1).sum(1)
         if options.graded:
             total.sum().backward()  # autograd.grad would trip over the FLOP counter's hooks on the leaf
     products, convolutions = split_flops(flops)

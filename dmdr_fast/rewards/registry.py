@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 KINDS = {
     "digits": "dmdr_fast.rewards.digits:DigitsReward",
     "digits_held_out": "dmdr_fast.rewards.digits_held_out:DigitsHeldOutReward",
+    "scenes": "dmdr_fast.rewards.scenes:ScenesReward",
+    "scenes_held_out": "dmdr_fast.rewards.scenes:ScenesHeldOutReward",
+    "scenes_right": "dmdr_fast.rewards.scenes:ScenesRightReward",
     "classifier": "dmdr_fast.rewards.classifier:TransformersClassifierReward",
     "clip_score": "dmdr_fast.rewards.clip_score:CLIPScoreReward",
     "pickscore": "dmdr_fast.rewards.pickscore:PickScoreReward",
@@ -28,6 +31,7 @@ KINDS = {
     "aesthetic": "dmdr_fast.rewards.aesthetic:AestheticReward",
 }
 NEEDS_PATH = ("classifier",)
+SCORE_ONLY = ("scenes_right",)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -108,14 +112,14 @@ def weights_of_reward(reward_class: type, arguments: Mapping[str, Any]) -> dict[
 
 
 def is_differentiable(kind: str) -> bool:
-    """Whether the kind can serve ReFL. All of :data:`KINDS` can; of a user's class the attribute says it.
+    """Whether the kind can serve ReFL. All of :data:`KINDS` but :data:`SCORE_ONLY` can; a user's class says it itself.
 
     Loads no weights.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`build_reward` for the kind.
     """
-    return kind in KINDS or _reward_class(kind).differentiable
+    return kind not in SCORE_ONLY if kind in KINDS else _reward_class(kind).differentiable
 
 
 def _reward_class(kind: str) -> type[Reward]:

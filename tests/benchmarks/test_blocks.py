@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import bench_blocks
 from benchmarks.gate import GateFailure
-from benchmarks.step_sides import ComputePath
+from dmdr_fast.patch import patch
 
 
 def sit():
@@ -25,7 +25,7 @@ def test_fused_blocks_pass_the_gate_and_others_do_not(made):
     eager, shapes = made()
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
     fused = deepcopy(eager)
-    ComputePath("fused").apply(fused)
+    patch(fused)
     assert {type(block) for block in fused.blocks} != {type(block) for block in eager.blocks}
     errors = bench_blocks._check(fused, eager, inputs, torch.float32, "fused")
     assert all(0 <= error.fused <= error.bound for error in errors.values())

@@ -1,0 +1,1 @@
+"""The embedded text-to-image data: two coloured digits on a canvas, described in English."""
