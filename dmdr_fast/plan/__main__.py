@@ -135,9 +135,7 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
         from dmdr_fast.plan.from_config import default_targets
 
         work = replace(work, student_lora=Adapter(options.student_lora, default_targets(work.shape)))
-    if options.reward_gb:
-        if work.reward is None:
-            raise UserError("--reward-gb: the run has no reward; leave it out, or name one in reward.terms")
+    if options.reward_gb and work.reward is not None:  # decoder and rewards are in every plan
         work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
     return shared(work, options.sharing or work.sharing), config
 
