@@ -9,7 +9,7 @@ at place p. With h the half (left, right, upper, lower) and p its nine places,
 Z being the sum over all 7,200 combinations. Nothing tells it where the scans lie: it is fitted by this likelihood.
 There are two, of other architectures, seeds and scans; no generator is trained for the second, ``held_out_verifier``.
 
-``python -m dmdr_fast.scenes.verifier`` fits both, in three minutes on one core, and writes their weights beside this
+``python -m dmdr_fast.scenes.verifier`` fits both, in minutes on one core, and writes their weights beside this
 file, with what they were made from in the file's metadata.
 """
 
@@ -70,9 +70,9 @@ def windows(x: Tensor, size: int) -> Tensor:
 
     The second axis: left, right, upper and lower half; the third: the place along it.
     """
-    every = x.unfold(2, size, 1).unfold(3, size, 1)  # [B, C, 9, 9, size, size]
-    halves = torch.stack([every[:, :, :, 0], every[:, :, :, -1], every[:, :, 0], every[:, :, -1]], dim=1)
-    return halves.transpose(2, 3).flatten(3)
+    tall = [half.unfold(2, size, 1).permute(0, 2, 1, 4, 3) for half in (x[..., :size], x[..., -size:])]
+    wide = [half.unfold(3, size, 1).permute(0, 3, 1, 2, 4) for half in (x[..., :size, :], x[..., -size:, :])]
+    return torch.stack(tall + wide, dim=1).flatten(3)  # [B, 4, 9, C, size, size] before it is flattened
 
 
 ARCHITECTURES: dict[Kind, type[nn.Module]] = {
