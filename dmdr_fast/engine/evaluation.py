@@ -140,9 +140,9 @@ class Evaluator:
 
     def _teacher(self, network: Network, steps: int) -> Draw:
         config, model, scale = self.config, self.model, self.config.teacher.sample_cfg_scale
-        assert scale is not None  # the configuration has filled it in
 
         def guided(uncond: Any) -> Network:
+            assert scale is not None  # which guides
             return guided_network(network, uncond, scale, config.cfg_mode, model.token)
 
         return lambda noise, batch, start: ode_sample(

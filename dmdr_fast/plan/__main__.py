@@ -15,8 +15,6 @@ from dmdr_fast.cli import parse, run_user_command, user_path
 from dmdr_fast.errors import UserError
 
 MOST_GPUS = 1024
-
-
 # Options that are numbers, from what they make sense to what no machine has.
 BOUNDS = {
     "gpu_memory": (0.1, 1e5),
@@ -82,6 +80,22 @@ def main(argv: list[str]) -> int:
                 raise UserError(f"--{name.replace('_', '-')}: expected {least:g} to {most:g}, got {value:g}")
     work, config = _workload(options, rest)
     _check_resolution(work)
+    try:
+        return _answer(work, config, options)
+    except UserError:
+        raise
+    except Exception as error:  # of a folder whose JSON can be built and not run: diffusers checks no value
+        from dmdr_fast.plan.shapes import published
+
+        shape = work.shape
+        if shape.family == "sit" or any(shape.transformer == known.transformer for known in published()):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{shape.name}: its config.json files describe no networks that run ({reason})") from error
+
+
+def _answer(work: Any, config: Any, options: argparse.Namespace) -> int:
+    """The plan or the sweep that the options ask for, printed; the exit code."""
     if options.sweep:
         _sweep(work, options)
         return 0
@@ -121,9 +135,7 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
         from dmdr_fast.plan.from_config import default_targets
 
         work = replace(work, student_lora=Adapter(options.student_lora, default_targets(work.shape)))
-    if options.reward_gb:
-        if work.reward is None:
-            raise UserError("--reward-gb: the run has no reward; leave it out, or name one in reward.terms")
+    if options.reward_gb and work.reward is not None:  # decoder and rewards are in every plan
         work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
     return shared(work, options.sharing or work.sharing), config
 

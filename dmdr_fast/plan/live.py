@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +101,11 @@ def linear_layers(own: bool) -> Iterator[None]:
 
 
 def _deepspeed_linear() -> Callable[..., Tensor]:
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # a second to import
-
+    logging.disable(logging.WARNING)  # on a machine without a GPU it says so
+    try:
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap  # a second to import
+    finally:
+        logging.disable(logging.NOTSET)
     return zero3_linear_wrap
 
 

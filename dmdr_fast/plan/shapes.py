@@ -138,7 +138,11 @@ def find_shape(name: str) -> Shape:
     for shape in published():
         if name in (shape.name, shape.hub_id):
             return shape
-    if not Path(name).expanduser().is_dir():
+    try:
+        is_folder = Path(name).expanduser().is_dir()
+    except OSError:  # a name that is too long
+        is_folder = False
+    if not is_folder:
         known = ", ".join(shape.name for shape in published())
         raise UserError(
             f"teacher.pipeline: no shape is known for {name!r}; expected a diffusers folder, or one of {known} "
