@@ -23,7 +23,7 @@ ALLOWED = {
     "eval": {"algorithm", "data", "ops", "errors"},
     "patch": {"ops", "models", "errors"},
     "deepspeed_json.py": {"cli", "config", "errors"},
-    "plan": {"algorithm", "cli", "config", "data", "deepspeed_json", "models", "ops", "patch", "errors"},
+    "plan": {"algorithm", "cli", "config", "data", "deepspeed_json", "models", "ops", "patch", "rewards", "errors"},
 }
 
 
