@@ -13,9 +13,11 @@ PAGE = (ROOT / "docs" / "adding-an-op.md").read_text()
 FILES = re.findall(r"^\| `([^`]+)` \|", PAGE, re.M)
 # Files that use the op, or take a part of it.
 USERS = ("dmdr_fast/patch/", "tests/patch/", "docs/", "benchmarks/results/", "benchmarks/gpu_check/", "CHANGELOG.md")
-SHARING = {"dmdr_fast/ops/gated_residual_rms_norm.py", "kernels/gated_residual_rms_norm.py"}
-
-
+SHARING = {
+    "dmdr_fast/ops/gated_residual_rms_norm.py",
+    "kernels/gated_residual_rms_norm.py",
+    "tests/typed_calls.py",
+}
 MOST = 12
 
 

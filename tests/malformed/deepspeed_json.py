@@ -31,7 +31,6 @@ BROKEN = {
     "deep": "[" * 100_000,
     "deep groups": '{"aio":' * 50_000,
     "not UTF-8": b'{"\xff": 1}',
-    "a BOM": b"\xef\xbb\xbf{}",
     "nan": '{"gradient_predivide_factor": NaN}',
     "nan where we own": '{"gradient_clipping": NaN}',
     "an endless number": '{"steps_per_print": 1e999}',
@@ -46,6 +45,7 @@ BROKEN = {
     "a lone surrogate": '{"\\ud800": 1}',
 }
 RIGHT = {
+    "a byte order mark": b"\xef\xbb\xbf{}",
     "nothing": "{}",
     "auto": '{"bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "zero_optimization": {"stage": "auto"}}',
     "a DeepSpeed AdamW": '{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": true}}}',

@@ -96,7 +96,7 @@ def start(files: dict[str, bytes], folder: Path) -> None:
         (folder / name).write_bytes(content)
     before = contents(folder)
     try:
-        images = load_image_folder(folder, SIZE)
+        images = load_image_folder(folder, (SIZE, SIZE))
     finally:
         assert contents(folder) == before
     assert images.shape == (len(files), 3, SIZE, SIZE) and images.dtype == torch.float32
@@ -106,14 +106,14 @@ def start(files: dict[str, bytes], folder: Path) -> None:
 def strip(folder: Path) -> None:
     """What would take gigabytes resized as a whole."""
     (folder / "a.png").write_bytes(picture(size=(60_000, 1)))
-    assert load_image_folder(folder, 1024).shape == (1, 3, 1024, 1024)
+    assert load_image_folder(folder, (1024, 1024)).shape == (1, 3, 1024, 1024)
 
 
 def cases(count: int) -> Iterator[Case]:
     for name, files in REFUSED.items():
         yield Case(name, partial(start, files))
-    yield Case("a file for a folder", lambda folder: load_image_folder(__file__, SIZE))
-    yield Case("a folder that is not there", lambda folder: load_image_folder(folder / "no", SIZE))
+    yield Case("a file for a folder", lambda folder: load_image_folder(__file__, (SIZE, SIZE)))
+    yield Case("a folder that is not there", lambda folder: load_image_folder(folder / "no", (SIZE, SIZE)))
     for name, content in RIGHT.items():
         yield Case(name, partial(start, {"a.PNG": content}), "accepted")
     yield Case("a strip at 1024 pixels", strip, "accepted")

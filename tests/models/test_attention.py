@@ -130,9 +130,8 @@ def test_diffusers_backend_is_switched_and_switched_back(monkeypatch):
     set_attention(flux, Choice("sdpa"))
     assert asked == []  # it is what runs anyway
     set_attention(flux, Choice("flash_attn_3"))
-    for module in flux.modules():
-        if attention._switchable(module):
-            module.processor._attention_backend = "_flash_3"
+    for processor in attention._processors(flux):
+        processor._attention_backend = "_flash_3"
     set_attention(flux, Choice("sdpa"))
     assert asked == ["_flash_3", "native"]
 

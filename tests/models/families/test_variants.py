@@ -58,7 +58,7 @@ def test_every_way_of_reading(pipelines, plain, kind):
 
 @pytest.mark.parametrize("kind", ["fp16", "fp16 in shards"])
 def test_the_export_needs_no_word_about_it(pipelines, plain, tmp_path, kind):
-    out = export_pipeline(open_family(str(pipelines[kind])), tmp_path / "out", grid=(1.0, 0.0), resolution=16)
+    out = export_pipeline(open_family(str(pipelines[kind])), tmp_path / "out", grid=(1.0, 0.0), size=(16, 16))
     pipe = diffusers.DiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
     assert_equal(pipe.vae.state_dict(), plain[1].state_dict())
     assert not list(out.rglob("*fp16*"))
