@@ -76,9 +76,11 @@ def wrong_arguments() -> wrong.Wrong:
 def host(sizes: Sizes) -> dict[str, HostCall]:
     x, v, sigma, seed = sizes.x(), sizes.x(), torch.rand(sizes.batch), torch.tensor([1, 2])
     after, options = sigma / 2, {"kind": "dance", "eta": 0.3}
-    return {
-        "sde_step_logprob": HostCall(lambda: ops.sde_step_logprob(x, v, sigma, after, seed=seed, **options)[:3], [x, v])
-    }
+
+    def call():
+        return ops.sde_step_logprob(x, v, sigma, after, seed=seed, **options)[:3]
+
+    return {"sde_step_logprob": HostCall(call, [x, v], limit=(30, 100))}  # 3 launches forward, 4 with the backward
 
 
 KINDS = (("flow_grpo", 0.7), ("dance", 0.3), ("cps", 0.5))

@@ -18,7 +18,7 @@ import pytest
 from tests.cases import RAW, host_calls
 
 ROOT = Path(__file__).parents[2]
-_TRIES = 4
+_TRIES = 8
 
 # Of a raw operator by itself, as torch.compile calls it. A tensor that comes in is 0.7, one that is allocated 0.9, a
 # launch 1.7, an argument in the dispatcher 0.2: a gradient has more of each than a forward.
