@@ -75,9 +75,9 @@ def export_run(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from dmdr_fast.algorithm.schedules import timestep_grid
     from dmdr_fast.engine.engines import DTYPES
     from dmdr_fast.engine.pipeline_model import PipelineModel, is_lora, lora_scale
+    from dmdr_fast.engine.recipe import student_grid
     from dmdr_fast.models.export import call_arguments, export_pipeline, load_arguments
 
     config = load(run_dir / "config.yaml")
@@ -94,7 +94,7 @@ def export_run(
             export_pipeline(
                 model.family,
                 out,
-                grid=timestep_grid(config.student.steps, shift=config.student.shift, times=config.student.times),
+                grid=student_grid(config),
                 dtype=DTYPES[dtype or config.export.dtype],
                 size=config.model.sizes[0],
                 **given,

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from dmdr_fast.engine.networks import Roles  # which asks this file for the DMD options
 
 
+def student_grid(config: Config) -> tuple[float, ...]:
+    """The student's times t_0 .. t_N = 0."""
+    return timestep_grid(config.student.steps, shift=config.student.shift, times=config.student.times)
+
+
 def recipe_of(config: Config, model: Model) -> Recipe:
     """The numbers that the step reads."""
     shared = config.sharing != "separate"
     return Recipe(
-        grid=timestep_grid(config.student.steps, shift=config.student.shift, times=config.student.times),
+        grid=student_grid(config),
         latent_shape=model.latent_shape,
         more_shapes=model.more_shapes,
         prediction=model.prediction,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmdr_fast.config import Config
 from dmdr_fast.engine.checkpoint import MANIFEST, NAME, UNREADABLE, shared_fault, stored_role
+from dmdr_fast.engine.finished import FINAL
 from dmdr_fast.engine.model import PREFIXES, Start
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.engine.sit_model import resolve_weights
@@ -76,7 +77,7 @@ def _place(key: str, path: Path, role: str) -> Path:
     """The checkpoint, folder of weights or file that ``path`` stands for."""
     if not path.exists():
         raise UserError(f"{key}: no such file or folder: {path}; name a run, a checkpoint, or a file of weights")
-    final = path / "final" / "generator.safetensors"
+    final = path / FINAL
     if role == "generator" and final.is_file():
         return final
     if (path / "checkpoints").is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +11,7 @@ import deepspeed
 import torch
 
 import dmdr_fast
+from dmdr_fast.commit import commit
 from dmdr_fast.config import Config
 from dmdr_fast.engine.go_on import given_command
 from dmdr_fast.engine.runtime import Runtime
@@ -61,21 +61,3 @@ def write_summary(
         "parameters_trained": dict(trained),
     }
     (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))
-
-
-def commit(folder: Path) -> str | None:
-    """The commit that the Python files of ``folder`` are of, "-dirty" behind it where files have changed since.
-
-    None where they are in no git repository, as in an installed package.
-    """
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # a package installed inside of another project is not its own
-        return git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
-    except (OSError, subprocess.CalledProcessError):
-        return None

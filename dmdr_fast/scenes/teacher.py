@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from dmdr_fast.algorithm.schedules import cosine_decay
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.cli import Parser, run_user_command
+from dmdr_fast.commit import commit
 from dmdr_fast.errors import UserError
 from dmdr_fast.scenes.captions import combinations
 from dmdr_fast.scenes.data import Scenes, SceneSource
@@ -57,7 +57,7 @@ def train_teacher(out: Path, *, seed: int = 0, vae_steps: int = VAE_STEPS, steps
     record = {
         **settings,
         "command": f"python -m dmdr_fast.scenes.teacher --seed {seed} --vae-steps {vae_steps} --steps {steps}",
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "seconds": {"vae": round(vae_seconds), "pipeline": round(seconds), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "sha256": {
@@ -245,19 +245,6 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
         _replace(record, lambda aside: aside.write_text(json.dumps(settings) + "\n"))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a folder that can") from None
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with ``+`` where files differ from it; None outside of a checkout."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(argv: list[str]) -> None:

@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dmdr_fast.commit import commit
 from dmdr_fast.errors import UserError
 from dmdr_fast.eval.claims import compare
 from dmdr_fast.eval.claims.launch import PACKAGE, Job, is_finished, run_jobs, state_of
@@ -136,7 +136,7 @@ def run_part(todo: Sequence[Job], given: argparse.Namespace, work: Path, deadlin
     try:
         with FileLock(work / ".lock", timeout=0):
             try:
-                run_jobs(todo, slots=given.jobs, commit=commit(), deadline=deadline)
+                run_jobs(todo, slots=given.jobs, commit=commit_in_words(), deadline=deadline)
             finally:
                 with (work / "parts.jsonl").open("a") as parts:
                     parts.write(json.dumps({"seconds": time.monotonic() - started, "jobs": given.jobs}) + "\n")
@@ -168,21 +168,9 @@ def processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def commit() -> str:
+def commit_in_words() -> str:
     """Short hash of the checkout's commit, ``+`` where files differ from it; the version outside of a checkout."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE), str(PACKAGE.parent / "configs")
-        )
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return version("dmdr_fast")
+    return commit(PACKAGE, PACKAGE, PACKAGE.parent / "configs", mark="+") or version("dmdr_fast")
 
 
 def _leave(number: int, frame: object) -> None:

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from dmdr_fast.engine.summary import commit
+from dmdr_fast.commit import commit
 
 
 def git(folder, *words):
