@@ -75,7 +75,7 @@ def _embeddings(config: Config, work: Workload) -> tuple[int | None, float]:
     size = sum(t.nbytes for name, t in entry.items() if name not in ("mask", "lengths"))
     files = [file for file in (config.data.prompts, config.eval.prompts) if file is not None]
     try:
-        prompts = {prompt for file in files for prompt in load_prompts(file, config.data.key)}
+        prompts = {prompt.text for file in files for prompt in load_prompts(file, config.data.key)}
     except UserError:
         return None, float(size)
     return len(prompts) + 1, float(size)  # and the negative prompt

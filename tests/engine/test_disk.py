@@ -5,6 +5,7 @@ import pytest
 from dmdr_fast import cli
 from dmdr_fast.plan.disk import disk, most_checkpoints
 from dmdr_fast.plan.from_config import workload
+from tests.plan.measured import SHAPES
 
 
 def written(folder):
@@ -25,6 +26,13 @@ def test_bytes_of_a_run(run, tmp_path):
     assert written(tmp_path / "cold_start") == pytest.approx(planned.snapshots["cold_start"], rel=0.02)
     assert planned.checkpoints == 4  # and 3, which goes once 5 is whole
     assert written(tmp_path) == pytest.approx(planned.run_dir - planned.checkpoint, rel=0.02)
+
+
+def test_a_prompt_that_stands_twice_has_one_embedding(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na cat\n")
+    config = cli.parse(["--config", "sd35_large", "--data.prompts", str(prompts)])[0]
+    assert disk(config, workload(config, SHAPES["sd3"])).prompts == 3  # and the negative prompt
 
 
 @pytest.mark.parametrize(
