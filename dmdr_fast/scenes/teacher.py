@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dmdr_fast.algorithm.schedules import cosine_decay
 from dmdr_fast.algorithm.streams import Shard, Streams
-from dmdr_fast.cli import Parser, run_user_command
+from dmdr_fast.cli import Parser, run_user_command, user_path
 from dmdr_fast.commit import commit
 from dmdr_fast.errors import UserError
 from dmdr_fast.scenes.captions import combinations
@@ -250,7 +250,9 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
 def main(argv: list[str]) -> None:
     """Train the teacher. Mistakes exit with 2."""
     parser = Parser(prog="python -m dmdr_fast.scenes.teacher", description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="Folder of the pipeline; an interrupted one goes on.")
+    parser.add_argument(
+        "--out", type=user_path, required=True, help="Folder of the pipeline; an interrupted one goes on."
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"Of the transformer (default {STEPS}).")
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS, help=f"Of the VAE (default {VAE_STEPS}).")
     parser.add_argument("--seed", type=int, default=0, help="Of everything drawn (default 0).")
