@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-SAFETENSORS = re.compile(r"os error (\d+)")  # in a SafetensorError
+QUOTED = re.compile(r"(?:os error |\[Errno )(\d+)")  # in a SafetensorError, and in a shutil.Error of copytree
 TORCH = "inline_container.cc"  # torch.save's RuntimeError, which says no more
 
 
@@ -19,8 +19,9 @@ def refusal(error: BaseException) -> str | None:
     """What the disk said ("No space left on device: FILE") where ``error`` comes from a write that it refused."""
     if TORCH in str(error):
         return "the disk is full, or fails"
-    found = None if isinstance(error, OSError) else SAFETENSORS.search(str(error))
-    code = error.errno if isinstance(error, OSError) else found and int(found[1])
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (found := QUOTED.search(str(error))):
+        code = int(found[1])
     if code not in REFUSALS:
         return None
     file = getattr(error, "filename", None)

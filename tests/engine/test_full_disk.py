@@ -3,9 +3,11 @@
 The limit on a file's size (RLIMIT_FSIZE) is what a process without privileges can have the system refuse a write by.
 """
 
+import email
 import errno
 import os
 import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -65,8 +67,9 @@ def small_files():
         lambda path: torch.save(torch.zeros(LIMIT), path),
         lambda path: path.write_text("a" * 2 * LIMIT),
         lambda path: np.savez(path, a=np.arange(LIMIT)),
+        lambda path: shutil.copytree(os.path.dirname(email.__file__), path),
     ],
-    ids=["safetensors", "torch", "text", "numpy"],
+    ids=["safetensors", "torch", "text", "numpy", "copied folder"],
 )
 def test_what_libraries_raise_is_known(tmp_path, small_files, write):
     writes = Writes()
