@@ -56,6 +56,10 @@ class Streams:
         """A host generator (Philox) for small draws: labels, times, the stop step."""
         return np.random.Generator(np.random.Philox(key=self._words(purpose, counters)))
 
+    def stop_step(self, steps: int, *counters: int) -> int:
+        """Where a rollout of ``steps`` stops, uniform on 0..steps-1."""
+        return int(self.rng("stop", *counters).integers(steps))
+
     def noise_seed(self, purpose: str, *counters: int, device: torch.device) -> Tensor:
         """The int64[2] seed that ``ops.normal_noise`` and ``ops.renoise`` take."""
         return torch.from_numpy(self._words(purpose, counters).view(np.int64).copy()).to(device, non_blocking=True)

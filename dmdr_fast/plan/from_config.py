@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dmdr_fast.algorithm.rl.refl import ReFLOptions
 from dmdr_fast.config import Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.models.families import FAMILIES
@@ -45,7 +46,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         ema=student.ema is not None,
         keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),
-        policy_steps=policy_steps(config),
+        policy_steps=config.rl.chosen.graded_forwards(student.steps),
         reference=config.reference_kind,
         zero=_zero(config),
     )
@@ -80,32 +81,22 @@ def _shape(config: Config) -> Shape:
 
 def _reward(config: Config) -> RewardPass:
     """Decoder and rewards: a run holds them, and those that are only watched, with or without RL."""
-    reward, rl = config.reward, config.rl
+    reward, method, refl = config.reward, config.rl.chosen, config.rl.options(ReFLOptions)
     ends_cold = config.train.cold_start_steps == config.train.generator_steps
     classes = config.model.num_classes if config.model.family == "sit" else None
     return RewardPass(
-        scores=rl.method != "none" and bool(reward.terms) and not ends_cold,
-        graded=rl.method == "refl",
-        chunk=rl.refl.chunk,
+        scores=method.uses_reward and bool(reward.terms) and not ends_cold,
+        graded=method.needs_gradient,
+        chunk=refl.chunk,
         models=tuple(
             RewardNet(term.kind, term.path, json.dumps(term.options, default=str), classes)
             for term in (*reward.terms, *reward.held_out)
         ),
         tiling=config.decoder.tiling,
         recompute=config.decoder.recompute,
-        checkpoint=rl.refl.checkpoint,
+        checkpoint=refl.checkpoint,
         dtype="bf16" if config.decoder.dtype == "auto" else config.decoder.dtype,
     )
-
-
-def policy_steps(config: Config) -> int:
-    """Graded forwards that GRPO (a stochastic step each) or DPO (one) add."""
-    rl, last = config.rl, config.rl.grpo.noisy_last_step
-    if rl.method == "dpo":
-        return 1
-    if rl.method != "grpo" or rl.grpo.mode != "policy":
-        return 0
-    return rl.grpo.inner_epochs * (rl.grpo.trained_steps or config.student.steps - (not last))
 
 
 def _zero(config: Config) -> Zero:

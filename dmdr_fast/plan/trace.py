@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import ScorePass, separate_scores, shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.algorithm.update import Update
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.plan.live import Key, LiveBytes, flash_attention, linear_layers, no_collector
 from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, condition, latent_shape
@@ -113,6 +113,13 @@ class MetaRole:
         return True
 
 
+class Longest(Streams):
+    """The streams of the longest rollout."""
+
+    def stop_step(self, steps: int, *counters: int) -> int:
+        return steps - 1
+
+
 @cache
 def traced_peaks(work: Workload) -> Peaks:
     """:func:`update_peaks`, with every block traced."""
@@ -134,11 +141,9 @@ def traced_peaks(work: Workload) -> Peaks:
         stack.enter_context(no_collector())
         stack.enter_context(flash_attention())
         stack.enter_context(linear_layers(work.zero.own_linear))
-        # the longest rollout
-        stack.enter_context(mock.patch("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, steps: steps - 1))
         stack.enter_context(live)
         nets = _networks(work, roles, live)
-        dmdr_update(nets, lambda *draw: batch, None, recipe, Streams(0), 0, [shard], META)
+        dmdr_update(Update(recipe, Longest(0), nets, lambda *draw: batch, None, [shard], META, step=0))
     return {key: peak for key, peak in live.peaks.items() if key[0]}
 
 

@@ -6,26 +6,19 @@ spread over several does not matter: statistics are taken of the gathered reward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.rl.grpo import Trajectory
+from dmdr_fast.algorithm.recipe import Batch
+from dmdr_fast.algorithm.rl.method import Metrics
 from dmdr_fast.algorithm.streams import Shard
+from dmdr_fast.algorithm.update import Update
 
 if TYPE_CHECKING:
-    from dmdr_fast.algorithm.recipe import Batch, RewardModel
-
-# One equal-shaped part per micro-batch of this rank -> the whole global batch in its own order.
-Gather = Callable[[Sequence[Tensor]], Tensor]
-
-
-def whole_batch(parts: Sequence[Tensor]) -> Tensor:
-    """:data:`Gather` of a single rank."""
-    return torch.cat(list(parts))
+    from dmdr_fast.algorithm.rl.policy_gradient import Trajectory
 
 
 @dataclass(frozen=True)
@@ -39,34 +32,45 @@ class Scored:
     named: dict[str, Tensor]
     trajectory: Trajectory | None = None
 
-    def metrics(self) -> dict[str, Tensor]:
+    def metrics(self) -> Metrics:
         """Mean rewards."""
         return {"reward": self.rewards.mean()} | {name: values.mean() for name, values in self.named.items()}
 
 
+@dataclass(frozen=True)
+class Experience:
+    """This rank's samples of one update, one entry per micro-batch, and which of all ranks' say something.
+
+    kept: bool [global batch]. A method that needs more of them has a subclass.
+    """
+
+    scored: list[Scored]
+    kept: Tensor
+
+    def metrics(self) -> Metrics:
+        """Mean rewards over the micro-batches, and the share of samples whose group says something."""
+        parts = [s.metrics() for s in self.scored]
+        metrics = {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]}
+        return metrics | {"kept": self.kept.float().mean()}
+
+
 @torch.no_grad()
-def scored(
-    batch: Batch,
-    shard: Shard,
-    x0: Tensor,
-    reward: RewardModel,
-    *,
-    chunk: int,
-    name: str,
-    trajectory: Trajectory | None = None,
-) -> Scored:
-    """Decode and score x0 [B, ...], ``chunk`` samples at a time, without grad."""
+def scored(update: Update, batch: Batch, shard: Shard, x0: Tensor, trajectory: Trajectory | None = None) -> Scored:
+    """Decode and score x0 [B, ...], ``reward.chunk`` samples at a time, without grad."""
+    reward = update.reward
+    assert reward is not None  # RL has one
     totals, named = [], []
-    for start in range(0, x0.shape[0], chunk):
-        rows = slice(start, min(start + chunk, x0.shape[0]))
-        total, each = reward.score(reward.decode(x0[rows]), rows_of(batch.reward_inputs, rows), name)
+    for start in range(0, x0.shape[0], reward.chunk):
+        rows = slice(start, min(start + reward.chunk, x0.shape[0]))
+        inputs = rows_of(batch.reward_inputs, rows)
+        total, each = reward.score(reward.decode(x0[rows]), inputs, update.name_of(shard))
         totals.append(total)
         named.append(each)
     by_name = {n: torch.cat([each[n] for each in named]) for n in named[0]}
     return Scored(batch, shard, x0, torch.cat(totals), by_name, trajectory)
 
 
-def rows_of(inputs: dict, rows: slice) -> dict:
+def rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     """The reward inputs of some rows."""
     return {k: v[rows] for k, v in inputs.items()}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmdr_fast.algorithm.rl.advantages import best_and_worst, group_advantages
-from dmdr_fast.algorithm.rl.options import GRPOOptions
+from dmdr_fast.algorithm.rl.grpo import GRPOOptions
 
 REWARDS = [1.0, 2.0, 6.0, 0.1, 0.1, 0.1, -1.0, 0.0, 4.0]  # groups of mean 3, 0.1 and 1; the second all alike
 CENTRED = [-2.0, -1.0, 3.0, 0.0, 0.0, 0.0, -2.0, -1.0, 3.0]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dmdr_fast.algorithm.paths import FLOW
-from dmdr_fast.algorithm.rl.dpo import dpo_loss
-from dmdr_fast.algorithm.rl.options import DPOOptions
+from dmdr_fast.algorithm.rl.dpo import DPOOptions
+from dmdr_fast.algorithm.rl.preference import dpo_loss
 
 from ..networks import SHAPE, Denoiser
 

@@ -8,15 +8,15 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from dmdr_fast import ops
-from dmdr_fast.algorithm.rl.grpo import (
+from dmdr_fast.algorithm.rl.advantages import guidance_weights
+from dmdr_fast.algorithm.rl.grpo import GRPOOptions
+from dmdr_fast.algorithm.rl.policy_gradient import (
     Trajectory,
-    guidance_weights,
     policy_loss,
     sde_rollout,
     stochastic_steps,
     trained_steps,
 )
-from dmdr_fast.algorithm.rl.options import GRPOOptions
 from dmdr_fast.algorithm.rollout import sample
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.models.sit import SiT
@@ -38,7 +38,7 @@ def seeds(i):
 
 
 def options(kind, **changes):
-    return GRPOOptions(kind=kind, eta=KINDS[kind], **changes)
+    return GRPOOptions(sde=kind, eta=KINDS[kind], **changes)
 
 
 def rollout(network, numbers, steps=3, noise=NOISE, kind="flow"):
@@ -81,7 +81,7 @@ def test_a_sample_does_not_depend_on_its_company():
 def test_cps_with_little_noise_is_the_deterministic_sampler():
     """It keeps the coefficients of the noise level, so its limit is x_{t'} = (1 - t') x0 + t' noise_hat (Euler)."""
     network, grid = Denoiser(1), timestep_grid(2)
-    trajectory = sde_rollout(network, NOISE, seeds, Y, grid, GRPOOptions(kind="cps", eta=1e-9), offset=0)
+    trajectory = sde_rollout(network, NOISE, seeds, Y, grid, GRPOOptions(sde="cps", eta=1e-9), offset=0)
     with torch.no_grad():
         x = NOISE - 0.5 * network(NOISE, torch.ones(B), Y)
         x = x - 0.5 * network(x, torch.full((B,), 0.5), Y)
@@ -190,14 +190,14 @@ def test_which_steps_are_stochastic():
     assert stochastic_steps(timestep_grid(4), GRPOOptions()) == (0, 1, 2)
     assert stochastic_steps(timestep_grid(4), GRPOOptions(noisy_last_step=True)) == (0, 1, 2, 3)
     assert stochastic_steps(timestep_grid(1), GRPOOptions(noisy_last_step=True)) == (0,)
-    assert stochastic_steps(timestep_grid(4), GRPOOptions(kind="cps", noisy_last_step=True)) == (0, 1, 2)
+    assert stochastic_steps(timestep_grid(4), GRPOOptions(sde="cps", noisy_last_step=True)) == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
         (GRPOOptions(), "a one-step student has no stochastic step; set noisy_last_step"),
-        (GRPOOptions(kind="cps", noisy_last_step=True), "kind 'cps' gives the step that ends at t = 0 no noise"),
+        (GRPOOptions(sde="cps", noisy_last_step=True), "sde 'cps' gives the step that ends at t = 0 no noise"),
         (GRPOOptions(noisy_last_step=True, trained_steps=2), "at most the 1 stochastic steps .* got 2"),
     ],
 )
@@ -231,7 +231,7 @@ def test_an_unknown_prediction_is_refused():
 def test_trajectory_of_a_plain_sampler():
     """The deterministic last step is the student's own: one that starts at the last grid point is the sampler."""
     network = Denoiser(1)
-    numbers = GRPOOptions(kind="cps", eta=1.0)
+    numbers = GRPOOptions(sde="cps", eta=1.0)
     trajectory = rollout(network, numbers, steps=2)
     assert isinstance(trajectory, Trajectory)
     # eta 1 forgets the noise that x_hat had: x_1 = (1 - t) x0_hat + t n is the student's renoised rollout.

@@ -8,9 +8,10 @@ import torch
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.rl.advantages import best_and_worst, group_advantages
-from dmdr_fast.algorithm.rl.dpo import dpo_loss
-from dmdr_fast.algorithm.rl.grpo import policy_loss, sde_rollout
-from dmdr_fast.algorithm.rl.options import DPOOptions, GRPOOptions
+from dmdr_fast.algorithm.rl.dpo import DPOOptions
+from dmdr_fast.algorithm.rl.grpo import GRPOOptions
+from dmdr_fast.algorithm.rl.policy_gradient import policy_loss, sde_rollout
+from dmdr_fast.algorithm.rl.preference import dpo_loss
 from dmdr_fast.algorithm.schedules import timestep_grid
 
 START = torch.tensor([0.5, -0.25])
@@ -71,7 +72,7 @@ def test_grpo_of_one_step_ends_where_the_reward_is_highest(std):
 def test_grpo_of_two_steps_ends_where_the_reward_is_highest(kind, eta):
     """x_1 = a z + mu / 2 + s n, since b = -1/2 at t = 1 for all kinds, and x0 = x_1 + mu / 2: E x0 is mu."""
     rate = 5.0 if kind == "cps" else 0.5  # the log-prob of cps lacks the 1 / (2 s^2)
-    got = grpo(GRPOOptions(group_size=K, kind=kind, eta=eta), 2, lr=rate)
+    got = grpo(GRPOOptions(group_size=K, sde=kind, eta=eta), 2, lr=rate)
     torch.testing.assert_close(got, GOAL, rtol=0, atol=0.03)
 
 

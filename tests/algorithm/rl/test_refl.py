@@ -5,8 +5,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from dmdr_fast.algorithm.rl.kl import kl_leaf_gradient
-from dmdr_fast.algorithm.rl.options import ReFLOptions
-from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
+from dmdr_fast.algorithm.rl.refl import ReFLOptions
+from dmdr_fast.algorithm.rl.reward_gradient import refl_leaf_gradient
 
 B, SHAPE = 5, (2, 4, 4)
 RNG = torch.Generator().manual_seed(8)

@@ -2,9 +2,9 @@
 
 import torch
 
-from dmdr_fast.algorithm.rl.dpo import dpo_loss
-from dmdr_fast.algorithm.rl.grpo import policy_loss
-from dmdr_fast.algorithm.rl.options import DPOOptions
+from dmdr_fast.algorithm.rl.dpo import DPOOptions
+from dmdr_fast.algorithm.rl.policy_gradient import policy_loss
+from dmdr_fast.algorithm.rl.preference import dpo_loss
 
 from ..networks import Denoiser
 from .test_dpo import BETA, NOISE, L, P, T, W

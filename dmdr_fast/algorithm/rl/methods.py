@@ -1,0 +1,22 @@
+"""The methods by name, as ``rl.method`` has them; reading this loads no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmdr_fast.algorithm.rl.advantage_weighted import AdvantageWeightedDMD
+from dmdr_fast.algorithm.rl.dpo import DPO
+from dmdr_fast.algorithm.rl.grpo import GRPO
+from dmdr_fast.algorithm.rl.method import Method
+from dmdr_fast.algorithm.rl.refl import ReFL
+
+METHODS: dict[str, type[Method]] = {"refl": ReFL, "grpo": GRPO, "dpo": DPO, "none": Method}
+# Other forms of a method, with its options: by (name, the option ``mode``).
+FORMS: dict[tuple[str, str], type[Method]] = {("grpo", "advantage_weighted_dmd"): AdvantageWeightedDMD}
+
+
+def method_of(name: str, **options: Any) -> Method:
+    """The method of a name, with its options by name."""
+    kind = METHODS[name]
+    given = kind.Options(**options)
+    return FORMS.get((name, getattr(given, "mode", "")), kind)(given)
