@@ -50,13 +50,12 @@ def _check_rewards(config: Config) -> dict[str, str]:
     """
     from dmdr_fast.rewards.registry import KINDS, is_differentiable, prepare_reward, weights_of_reward
 
-    num_classes = config.model.num_classes if config.model.family == "sit" else None
     names: dict[str, str] = {}
     for where, terms in (("reward.terms", config.reward.terms), ("reward.held_out", config.reward.held_out)):
         for term in terms:
             try:
                 graded = is_differentiable(term.kind)
-                made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=num_classes)
+                made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=config.num_classes)
             except (ValueError, FileNotFoundError) as error:
                 raise UserError(str(error).replace("reward.terms", where)) from None
             if config.rl.chosen.needs_gradient and where == "reward.terms" and not graded:

@@ -108,6 +108,11 @@ class Config(Section):
         return self.model.sizes[0][0] // self.decoder_factor
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes of the labels; None with prompts."""
+        return self.model.num_classes if self.model.family == "sit" else None
+
+    @property
     def cfg_mode(self) -> Literal["standard", "offset", "per_token"]:
         """The form of guidance, with ``pipeline`` resolved: standard, offset or per_token."""
         mode = self.teacher.cfg_mode

@@ -8,7 +8,6 @@ from typing import Any
 from dmdr_fast.algorithm.rl.refl import ReFLOptions
 from dmdr_fast.config import Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
-from dmdr_fast.models.families import FAMILIES
 from dmdr_fast.plan.shapes import Shape, find_shape
 from dmdr_fast.plan.workload import Adapter, RewardNet, RewardPass, Workload, Zero
 
@@ -58,19 +57,13 @@ def _largest(sizes: tuple[tuple[int, int], ...]) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
-def default_targets(shape: Shape) -> tuple[str, ...]:
-    """The layers that a LoRA goes on where nothing else is said."""
-    return ("attn.qkv",) if shape.family == "sit" else tuple(FAMILIES[shape.family].lora_targets)
-
-
 def _adapter(lora: Any, shape: Shape) -> Adapter:
-    return Adapter(lora.rank, tuple(lora.targets or default_targets(shape)), getattr(lora, "form", "standard"))
+    return Adapter(lora.rank, tuple(lora.targets or shape.lora_targets), getattr(lora, "form", "standard"))
 
 
 def _shape(config: Config) -> Shape:
     model = config.model
-    if model.family != "sit":
-        assert config.teacher.pipeline is not None  # every family but SiT has one
+    if config.teacher.pipeline is not None:
         return find_shape(config.teacher.pipeline)
     sizes = ("depth", "hidden_size", "num_heads", "patch_size", "num_classes", "learn_sigma", "time_reversed")
     network = {"_class_name": "SiT", "input_size": config.latent_size, "in_channels": model.channels}
@@ -83,13 +76,12 @@ def _reward(config: Config) -> RewardPass:
     """Decoder and rewards: a run holds them, and those that are only watched, with or without RL."""
     reward, method, refl = config.reward, config.rl.chosen, config.rl.options(ReFLOptions)
     ends_cold = config.train.cold_start_steps == config.train.generator_steps
-    classes = config.model.num_classes if config.model.family == "sit" else None
     return RewardPass(
         scores=method.uses_reward and bool(reward.terms) and not ends_cold,
         graded=method.needs_gradient,
         chunk=refl.chunk,
         models=tuple(
-            RewardNet(term.kind, term.path, json.dumps(term.options, default=str), classes)
+            RewardNet(term.kind, term.path, json.dumps(term.options, default=str), config.num_classes)
             for term in (*reward.terms, *reward.held_out)
         ),
         tiling=config.decoder.tiling,

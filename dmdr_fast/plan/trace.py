@@ -20,9 +20,8 @@ from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.algorithm.update import Update
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.plan.live import Key, LiveBytes, flash_attention, linear_layers, no_collector
-from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, condition, latent_shape
+from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, latent_shape
 from dmdr_fast.plan.networks import blocks as all_blocks
-from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload, Zero
 
 # Compiled blocks keep this much of what `none` keeps beyond `selective`: measured on SD3s, tests/plan/compiled.json.
@@ -45,7 +44,7 @@ def update_peaks(work: Workload) -> Peaks:
     )  # fmt: skip
     if work.blocks == "compiled":
         return _compiled_peaks(replace(work, blocks="eager"))
-    depths, few = work.shape.depths, few_blocks(work.shape)
+    depths, few = work.shape.depths, work.shape.few
     if work.zero.stage == 0 or all(d <= f + 1 for d, f in zip(depths, few, strict=True)):
         return traced_peaks(work)
     base = traced_peaks(replace(work, shape=work.shape.with_depths(few)))
@@ -79,14 +78,6 @@ def _compiled_peaks(work: Workload) -> Peaks:
             less = max(everything[other][kind] - products[other][kind] for other in keys) / blocks
             kinds[kind] -= round((1 - KEPT_BY_COMPILER) * less)
     return found
-
-
-def few_blocks(shape: Shape) -> tuple[int, ...]:
-    """Depths with every kind of block that the network has, twice."""
-    if shape.family == "sd3":
-        layers, dual = shape.depths
-        return min(layers, min(dual, 2) + 3), min(dual, 2)
-    return tuple(min(depth, 2) for depth in shape.depths)
 
 
 @dataclass
@@ -125,7 +116,7 @@ def traced_peaks(work: Workload) -> Peaks:
     """:func:`update_peaks`, with every block traced."""
     live = LiveBytes()
     roles = build(work, lambda model: _watch(work, model, live))
-    text = condition(work.shape, work.batch, DTYPES[work.dtype])
+    text = work.shape.opened().empty_condition(work.batch, DTYPES[work.dtype])
     recipe = Recipe(
         grid=timestep_grid(work.student_steps),
         latent_shape=latent_shape(work.shape, work.resolution),

@@ -13,7 +13,7 @@ from dmdr_fast.errors import UserError
 from dmdr_fast.plan.__main__ import main
 from dmdr_fast.plan.advice import changes, cheapest_change, largest_batch
 from dmdr_fast.plan.cost import forward_flops
-from dmdr_fast.plan.from_config import default_targets, workload
+from dmdr_fast.plan.from_config import workload
 from dmdr_fast.plan.plan import make_plan, phase_bytes
 from dmdr_fast.plan.sweep import sweep, sweep_plot, sweep_table
 from dmdr_fast.plan.workload import Adapter, Hardware, RewardNet, Zero
@@ -27,7 +27,7 @@ GPUS = Hardware(gpus=8, reserve=0.0)
 @pytest.fixture(scope="module")
 def work():
     small = measured.workload("flux", dtype="bf16", activation="none", zero=Zero(stage=3, reduce_bucket=10**6))
-    return replace(small, fake_lora=Adapter(4, default_targets(small.shape)), batch=4)
+    return replace(small, fake_lora=Adapter(4, small.shape.lora_targets), batch=4)
 
 
 def test_the_answer_for_a_recipe(capsys):

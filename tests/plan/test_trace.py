@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from dmdr_fast.plan.cost import forward_flops, units
-from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.trace import traced_peaks, update_peaks
 from dmdr_fast.plan.workload import Adapter, Zero
 
@@ -22,7 +21,7 @@ def phases(peaks):
 @pytest.mark.parametrize("activation", ["selective", "full"])
 def test_extrapolated_peaks_are_those_of_the_whole_network(activation):
     work = workload("flux", activation=activation, zero=Zero(stage=2))
-    work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, default_targets(work.shape)))
+    work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, work.shape.lora_targets))
     assert phases(update_peaks(work)) == pytest.approx(phases(traced_peaks(work)), rel=1e-3)
 
 
