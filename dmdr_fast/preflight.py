@@ -34,7 +34,7 @@ def check(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
-    name, group = config.rl.method, config.rl.chosen.group_size
+    name, group = config.rl.method, config.rl.chosen.compared
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     if group is not None and batch % group:
         raise UserError(

@@ -87,10 +87,10 @@ def generator_update(
     guidance: Sequence[Tensor | None] = [None] * len(samples)
     if update.rl:
         guidance, metrics = method.guidance(update, samples)
-    for epoch in range(1 if experience is None else method.inner_epochs):
+    for epoch in range(1 if experience is None else method.generator_steps):
         now = replace(update, epoch=epoch)
         leaf_losses = [leaf_loss(now, sample, own) for sample, own in zip(samples, guidance, strict=True)]
-        rl_losses = [] if experience is None else method.losses(now, experience)
+        rl_losses = [] if experience is None else experience.losses(now)
         part, stepped = generator_step(update.networks.generator, leaf_losses, rl_losses, update.uses_dmd)
         metrics, applied = metrics | part, applied and stepped
     return metrics, applied

@@ -65,4 +65,4 @@ def section_of(options: type) -> type[Section]:
             bounded: Any = Annotated[number, _NUMBER, Field(**bounds)]
             kind = bounded if kind is number else bounded | None
         keys[field.name] = (kind, key(field.default, field.metadata["description"]))
-    return create_model(options.__name__, __base__=Section, __doc__=options.__doc__, **keys)
+    return create_model(options.__name__, __base__=Section, **keys)

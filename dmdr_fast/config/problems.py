@@ -113,10 +113,6 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
         yield f"data.prompts: missing; model.family {family} needs a file of prompts, or a folder of Parquet files"
     if family == "sdxl" and config.student.shift != 1.0:
         yield f"student.shift: {config.student.shift:g}; SDXL's noise path has no shift, set it to 1"
-    prediction = PREDICTIONS.get(family, "flow")
-    if (lack := config.rl.chosen.lacks(prediction)) is not None:
-        other = [n for n, method in METHODS.items() if method.uses_reward and method().lacks(prediction) is None]
-        yield f"rl.method: {lack} and {family.upper()} predicts {prediction}; take {' or '.join(other)}"
     if config.lora.form != "standard":
         yield f"lora.form: {config.lora.form} needs q, k and v in one layer, unlike {family}; set it to standard"
     digits = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("digits")]
@@ -177,16 +173,22 @@ def _rl_problems(config: Config) -> Iterator[str]:
     if rl.reference == "lora_off" and not config.student.lora.rank:
         yield "rl.reference: lora_off needs a LoRA generator; set student.lora.rank, or rl.reference to frozen"
     yield from _auto_weight_problems(config)
-    yield from rl.chosen.problems(
-        Setting(config.student.steps, rl.regularizer, config.teacher.cfg_scale, config.uses_cfg)
+    setting = Setting(
+        config.student.steps,
+        rl.regularizer,
+        config.teacher.cfg_scale,
+        config.uses_cfg,
+        config.model.family,
+        PREDICTIONS.get(config.model.family, "flow"),
     )
+    yield from rl.chosen.problems(setting)
 
 
 def _auto_weight_problems(config: Config) -> Iterator[str]:
     if config.reward.weight != "auto":
         return
     if not config.rl.chosen.auto_weight:
-        matched = " or ".join(f"{method.title}'s" for method in METHODS.values() if method.auto_weight)
+        matched = " or ".join(f"{method.__name__}'s" for method in METHODS.values() if method.auto_weight)
         yield (
             f"reward.weight: auto matches the DMD loss with {matched}; that of {config.rl.method} is no size of the "
             "reward, set a number"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import create_model, model_validator
 
 from dmdr_fast.algorithm.rl.method import Method
 from dmdr_fast.algorithm.rl.methods import METHODS, method_of
+from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.config.base import (
     Count,
     Fraction,
@@ -21,8 +22,6 @@ from dmdr_fast.config.base import (
     key,
     section_of,
 )
-
-Options = TypeVar("Options")
 
 
 class RewardTerm(Section):
@@ -71,16 +70,22 @@ class RL(Section):
         "auto", "lora_off: the generator without its LoRA; frozen: a copy of it as RL starts; auto: whichever fits."
     )
 
-    def options(self, kind: type[Options]) -> Options:
-        """The options of the methods that take this ``kind``."""
-        name = next(name for name, method in METHODS.items() if method.Options is kind)
-        return kind(**getattr(self, name).model_dump())
+    def options(self, name: str) -> Method:
+        """Method ``name`` with the options of its section."""
+        section = getattr(self, name, None)
+        return method_of(name, **({} if section is None else section.model_dump()))
 
     @property
     def chosen(self) -> Method:
-        """The method with its options."""
-        section = getattr(self, self.method, None)
-        return method_of(self.method, **({} if section is None else section.model_dump()))
+        """The method."""
+        return self.options(self.method)
+
+    @property
+    def refl_options(self) -> ReFL:
+        """``rl.refl``, whose chunk and checkpoint are the decoder's under every method."""
+        options = self.options("refl")
+        assert isinstance(options, ReFL)
+        return options
 
 
 def _with_methods(base: type[Section]) -> type[Section]:
@@ -91,13 +96,13 @@ def _with_methods(base: type[Section]) -> type[Section]:
         "method": (Literal[tuple(METHODS)], key("refl", f"{graded} needs differentiable rewards; {scored} do not."))
     }
     for name, method in METHODS.items():
-        if fields(method.Options):
-            section = section_of(method.Options)
-            keys[name] = (section, key(section(), f"{method.title}."))
+        if fields(method):
+            section = section_of(method)
+            keys[name] = (section, key(section(), f"{method.__name__}."))
     return create_model("RL", __base__=base, __doc__=base.__doc__, **keys)
 
 
-if not TYPE_CHECKING:  # to mypy the sections of the methods are ``RL.options``
+if not TYPE_CHECKING:  # which cannot know the sections of the methods
     RL = _with_methods(RL)
 
 

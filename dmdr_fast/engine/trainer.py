@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.recipe import Decode, Recipe, RewardModel
-from dmdr_fast.algorithm.rl.refl import ReFLOptions
 from dmdr_fast.algorithm.step import Outcome, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.algorithm.update import Update
@@ -194,7 +193,7 @@ class Run:
         """Generator updates until the last one, then the final weights (True), or until asked to stop (False)."""
         config, ranks = self.config, self.ranks
         data = drawn(self.conditions, self.streams)
-        chunk = config.rl.options(ReFLOptions).chunk
+        chunk = config.rl.refl_options.chunk
         reward = None if self.rewards is None else RewardModel(self.decoder, self._score, chunk)
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dmdr_fast.algorithm.rl.refl import ReFLOptions
 from dmdr_fast.config import Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.plan.shapes import Shape, find_shape
@@ -74,7 +73,7 @@ def _shape(config: Config) -> Shape:
 
 def _reward(config: Config) -> RewardPass:
     """Decoder and rewards: a run holds them, and those that are only watched, with or without RL."""
-    reward, method, refl = config.reward, config.rl.chosen, config.rl.options(ReFLOptions)
+    reward, method, refl = config.reward, config.rl.chosen, config.rl.refl_options
     ends_cold = config.train.cold_start_steps == config.train.generator_steps
     return RewardPass(
         scores=method.uses_reward and bool(reward.terms) and not ends_cold,

@@ -9,7 +9,7 @@ import torch
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions, score_matching_loss
 from dmdr_fast.algorithm.recipe import Networks
-from dmdr_fast.algorithm.rl.refl import ReFL, ReFLOptions
+from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.schedules import RenoiseLaw
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.algorithm.simulation import simulate, stop_places
@@ -25,7 +25,7 @@ MIX = torch.randn(SHAPE[0] * 16, CLASSES, generator=torch.Generator().manual_see
 
 
 def refl(chunk):
-    return ReFL(ReFLOptions(chunk=chunk))
+    return ReFL(chunk=chunk)
 
 
 def decode(x):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dmdr_fast.algorithm.rl.grpo import GRPOOptions
-from dmdr_fast.algorithm.rl.method import Method, Metrics, Setting
+from dmdr_fast.algorithm.rl.method import Metrics, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,20 +17,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AdvantageWeightedDMD(Method):
+class AdvantageWeightedDMD(GRPOOptions):
     """The rollout's samples come in groups; a sample that beats its group is guided more, one that lost less."""
-
-    name = "grpo"
-    title = "GRPO"
-    Options = GRPOOptions
-    uses_reward = True
-    kl_on_x0 = False
-
-    options: GRPOOptions = field(default_factory=GRPOOptions)
 
     @property
     def rollout_group(self) -> int:
-        return self.options.group_size
+        return self.group_size
 
     def problems(self, setting: Setting) -> Iterator[str]:
         yield from super().problems(setting)
@@ -49,4 +41,4 @@ class AdvantageWeightedDMD(Method):
     def guidance(self, update: Update, samples: Sequence[Simulated]) -> tuple[Sequence[Tensor | None], Metrics]:
         from dmdr_fast.algorithm.rl.advantages import guidance
 
-        return guidance(update, samples, self.options)
+        return guidance(self, update, samples)

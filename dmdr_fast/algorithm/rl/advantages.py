@@ -47,11 +47,11 @@ def group_advantages(rewards: Tensor, options: GRPOOptions) -> tuple[Tensor, Ten
     return advantages.to(rewards.dtype), ~alike if options.drop_zero_variance else torch.ones_like(alike)
 
 
-def guidance(update: Update, samples: Sequence[Simulated], options: GRPOOptions) -> tuple[Sequence[Tensor], Metrics]:
+def guidance(method: GRPOOptions, update: Update, samples: Sequence[Simulated]) -> tuple[Sequence[Tensor], Metrics]:
     """The factor fp32 [B] on each micro-batch's guidance, from the rewards of its grouped samples, and metrics."""
     parts = [scored(update, s.batch, s.shard, s.rollout.x0) for s in samples]
-    advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), options)
-    weights = guidance_weights(advantages, kept, options, update.recipe.rl_weight(update.step))
+    advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), method)
+    weights = guidance_weights(advantages, kept, method, update.recipe.rl_weight(update.step))
     return [share(weights, s.shard) for s in samples], Experience(parts, kept).metrics()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.recipe import Batch
-from dmdr_fast.algorithm.rl.method import Metrics
+from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.streams import Shard
 from dmdr_fast.algorithm.update import Update
 
@@ -39,13 +39,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Experience:
-    """This rank's samples of one update, one entry per micro-batch, and which of all ranks' say something.
+    """This rank's samples of one update, one entry per micro-batch, and whose group says something [global batch].
 
-    kept: bool [global batch]. A method that needs more of them has a subclass.
+    A method that learns from them has a subclass.
     """
 
     scored: list[Scored]
     kept: Tensor
+
+    def losses(self, update: Update) -> list[Loss]:
+        """The weighted losses of one generator step, each one graded forward."""
+        return []
 
     def metrics(self) -> Metrics:
         """Mean rewards over the micro-batches, and the share of samples whose group says something."""
@@ -78,26 +82,3 @@ def rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
 def share(global_values: Tensor, shard: Shard) -> Tensor:
     """This micro-batch's part of something of the whole global batch."""
     return global_values[shard.start : shard.stop]
-
-
-@dataclass(frozen=True)
-class PairShare:
-    """The pairs that one micro-batch trains on: samples [start, stop) of ``shard.total`` pairs, and their weights.
-
-    Shares have one size on all ranks; where the pairs do not divide evenly, shares overlap and a pair that another
-    share has already weighs 0. The rest is scaled so that the average over shares of mean(weight * loss) is the mean
-    loss of all pairs.
-    """
-
-    shard: Shard
-    weight: Tensor  # fp32 [pairs of this share]
-
-
-def pair_share(pairs: int, shard: Shard, device: torch.device) -> PairShare:
-    """Share number ``shard.start / shard.size`` of ``pairs`` pairs over the micro-batches of the global batch."""
-    shares = shard.total // shard.size
-    size = -(-pairs // shares)
-    wanted = (shard.start // shard.size) * size
-    start = min(wanted, pairs - size)
-    first_here = (torch.arange(start, start + size, device=device) >= wanted).float()
-    return PairShare(Shard(start, start + size, pairs), first_here * (shares * size / pairs))

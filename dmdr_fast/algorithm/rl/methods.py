@@ -11,12 +11,10 @@ from dmdr_fast.algorithm.rl.method import Method
 from dmdr_fast.algorithm.rl.refl import ReFL
 
 METHODS: dict[str, type[Method]] = {"refl": ReFL, "grpo": GRPO, "dpo": DPO, "none": Method}
-# Other forms of a method, with its options: by (name, the option ``mode``).
-FORMS: dict[tuple[str, str], type[Method]] = {("grpo", "advantage_weighted_dmd"): AdvantageWeightedDMD}
+# Other forms of a method, with the same options, by its option ``mode``.
+FORMS: dict[str, type[Method]] = {"advantage_weighted_dmd": AdvantageWeightedDMD}
 
 
 def method_of(name: str, **options: Any) -> Method:
-    """The method of a name, with its options by name."""
-    kind = METHODS[name]
-    given = kind.Options(**options)
-    return FORMS.get((name, getattr(given, "mode", "")), kind)(given)
+    """The method of a name, with its options."""
+    return FORMS.get(options.get("mode", ""), METHODS[name])(**options)

@@ -10,6 +10,7 @@ Source: Flow-GRPO (arXiv 2505.05470), DanceGRPO (arXiv 2505.07818), Flow-CPS (ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.rl.advantages import group_advantages
 from dmdr_fast.algorithm.rl.experience import Experience, Scored, scored, share
-from dmdr_fast.algorithm.rl.grpo import GRPOOptions
+from dmdr_fast.algorithm.rl.grpo import GRPO
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network, whole_weights
 from dmdr_fast.algorithm.update import Update
@@ -43,88 +44,57 @@ class Trajectories(Experience):
     """Scored trajectories, and the advantage of each sample: fp32 [global batch]."""
 
     advantages: Tensor
+    method: GRPO
+
+    def losses(self, update: Update) -> list[Loss]:
+        """The clipped loss of each micro-batch at each of the steps that are trained."""
+        method, recipe = self.method, update.recipe
+        stochastic = tuple(method.stochastic_steps(len(recipe.grid) - 1))
+        steps = trained_steps(update.streams.rng("rl_steps", *update.counters), stochastic, method.trained_steps)
+
+        def at(part: Scored, i: int) -> Loss:
+            def build(generator: Network) -> tuple[Tensor, Metrics]:
+                assert part.trajectory is not None  # collect() keeps it
+                loss, stats = policy_loss(
+                    generator,
+                    part.trajectory,
+                    i,
+                    part.batch.condition,
+                    share(self.advantages, part.shard),
+                    share(self.kept, part.shard),
+                    method,
+                    kind=recipe.prediction,
+                    weight=recipe.rl_weight(update.step),
+                    reference=update.networks.reference if recipe.kl_weight else None,
+                    kl_weight=recipe.kl_weight,
+                )
+                return loss / len(steps), stats
+
+            return build
+
+        return [at(part, i) for part in self.scored for i in steps]
 
 
-def collect(update: Update, options: GRPOOptions) -> Trajectories:
+def collect(method: GRPO, update: Update) -> Trajectories:
     """Sample groups by the SDE with the generator as it is, and score them."""
     recipe, streams, step, device = update.recipe, update.streams, update.step, update.device
-    index = (step, recipe.fake_updates)
+    index, parts = (step, recipe.fake_updates), []
     shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their rewards are compared
-    parts = []
     for shard in update.shards:
-        batch = update.data(index, shard, options.group_size)
-        noise = streams.noise("rl_rollout", step, 0, shape=shape, shard=shard, device=device)
+        batch = update.data(index, shard, method.group_size)
         trajectory = sde_rollout(
             update.networks.generator,
-            noise,
+            streams.noise("rl_rollout", step, 0, shape=shape, shard=shard, device=device),
             lambda i: streams.noise_seed("rl_sde", step, i, device=device),
             batch.condition,
             recipe.grid,
-            options,
-            offset=shard.start * noise[0].numel(),
+            method,
+            offset=shard.start * math.prod(shape),
             kind=recipe.prediction,
         )
         parts.append(scored(update, batch, shard, trajectory.x[-1], trajectory))
-    advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), options)
-    return Trajectories(parts, kept, advantages)
-
-
-def losses(update: Update, experience: Experience, options: GRPOOptions) -> list[Loss]:
-    """The clipped loss of each micro-batch at each of the steps that are trained."""
-    assert isinstance(experience, Trajectories)  # collect() made it
-    recipe, advantages, kept = update.recipe, experience.advantages, experience.kept
-    stochastic = stochastic_steps(recipe.grid, options)
-    steps = trained_steps(update.streams.rng("rl_steps", *update.counters), stochastic, options.trained_steps)
-
-    def at(part: Scored, i: int) -> Loss:
-        def build(generator: Network) -> tuple[Tensor, Metrics]:
-            assert part.trajectory is not None  # collect() keeps it
-            loss, stats = policy_loss(
-                generator,
-                part.trajectory,
-                i,
-                part.batch.condition,
-                share(advantages, part.shard),
-                share(kept, part.shard),
-                options,
-                kind=recipe.prediction,
-                weight=recipe.rl_weight(update.step),
-                reference=update.networks.reference if recipe.kl_weight else None,
-                kl_weight=recipe.kl_weight,
-            )
-            return loss / len(steps), stats
-
-        return build
-
-    return [at(part, i) for part in experience.scored for i in steps]
-
-
-def stochastic_steps(grid: tuple[float, ...], options: GRPOOptions) -> tuple[int, ...]:
-    """The steps i (from grid[i] to grid[i + 1]) of an N-step rollout that are stochastic: all but the last.
-
-    With ``noisy_last_step`` the last too, where the SDE gives it noise: cps has none at t = 0.
-
-    Raises:
-        ValueError: no step is left, or fewer than ``trained_steps``; says what to change.
-    """
-    steps = len(grid) - 1
-    last = options.noisy_last_step and (options.sde != "cps" or grid[-1] > 0)
-    found = tuple(range(steps if last else steps - 1))
-    if not found and options.sde == "cps":
-        raise ValueError(
-            "grpo: sde 'cps' gives the step that ends at t = 0 no noise, and a one-step student has no other; take "
-            "sde 'flow_grpo' or 'dance' with noisy_last_step, or a student of two or more steps"
-        )
-    if not found:
-        raise ValueError(
-            "grpo: a one-step student has no stochastic step; set noisy_last_step, or take two or more steps"
-        )
-    if options.trained_steps is not None and options.trained_steps > len(found):
-        raise ValueError(
-            f"grpo: trained_steps must be at most the {len(found)} stochastic steps of a {steps}-step student, "
-            f"got {options.trained_steps}; lower it or leave it out to train all"
-        )
-    return found
+    advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), method)
+    return Trajectories(parts, kept, advantages, method)
 
 
 def trained_steps(rng: np.random.Generator, stochastic: tuple[int, ...], count: int | None) -> tuple[int, ...]:
@@ -141,7 +111,7 @@ def sde_rollout(
     seeds: Callable[[int], Tensor],
     condition: Any,
     grid: tuple[float, ...],
-    options: GRPOOptions,
+    options: GRPO,
     *,
     offset: int,
     kind: Prediction = "flow",
@@ -152,7 +122,7 @@ def sde_rollout(
     ``offset`` the index of the batch's first element in it, so a sample does not depend on its company. ``kind``: what
     the generator predicts, ``flow`` or ``x0``. The samples keep the noise's dtype; log-probs are fp32 (fp64 for fp64).
     """
-    stochastic = stochastic_steps(grid, options)
+    stochastic = options.stochastic_steps(len(grid) - 1)
     x, samples, logprob = noise, [noise], {}
     with whole_weights(generator):
         for i in range(len(grid) - 1):
@@ -176,7 +146,7 @@ def policy_loss(
     condition: Any,
     advantage: Tensor,
     kept: Tensor,
-    options: GRPOOptions,
+    options: GRPO,
     *,
     kind: Prediction = "flow",
     weight: float = 1.0,

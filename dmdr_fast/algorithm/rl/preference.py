@@ -16,8 +16,8 @@ from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import FLOW, Path
 from dmdr_fast.algorithm.recipe import Batch
 from dmdr_fast.algorithm.rl.advantages import best_and_worst
-from dmdr_fast.algorithm.rl.dpo import DPOOptions
-from dmdr_fast.algorithm.rl.experience import Experience, PairShare, pair_share, scored
+from dmdr_fast.algorithm.rl.dpo import DPO
+from dmdr_fast.algorithm.rl.experience import Experience, scored
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network, sample
 from dmdr_fast.algorithm.score_pass import join
@@ -27,82 +27,94 @@ from dmdr_fast.ops.dmd import Prediction
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One micro-batch's preference pairs: samples [P, ...], their condition, which pairs, and their weights [P]."""
+class Pairs:
+    """One micro-batch's part of ``shard.total`` pairs: samples [P, ...], their condition, and fp32 weights [P]."""
 
     winner: Tensor
     loser: Tensor
     batch: Batch
-    part: PairShare
+    shard: Shard
+    weight: Tensor
 
 
 @dataclass(frozen=True)
 class Preferences(Experience):
-    """Scored samples, and this rank's pairs of all ranks' samples."""
+    """Scored samples, and this rank's pairs of all ranks' samples, for each micro-batch."""
 
-    pairs: list[Pair]
+    pairs: list[Pairs]
+    method: DPO
+
+    def losses(self, update: Update) -> list[Loss]:
+        """The loss of each micro-batch's pairs."""
+        return [self._loss(update, pairs) for pairs in self.pairs]
+
+    def _loss(self, update: Update, pairs: Pairs) -> Loss:
+        recipe, streams, shard, device = update.recipe, update.streams, pairs.shard, update.device
+        draw, shape = update.counters, pairs.winner.shape[1:]
+
+        def build(generator: Network) -> tuple[Tensor, Metrics]:
+            assert update.networks.reference is not None  # a run with DPO has one
+            if self.method.times == "grid":
+                points = streams.rng("dpo_t", *draw).integers(len(recipe.grid) - 1, size=shard.total)
+                t = torch.tensor([recipe.grid[i] for i in points[shard.start : shard.stop]], device=device)
+            else:
+                t = streams.times(recipe.renoise, "dpo_t", *draw, step=update.step, shard=shard, device=device)
+            loss, stats = dpo_loss(
+                generator,
+                update.networks.reference,
+                pairs.winner,
+                pairs.loser,
+                t,
+                streams.noise("dpo_noise", *draw, shape=shape, shard=shard, device=device),
+                pairs.batch.condition,
+                self.method,
+                prediction=recipe.prediction,
+                path=recipe.path,
+                weight=pairs.weight,
+            )
+            return recipe.rl_weight(update.step) * loss, {f"dpo_{name}": value for name, value in stats.items()}
+
+        return build
 
 
-def collect(update: Update, options: DPOOptions) -> Preferences:
+def collect(method: DPO, update: Update) -> Preferences:
     """Sample groups with the generator as it is, score them and pair the best of each with the worst."""
     recipe, streams, step, device = update.recipe, update.streams, update.step, update.device
-    index = (step, recipe.fake_updates)
+    index, parts, generator = (step, recipe.fake_updates), [], update.networks.generator
     shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their x0 are compared and gathered
-    parts = []
     for shard in update.shards:
-        batch = update.data(index, shard, options.group_size)
+        batch = update.data(index, shard, method.group_size)
 
         def noise(i: int, shard: Shard = shard) -> Tensor:
             return streams.noise("rl_rollout", step, i, shape=shape, shard=shard, device=device)
 
-        generator, kind = update.networks.generator, recipe.prediction
-        x0 = sample(generator, noise, batch.condition, recipe.grid, kind=kind, path=recipe.path)
+        x0 = sample(generator, noise, batch.condition, recipe.grid, kind=recipe.prediction, path=recipe.path)
         parts.append(scored(update, batch, shard, x0))
-    winners, losers, gap = best_and_worst(update.gather([p.rewards for p in parts]), options.group_size)
-    x0 = update.gather([p.x0 for p in parts])
-    pairs = []
-    for shard in update.shards:
-        part = pair_share(len(gap), shard, device)
-        mine = slice(part.shard.start, part.shard.stop)
+    winners, losers, gap = best_and_worst(update.gather([p.rewards for p in parts]), method.group_size)
+    x0, pairs = update.gather([p.x0 for p in parts]), []
+    for whole in update.shards:
+        shard, weight = pair_share(len(gap), whole, device)
+        mine = slice(shard.start, shard.stop)
         # A NaN reward must not pass for a tie: it makes the weight, and so the loss, NaN, and the update is skipped.
-        weight = part.weight * torch.where(gap[mine].isnan(), gap[mine], (gap[mine] > 0).float())
-        batch = update.data(index, part.shard, 1)  # the groups' conditions, one for each pair
-        pairs.append(Pair(x0[winners[mine]], x0[losers[mine]], batch, PairShare(part.shard, weight)))
-    return Preferences(parts, (gap > 0).repeat_interleave(options.group_size), pairs)
+        weight = weight * torch.where(gap[mine].isnan(), gap[mine], (gap[mine] > 0).float())
+        batch = update.data(index, shard, 1)  # the groups' conditions, one for each pair
+        pairs.append(Pairs(x0[winners[mine]], x0[losers[mine]], batch, shard, weight))
+    return Preferences(parts, (gap > 0).repeat_interleave(method.group_size), pairs, method)
 
 
-def losses(update: Update, experience: Experience, options: DPOOptions) -> list[Loss]:
-    """The loss of each micro-batch's pairs."""
-    assert isinstance(experience, Preferences)  # collect() made it
-    return [_loss(update, pair, options) for pair in experience.pairs]
+def pair_share(pairs: int, shard: Shard, device: torch.device) -> tuple[Shard, Tensor]:
+    """Which of ``pairs`` pairs share number ``shard.start / shard.size`` of the global batch trains on, with weights.
 
-
-def _loss(update: Update, pair: Pair, options: DPOOptions) -> Loss:
-    recipe, streams, shard, device = update.recipe, update.streams, pair.part.shard, pair.winner.device
-
-    def build(generator: Network) -> tuple[Tensor, Metrics]:
-        assert update.networks.reference is not None  # a run with DPO has one
-        if options.times == "grid":
-            points = streams.rng("dpo_t", *update.counters).integers(len(recipe.grid) - 1, size=shard.total)
-            t = torch.tensor([recipe.grid[i] for i in points[shard.start : shard.stop]], device=device)
-        else:
-            t = streams.times(recipe.renoise, "dpo_t", *update.counters, step=update.step, shard=shard, device=device)
-        loss, stats = dpo_loss(
-            generator,
-            update.networks.reference,
-            pair.winner,
-            pair.loser,
-            t,
-            streams.noise("dpo_noise", *update.counters, shape=pair.winner.shape[1:], shard=shard, device=device),
-            pair.batch.condition,
-            options,
-            prediction=recipe.prediction,
-            path=recipe.path,
-            weight=pair.part.weight,
-        )
-        return recipe.rl_weight(update.step) * loss, {f"dpo_{name}": value for name, value in stats.items()}
-
-    return build
+    Shares have one size on all ranks; where the pairs do not divide evenly, shares overlap and a pair that another
+    share has already weighs 0. The rest is scaled so that the average over shares of mean(weight * loss) is the mean
+    loss of all pairs.
+    """
+    shares = shard.total // shard.size
+    size = -(-pairs // shares)
+    wanted = (shard.start // shard.size) * size
+    start = min(wanted, pairs - size)
+    first_here = (torch.arange(start, start + size, device=device) >= wanted).float()
+    return Shard(start, start + size, pairs), first_here * (shares * size / pairs)
 
 
 def dpo_loss(
@@ -113,7 +125,7 @@ def dpo_loss(
     t: Tensor,
     noise: Tensor,
     condition: Any,
-    options: DPOOptions,
+    options: DPO,
     *,
     prediction: Prediction = "flow",
     path: Path = FLOW,

@@ -14,41 +14,41 @@ from torch.utils.checkpoint import checkpoint
 from dmdr_fast.algorithm.recipe import Decode
 from dmdr_fast.algorithm.rl.experience import rows_of
 from dmdr_fast.algorithm.rl.method import Metrics
-from dmdr_fast.algorithm.rl.refl import ReFLOptions
+from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.simulation import Simulated
 from dmdr_fast.algorithm.update import Update
 
 
-def leaf(update: Update, sample: Simulated, x0: Tensor, options: ReFLOptions) -> tuple[Tensor, Metrics]:
+def leaf(method: ReFL, update: Update, sample: Simulated, x0: Tensor) -> tuple[Tensor, Metrics]:
     """ReFL's gradient on the leaf x0 of a micro-batch, and its mean rewards."""
-    assert update.reward is not None  # RL has one
     named: dict[str, list[Tensor]] = {}
-    gradient, rewards = refl_leaf_gradient(x0, update.reward.decode, _scorer(update, sample, named), options)
+    gradient, rewards = refl_leaf_gradient(x0, *_reward(update, sample, named), method)
     return gradient, {"reward": rewards.mean()} | {n: torch.cat(v).mean() for n, v in named.items()}
 
 
-def loss_on_x0(update: Update, sample: Simulated, options: ReFLOptions) -> Tensor:
+def loss_on_x0(method: ReFL, update: Update, sample: Simulated) -> Tensor:
     """ReFL's loss of a micro-batch, 0-d."""
-    assert update.reward is not None  # RL has one
-    return refl_loss(sample.rollout.x0, update.reward.decode, _scorer(update, sample, {}), options)
+    return refl_loss(sample.rollout.x0, *_reward(update, sample, {}), method)
 
 
-def _scorer(update: Update, sample: Simulated, named: dict[str, list[Tensor]]) -> Callable[[Tensor, slice], Tensor]:
-    """(images, their rows) -> rewards; each one by its name is kept in ``named``."""
-    assert update.reward is not None  # RL has one
-    score, inputs, name = update.reward.score, sample.batch.reward_inputs, update.name_of(sample.shard)
+def _reward(
+    update: Update, sample: Simulated, named: dict[str, list[Tensor]]
+) -> tuple[Decode, Callable[[Tensor, slice], Tensor]]:
+    """The decoder, and (images, their rows) -> rewards; each one by its name is kept in ``named``."""
+    reward, inputs, name = update.reward, sample.batch.reward_inputs, update.name_of(sample.shard)
+    assert reward is not None  # RL has one
 
-    def scored(images: Tensor, rows: slice) -> Tensor:
-        total, each = score(images, rows_of(inputs, rows), name)
+    def score(images: Tensor, rows: slice) -> Tensor:
+        total, each = reward.score(images, rows_of(inputs, rows), name)
         for n, values in each.items():
             named.setdefault(n, []).append(values.detach())
         return total
 
-    return scored
+    return reward.decode, score
 
 
 def refl_leaf_gradient(
-    x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFLOptions
+    x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFL
 ) -> tuple[Tensor, Tensor]:
     """d(loss)/d(x0) on the leaf x0 [B, ...], and the rewards fp32 [B], both detached.
 
@@ -78,13 +78,13 @@ def refl_leaf_gradient(
 
 
 @torch.no_grad()
-def refl_loss(x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFLOptions) -> Tensor:
+def refl_loss(x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFL) -> Tensor:
     """The loss of ``refl_leaf_gradient``, 0-d, alone; same arguments."""
     parts = [slice(start, start + options.chunk) for start in range(0, x0.shape[0], options.chunk)]
     return torch.cat([_losses(reward(decode(x0[rows]), rows).float(), options) for rows in parts]).mean()
 
 
-def _losses(rewards: Tensor, options: ReFLOptions) -> Tensor:
+def _losses(rewards: Tensor, options: ReFL) -> Tensor:
     if options.objective not in ("linear", "hinge"):
         raise ValueError(f"ReFL: objective must be 'linear' or 'hinge', got {options.objective!r}")
     return -rewards if options.objective == "linear" else torch.relu(options.margin - rewards)
