@@ -132,17 +132,16 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     if options.batch is not None:
         work = replace(work, batch=options.batch[0])
     if options.student_lora is not None:
-        work = replace(work, student_lora=Adapter(options.student_lora, work.shape.lora_targets))
+        work = replace(work, student_lora=Adapter(options.student_lora, work.shape.opened().lora_targets))
     if options.reward_gb and work.reward is not None:  # decoder and rewards are in every plan
         work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
     return shared(work, options.sharing or work.sharing), config
 
 
 def _check_resolution(work: Any) -> None:
-    shape, edge = work.shape, work.resolution
-    height, width = (edge, edge) if isinstance(edge, int) else edge
+    size = work.resolution
     try:
-        shape.opened().latent_shape(height, width)
+        work.shape.opened().latent_shape(*(size, size) if isinstance(size, int) else size)
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"--resolution: {error}; give another one") from None
 

@@ -76,7 +76,7 @@ def _reward_changes(work: Workload) -> Iterator[Change]:
 
 def _other_runs(work: Workload) -> Iterator[Change]:
     """Levers that train something else."""
-    lora = work.fake_lora or Adapter(32, work.shape.lora_targets)
+    lora = work.fake_lora or Adapter(32, work.shape.opened().lora_targets)
     if work.sharing == "separate":
         yield Change("sharing: shared_score", replace(work, sharing="shared_score", fake_lora=lora), 2)
     if work.sharing != "shared_all":
@@ -140,13 +140,3 @@ def _combined(work: Workload, count: int, price: int) -> Iterator[tuple[Change, 
             done.append(step)
         else:
             yield tuple(done)
-
-
-def largest_batch(work: Workload, hardware: Hardware, limit: int = 64) -> int:
-    """The largest micro-batch that fits, up to ``limit``; 0 where not even one sample does."""
-
-    low, high = 0, limit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(replace(work, batch=middle), hardware) else (low, middle)
-    return low

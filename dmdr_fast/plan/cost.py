@@ -49,19 +49,14 @@ class PhaseCost:
         return max(compute, network if hardware.gpus > 1 else 0.0, self.host / hardware.host)
 
 
-def forward_flops(work: Workload) -> float:
-    """FLOPs of one forward of one sample, linear in the numbers of blocks."""
-    return float(_flops(work).sum())
-
-
-def _flops(work: Workload) -> np.ndarray:
+def forward_flops(work: Workload) -> np.ndarray:
+    """FLOPs of one forward of one sample, of matrix products and of convolutions; linear in the numbers of blocks."""
     return _forward(Workload(work.shape, resolution=work.resolution, dtype=work.dtype))
 
 
 @cache
 def _forward(work: Workload) -> np.ndarray:
-    """FLOPs of matrix products and of convolutions."""
-    depths, few = work.shape.depths, work.shape.few
+    depths, few = work.shape.depths, work.shape.opened().few
     base = _counted(work, few)
     extra = np.zeros(2)
     for index, (depth, start) in enumerate(zip(depths, few, strict=True)):
@@ -119,7 +114,7 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
 
 def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     """Every phase of one update on one GPU."""
-    products, convolutions = _flops(work) * work.batch
+    products, convolutions = forward_flops(work) * work.batch
     found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work, hardware.gpus).items()}
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None and work.reward.scores:

@@ -57,7 +57,7 @@ def _largest(sizes: tuple[tuple[int, int], ...]) -> int | tuple[int, int]:
 
 
 def _adapter(lora: Any, shape: Shape) -> Adapter:
-    return Adapter(lora.rank, tuple(lora.targets or shape.lora_targets), getattr(lora, "form", "standard"))
+    return Adapter(lora.rank, tuple(lora.targets or shape.opened().lora_targets), getattr(lora, "form", "standard"))
 
 
 def _shape(config: Config) -> Shape:

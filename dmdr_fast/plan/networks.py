@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,6 @@ def as_network(shape: Shape, model: nn.Module, dtype: torch.dtype) -> Callable[[
     """The role as the engine wraps it: fp32 latents in and out, the compute dtype in between."""
     family = shape.opened()
     return lambda x, t, c: family.forward(model, x.to(dtype), t, c).float()
-
-
-def blocks(shape: Shape, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(kind, block) of every transformer block; blocks of a kind have the same modules."""
-    family = shape.opened()
-    yield from ((family.kind(name, block), block) for name, block in family.blocks(model))
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import add
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,11 +55,7 @@ def _traced(shape: Shape, resolution: int | tuple[int, int], options: RewardPass
             save_decoder_memory(vae, tiling=options.tiling, recompute=options.recompute)
         except ValueError as error:
             raise UserError(str(error)) from None
-    family = shape.opened()
-
-    def decode(latent: Tensor) -> Tensor:
-        return family.decode(vae, latent)
-
+    decode = partial(shape.opened().decode, vae)
     live = LiveBytes()
     x0 = torch.empty(options.chunk, *latent_shape(shape, resolution), device=META)
     with no_collector(), flash_attention(), linear_layers(own_linear), FlopCounterMode(display=False) as flops, live:

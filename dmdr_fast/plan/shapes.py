@@ -57,21 +57,11 @@ class Shape:
     @property
     def depths(self) -> tuple[int, ...]:
         """How many blocks of each kind there are."""
-        return BACKBONES[self.family].depths(self.config)
-
-    @property
-    def few(self) -> tuple[int, ...]:
-        """Depths with every kind of block that the network has, twice."""
-        return BACKBONES[self.family].few(self.depths)
-
-    @property
-    def lora_targets(self) -> tuple[str, ...]:
-        """The layers that a LoRA goes on where nothing else is said."""
-        return BACKBONES[self.family].lora_targets
+        return self.opened().depths
 
     def with_depths(self, depths: tuple[int, ...]) -> Shape:
         """The same widths, other numbers of blocks (for SD3: of all blocks, and of those with dual attention)."""
-        return replace(self, transformer=json.dumps(BACKBONES[self.family].with_depths(self.config, depths)))
+        return replace(self, transformer=json.dumps(self.opened().with_depths(depths)))
 
     def opened(self) -> Backbone:
         """The family that feeds the network."""
@@ -83,24 +73,22 @@ class Shape:
             return BACKBONES[self.family].build_from_config(self.config)
 
     @property
-    def vae_recomputes(self) -> bool:
-        """Whether there is a VAE that can recompute its decoder's blocks."""
-        config = self.vae_config
-        if config is None:
-            return False
+    def vae_class(self) -> Any:
+        """diffusers' class of the VAE; None for pixel-space models."""
         import diffusers
 
-        return getattr(diffusers, config["_class_name"])._supports_gradient_checkpointing
+        config = self.vae_config
+        return None if config is None else getattr(diffusers, config["_class_name"])
+
+    @property
+    def vae_recomputes(self) -> bool:
+        """Whether there is a VAE that can recompute its decoder's blocks."""
+        return self.vae_class is not None and self.vae_class._supports_gradient_checkpointing
 
     def build_vae(self) -> ModelMixin | None:
         """The VAE on the meta device; None for pixel-space models."""
-        config = self.vae_config
-        if config is None:
-            return None
-        import diffusers
-
         with torch.device("meta"):
-            return getattr(diffusers, config["_class_name"]).from_config(config)
+            return None if self.vae_class is None else self.vae_class.from_config(self.vae_config)
 
 
 def published() -> Iterator[Shape]:

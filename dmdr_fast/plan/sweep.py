@@ -17,7 +17,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("none", "selective", "full", "offload")
 
 def shared(work: Workload, sharing: Sharing) -> Workload:
     """``work`` with another sharing, with the LoRAs that it needs."""
-    lora = work.fake_lora or Adapter(32, work.shape.lora_targets)
+    lora = work.fake_lora or Adapter(32, work.shape.opened().lora_targets)
     return replace(
         work,
         sharing=sharing,

@@ -21,7 +21,7 @@ def phases(peaks):
 @pytest.mark.parametrize("activation", ["selective", "full"])
 def test_extrapolated_peaks_are_those_of_the_whole_network(activation):
     work = workload("flux", activation=activation, zero=Zero(stage=2))
-    work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, work.shape.lora_targets))
+    work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, work.shape.opened().lora_targets))
     assert phases(update_peaks(work)) == pytest.approx(phases(traced_peaks(work)), rel=1e-3)
 
 
@@ -49,5 +49,5 @@ def test_f_units_and_flops():
     # x0 of `same_step` is the rollout's own; the generator's update runs one forward more.
     assert units(replace(four, same_step=True))["rollout"] == 12.5
     shape = one.shape
-    flops = [forward_flops(replace(one, shape=shape.with_depths((2, n)))) for n in (2, 3, 9)]
+    flops = [forward_flops(replace(one, shape=shape.with_depths((2, n)))).sum() for n in (2, 3, 9)]
     assert flops[2] - flops[0] == pytest.approx(7 * (flops[1] - flops[0]))

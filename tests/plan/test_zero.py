@@ -9,7 +9,7 @@ from dmdr_fast.plan.workload import Adapter, Workload, Zero
 from dmdr_fast.plan.zero import engines, gathered, resident, trained_by
 
 SHAPE = find_shape("flux.1-dev").with_depths((2, 3))
-LORA = Adapter(8, SHAPE.lora_targets)
+LORA = Adapter(8, SHAPE.opened().lora_targets)
 BARE = Zero(stage=3, reduce_bucket=0)
 
 

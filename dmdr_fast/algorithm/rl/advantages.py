@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.rl.experience import Experience, scored, share
+from dmdr_fast.algorithm.rl.experience import Experience, scored
 from dmdr_fast.algorithm.rl.grpo import GRPOOptions
 from dmdr_fast.algorithm.rl.method import Metrics
 from dmdr_fast.algorithm.simulation import Simulated
@@ -35,15 +35,13 @@ def group_advantages(rewards: Tensor, options: GRPOOptions) -> tuple[Tensor, Ten
     centred = groups - groups.mean(1, keepdim=True)
     alike = (groups.amax(1) == groups.amin(1)).repeat_interleave(options.group_size)
     correction = int(options.unbiased)
-    if options.std == "group":
-        advantages = centred / (groups.std(1, correction=correction, keepdim=True) + options.eps)
-    elif options.std == "global":
-        advantages = centred / (groups.std(correction=correction) + options.eps)
-    elif options.std == "none":
-        advantages = centred
-    else:
+    if options.std not in ("group", "global", "none"):
         raise ValueError(f"group_advantages: std must be 'group', 'global' or 'none', got {options.std!r}")
-    advantages = torch.where(alike, 0.0, advantages.flatten())
+    if options.std == "group":
+        centred = centred / (groups.std(1, correction=correction, keepdim=True) + options.eps)
+    elif options.std == "global":
+        centred = centred / (groups.std(correction=correction) + options.eps)
+    advantages = torch.where(alike, 0.0, centred.flatten())
     return advantages.to(rewards.dtype), ~alike if options.drop_zero_variance else torch.ones_like(alike)
 
 
@@ -52,7 +50,7 @@ def guidance(method: GRPOOptions, update: Update, samples: Sequence[Simulated]) 
     parts = [scored(update, s.batch, s.shard, s.rollout.x0) for s in samples]
     advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), method)
     weights = guidance_weights(advantages, kept, method, update.recipe.rl_weight(update.step))
-    return [share(weights, s.shard) for s in samples], Experience(parts, kept).metrics()
+    return [weights[s.shard.rows] for s in samples], Experience(parts, kept).metrics()
 
 
 def guidance_weights(advantage: Tensor, kept: Tensor, options: GRPOOptions, weight: float) -> Tensor:

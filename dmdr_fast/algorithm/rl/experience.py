@@ -7,7 +7,7 @@ spread over several does not matter: statistics are taken of the gathered reward
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from dmdr_fast.algorithm.recipe import Batch
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.streams import Shard
 from dmdr_fast.algorithm.update import Update
-
-if TYPE_CHECKING:
-    from dmdr_fast.algorithm.rl.policy_gradient import Trajectory
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,6 @@ class Scored:
     x0: Tensor
     rewards: Tensor
     named: dict[str, Tensor]
-    trajectory: Trajectory | None = None
-
-    def metrics(self) -> Metrics:
-        """Mean rewards."""
-        return {"reward": self.rewards.mean()} | {name: values.mean() for name, values in self.named.items()}
 
 
 @dataclass(frozen=True)
@@ -53,13 +45,13 @@ class Experience:
 
     def metrics(self) -> Metrics:
         """Mean rewards over the micro-batches, and the share of samples whose group says something."""
-        parts = [s.metrics() for s in self.scored]
+        parts = [{n: v.mean() for n, v in ({"reward": s.rewards} | s.named).items()} for s in self.scored]
         metrics = {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]}
         return metrics | {"kept": self.kept.float().mean()}
 
 
 @torch.no_grad()
-def scored(update: Update, batch: Batch, shard: Shard, x0: Tensor, trajectory: Trajectory | None = None) -> Scored:
+def scored(update: Update, batch: Batch, shard: Shard, x0: Tensor) -> Scored:
     """Decode and score x0 [B, ...], ``reward.chunk`` samples at a time, without grad."""
     reward = update.reward
     assert reward is not None  # RL has one
@@ -71,14 +63,9 @@ def scored(update: Update, batch: Batch, shard: Shard, x0: Tensor, trajectory: T
         totals.append(total)
         named.append(each)
     by_name = {n: torch.cat([each[n] for each in named]) for n in named[0]}
-    return Scored(batch, shard, x0, torch.cat(totals), by_name, trajectory)
+    return Scored(batch, shard, x0, torch.cat(totals), by_name)
 
 
 def rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     """The reward inputs of some rows."""
     return {k: v[rows] for k, v in inputs.items()}
-
-
-def share(global_values: Tensor, shard: Shard) -> Tensor:
-    """This micro-batch's part of something of the whole global batch."""
-    return global_values[shard.start : shard.stop]

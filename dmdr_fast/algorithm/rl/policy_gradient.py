@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.rl.advantages import group_advantages
-from dmdr_fast.algorithm.rl.experience import Experience, Scored, scored, share
+from dmdr_fast.algorithm.rl.experience import Experience, scored
 from dmdr_fast.algorithm.rl.grpo import GRPO
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network, whole_weights
@@ -41,44 +42,40 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Trajectories(Experience):
-    """Scored trajectories, and the advantage of each sample: fp32 [global batch]."""
+    """The trajectory of each scored micro-batch, and the advantage of each sample: fp32 [global batch]."""
 
+    trajectories: list[Trajectory]
     advantages: Tensor
     method: GRPO
 
     def losses(self, update: Update) -> list[Loss]:
         """The clipped loss of each micro-batch at each of the steps that are trained."""
-        method, recipe = self.method, update.recipe
-        stochastic = tuple(method.stochastic_steps(len(recipe.grid) - 1))
-        steps = trained_steps(update.streams.rng("rl_steps", *update.counters), stochastic, method.trained_steps)
+        stochastic = tuple(self.method.stochastic_steps(len(update.recipe.grid) - 1))
+        steps = trained_steps(update.streams.rng("rl_steps", *update.counters), stochastic, self.method.trained_steps)
+        return [partial(self._loss, update, part, i, len(steps)) for part in range(len(self.scored)) for i in steps]
 
-        def at(part: Scored, i: int) -> Loss:
-            def build(generator: Network) -> tuple[Tensor, Metrics]:
-                assert part.trajectory is not None  # collect() keeps it
-                loss, stats = policy_loss(
-                    generator,
-                    part.trajectory,
-                    i,
-                    part.batch.condition,
-                    share(self.advantages, part.shard),
-                    share(self.kept, part.shard),
-                    method,
-                    kind=recipe.prediction,
-                    weight=recipe.rl_weight(update.step),
-                    reference=update.networks.reference if recipe.kl_weight else None,
-                    kl_weight=recipe.kl_weight,
-                )
-                return loss / len(steps), stats
-
-            return build
-
-        return [at(part, i) for part in self.scored for i in steps]
+    def _loss(self, update: Update, part: int, i: int, steps: int, generator: Network) -> tuple[Tensor, Metrics]:
+        recipe, batch, rows = update.recipe, self.scored[part].batch, self.scored[part].shard.rows
+        loss, stats = policy_loss(
+            generator,
+            self.trajectories[part],
+            i,
+            batch.condition,
+            self.advantages[rows],
+            self.kept[rows],
+            self.method,
+            kind=recipe.prediction,
+            weight=recipe.rl_weight(update.step),
+            reference=update.networks.reference if recipe.kl_weight else None,
+            kl_weight=recipe.kl_weight,
+        )
+        return loss / steps, stats
 
 
 def collect(method: GRPO, update: Update) -> Trajectories:
     """Sample groups by the SDE with the generator as it is, and score them."""
     recipe, streams, step, device = update.recipe, update.streams, update.step, update.device
-    index, parts = (step, recipe.fake_updates), []
+    index, parts, trajectories = (step, recipe.fake_updates), [], []
     shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their rewards are compared
     for shard in update.shards:
         batch = update.data(index, shard, method.group_size)
@@ -92,16 +89,15 @@ def collect(method: GRPO, update: Update) -> Trajectories:
             offset=shard.start * math.prod(shape),
             kind=recipe.prediction,
         )
-        parts.append(scored(update, batch, shard, trajectory.x[-1], trajectory))
+        parts.append(scored(update, batch, shard, trajectory.x[-1]))
+        trajectories.append(trajectory)
     advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), method)
-    return Trajectories(parts, kept, advantages, method)
+    return Trajectories(parts, kept, trajectories, advantages, method)
 
 
 def trained_steps(rng: np.random.Generator, stochastic: tuple[int, ...], count: int | None) -> tuple[int, ...]:
     """``count`` different ones of the stochastic steps, each as likely as any other, in order; all with None."""
-    if count is None:
-        return stochastic
-    return tuple(sorted(rng.choice(stochastic, count, replace=False).tolist()))
+    return stochastic if count is None else tuple(sorted(rng.choice(stochastic, count, replace=False).tolist()))
 
 
 @torch.no_grad()

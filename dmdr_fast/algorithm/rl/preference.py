@@ -6,6 +6,7 @@ Source: Diffusion-DPO (arXiv 2311.12908), online: the pair is the best and the w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr_fast import ops
-from dmdr_fast.algorithm.paths import FLOW, Path
+from dmdr_fast.algorithm.paths import FLOW, Path, target
 from dmdr_fast.algorithm.recipe import Batch
 from dmdr_fast.algorithm.rl.advantages import best_and_worst
 from dmdr_fast.algorithm.rl.dpo import DPO
@@ -46,35 +47,31 @@ class Preferences(Experience):
 
     def losses(self, update: Update) -> list[Loss]:
         """The loss of each micro-batch's pairs."""
-        return [self._loss(update, pairs) for pairs in self.pairs]
+        return [partial(self._loss, update, pairs) for pairs in self.pairs]
 
-    def _loss(self, update: Update, pairs: Pairs) -> Loss:
+    def _loss(self, update: Update, pairs: Pairs, generator: Network) -> tuple[Tensor, Metrics]:
         recipe, streams, shard, device = update.recipe, update.streams, pairs.shard, update.device
         draw, shape = update.counters, pairs.winner.shape[1:]
-
-        def build(generator: Network) -> tuple[Tensor, Metrics]:
-            assert update.networks.reference is not None  # a run with DPO has one
-            if self.method.times == "grid":
-                points = streams.rng("dpo_t", *draw).integers(len(recipe.grid) - 1, size=shard.total)
-                t = torch.tensor([recipe.grid[i] for i in points[shard.start : shard.stop]], device=device)
-            else:
-                t = streams.times(recipe.renoise, "dpo_t", *draw, step=update.step, shard=shard, device=device)
-            loss, stats = dpo_loss(
-                generator,
-                update.networks.reference,
-                pairs.winner,
-                pairs.loser,
-                t,
-                streams.noise("dpo_noise", *draw, shape=shape, shard=shard, device=device),
-                pairs.batch.condition,
-                self.method,
-                prediction=recipe.prediction,
-                path=recipe.path,
-                weight=pairs.weight,
-            )
-            return recipe.rl_weight(update.step) * loss, {f"dpo_{name}": value for name, value in stats.items()}
-
-        return build
+        assert update.networks.reference is not None  # a run with DPO has one
+        if self.method.times == "grid":
+            points = streams.rng("dpo_t", *draw).integers(len(recipe.grid) - 1, size=shard.total)
+            t = torch.tensor([recipe.grid[i] for i in points[shard.rows]], device=device)
+        else:
+            t = streams.times(recipe.renoise, "dpo_t", *draw, step=update.step, shard=shard, device=device)
+        loss, stats = dpo_loss(
+            generator,
+            update.networks.reference,
+            pairs.winner,
+            pairs.loser,
+            t,
+            streams.noise("dpo_noise", *draw, shape=shape, shard=shard, device=device),
+            pairs.batch.condition,
+            self.method,
+            prediction=recipe.prediction,
+            path=recipe.path,
+            weight=pairs.weight,
+        )
+        return recipe.rl_weight(update.step) * loss, {f"dpo_{name}": value for name, value in stats.items()}
 
 
 def collect(method: DPO, update: Update) -> Preferences:
@@ -94,7 +91,7 @@ def collect(method: DPO, update: Update) -> Preferences:
     x0, pairs = update.gather([p.x0 for p in parts]), []
     for whole in update.shards:
         shard, weight = pair_share(len(gap), whole, device)
-        mine = slice(shard.start, shard.stop)
+        mine = shard.rows
         # A NaN reward must not pass for a tie: it makes the weight, and so the loss, NaN, and the update is skipped.
         weight = weight * torch.where(gap[mine].isnan(), gap[mine], (gap[mine] > 0).float())
         batch = update.data(index, shard, 1)  # the groups' conditions, one for each pair
@@ -153,17 +150,14 @@ def dpo_loss(
         ValueError: the prediction is not one of the three.
     """
     clean, twice = torch.cat((x0_w, x0_l)).detach(), torch.cat((noise, noise))
-    targets = {"flow": lambda: twice - clean, "eps": lambda: twice, "x0": lambda: clean}
-    if prediction not in targets:
-        raise ValueError(f"dpo_loss: prediction must be one of {sorted(targets)}, got {prediction!r}")
-    target, times, conditions = targets[prediction](), t.repeat(2), join(condition, condition)
+    goal, times, conditions = target(clean, twice, prediction), t.repeat(2), join(condition, condition)
     alpha, sigma = path.alpha_sigma(times)
     x_t = ops.renoise(clean, alpha, sigma, noise=twice)
     dtype = torch.promote_types(clean.dtype, torch.float32)
 
     def error_gap(network: Network) -> Tensor:
         """e_w - e_l [P]."""
-        difference = network(x_t, times, conditions).to(dtype) - target.to(dtype)
+        difference = network(x_t, times, conditions).to(dtype) - goal.to(dtype)
         winner, loser = difference.square().flatten(1).mean(1).chunk(2)
         return winner - loser
 

@@ -23,6 +23,8 @@ class Backbone(ABC):
     merges_lora: ClassVar[bool] = False  # a generator's adapter is saved as part of the weights
     fused: ClassVar[bool] = True  # ``dmdr_fast.patch`` knows its layers
 
+    network_config: Mapping[str, Any]
+
     @classmethod
     @abstractmethod
     def of(cls, name: str, network_config: Mapping[str, Any], vae_config: Any, length: int) -> Backbone:
@@ -33,21 +35,20 @@ class Backbone(ABC):
     def build_from_config(cls, config: Mapping[str, Any]) -> nn.Module:
         """The untrained network of a config; inside ``with torch.device("meta")`` it takes no memory."""
 
-    @classmethod
-    def depths(cls, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """How many blocks of each kind a configuration has."""
-        found = (config.get(key) or () for key in cls.depth_keys)
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many blocks of each kind there are."""
+        found = (self.network_config.get(key) or () for key in self.depth_keys)
         return tuple(n if isinstance(n, int) else len(n) for n in found)
 
-    @classmethod
-    def with_depths(cls, config: Mapping[str, Any], depths: tuple[int, ...]) -> dict[str, Any]:
+    def with_depths(self, depths: tuple[int, ...]) -> dict[str, Any]:
         """The configuration with other numbers of blocks."""
-        return {**config, **dict(zip(cls.depth_keys, depths, strict=True))}
+        return {**self.network_config, **dict(zip(self.depth_keys, depths, strict=True))}
 
-    @classmethod
-    def few(cls, depths: tuple[int, ...]) -> tuple[int, ...]:
-        """Depths with every kind of block that a network of ``depths`` has, twice."""
-        return tuple(min(depth, 2) for depth in depths)
+    @property
+    def few(self) -> tuple[int, ...]:
+        """Depths with every kind of block that the network has, twice."""
+        return tuple(min(depth, 2) for depth in self.depths)
 
     @abstractmethod
     def blocks(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

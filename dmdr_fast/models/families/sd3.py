@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,14 +40,13 @@ class SD3(Family):
         """The middle of a table of positions is taken."""
         return self.network_config["pos_embed_max_size"]
 
-    @classmethod
-    def with_depths(cls, config: Mapping[str, Any], depths: tuple[int, ...]) -> dict[str, Any]:
+    def with_depths(self, depths: tuple[int, ...]) -> dict[str, Any]:
         """Of all blocks, and of those with dual attention, the first ones."""
-        return {**config, "num_layers": depths[0], "dual_attention_layers": list(range(depths[1]))}
+        return {**self.network_config, "num_layers": depths[0], "dual_attention_layers": list(range(depths[1]))}
 
-    @classmethod
-    def few(cls, depths: tuple[int, ...]) -> tuple[int, ...]:
-        layers, dual = depths
+    @property
+    def few(self) -> tuple[int, ...]:
+        layers, dual = self.depths
         return min(layers, min(dual, 2) + 3), min(dual, 2)
 
     def kind(self, name: str, block: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +44,13 @@ class SDXL(Family):
         """Latent pixels must halve evenly down to the coarsest level."""
         return 2 ** (len(self.network_config["block_out_channels"]) - 1)
 
-    @classmethod
-    def depths(cls, config: Mapping[str, Any]) -> tuple[int, ...]:
+    @property
+    def depths(self) -> tuple[int, ...]:
         """Of each level of the U-Net."""
-        return tuple(config.get("transformer_layers_per_block") or ())
+        return tuple(self.network_config.get("transformer_layers_per_block") or ())
 
-    @classmethod
-    def with_depths(cls, config: Mapping[str, Any], depths: tuple[int, ...]) -> dict[str, Any]:
-        return {**config, "transformer_layers_per_block": list(depths)}
+    def with_depths(self, depths: tuple[int, ...]) -> dict[str, Any]:
+        return {**self.network_config, "transformer_layers_per_block": list(depths)}
 
     def empty_condition(self, batch: int, dtype: torch.dtype) -> Condition:
         config = self.network_config
