@@ -34,17 +34,18 @@ def check(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
-    name, group = config.rl.method, config.rl.chosen.compared
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    if group is not None and batch % group:
-        raise UserError(
-            f"rl.{name}.group_size: {group} does not divide the global batch of {batch} "
-            "(train.micro_batch_size x train.gradient_accumulation x ranks); change one of them"
-        )
+    for name in (config.rl.method, *config.rl.chosen.parts):
+        group = config.rl.options(name).compared
+        if group is not None and batch % group:
+            raise UserError(
+                f"rl.{name}.group_size: {group} does not divide the global batch of {batch} "
+                "(train.micro_batch_size x train.gradient_accumulation x ranks); change one of them"
+            )
 
 
 def _check_rewards(config: Config) -> dict[str, str]:
-    """Whether every reward exists, takes what it is given, and is differentiable for ReFL.
+    """Whether every reward exists, takes what it is given, and is differentiable where the method needs its gradient.
 
     A user's file is read, no weights are loaded. Returns what the built-in ones will load, by key.
     """

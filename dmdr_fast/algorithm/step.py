@@ -24,13 +24,12 @@ from torch import Tensor
 
 from dmdr_fast.algorithm.dmd import dmd_leaf_gradient, fake_loss
 from dmdr_fast.algorithm.monitors import OutputGradient, diversity, saturation
-from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.recipe import Recipe, Trained
 from dmdr_fast.algorithm.rl.experience import Experience
 from dmdr_fast.algorithm.rl.kl import kl_leaf_gradient
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network
-from dmdr_fast.algorithm.simulation import Simulated, simulate_all
+from dmdr_fast.algorithm.simulation import Simulated, one_step, simulate_all
 from dmdr_fast.algorithm.update import Update
 
 
@@ -125,13 +124,6 @@ def leaf_loss(update: Update, sample: Simulated, guidance: Tensor | None) -> Los
         return (one_step(generator, sample, update.recipe) * g).sum(), metrics
 
     return build
-
-
-def one_step(network: Network, sample: Simulated, recipe: Recipe) -> Tensor:
-    """x0 by ``network`` from (x_in, t_in) of a rollout, with grad where grad is enabled."""
-    r = sample.rollout
-    prediction = network(r.x_in, r.t_in, sample.batch.condition)
-    return clean_sample(r.x_in, r.t_in, prediction, recipe.prediction, recipe.path)
 
 
 def leaf_gradient(update: Update, sample: Simulated, x0: Tensor, guidance: Tensor | None) -> tuple[Tensor, Metrics]:

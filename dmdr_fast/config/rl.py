@@ -71,9 +71,10 @@ class RL(Section):
     )
 
     def options(self, name: str) -> Method:
-        """Method ``name`` with the options of its section."""
+        """Method ``name`` with the options of its section, its parts with those of theirs."""
         section = getattr(self, name, None)
-        return method_of(name, **({} if section is None else section.model_dump()))
+        parts = {part: self.options(part) for part in METHODS[name].parts}
+        return method_of(name, **({} if section is None else section.model_dump()), **parts)
 
     @property
     def chosen(self) -> Method:

@@ -21,6 +21,7 @@ METHODS = {
     "grpo, groups over ranks": [*GRPO, "--rl.grpo.group_size", "8", "--student.steps", "2"],
     "dpo": [*DPO, "--rl.dpo.group_size", "4"],
     "dpo, groups over ranks": [*DPO, "--rl.dpo.group_size", "8", "--student.steps", "2"],
+    "hybrid": ["--rl.method", "hybrid", "--rl.grpo.group_size", "8", "--student.steps", "2"],
 }
 FINAL = "final/generator.safetensors"
 
@@ -57,7 +58,16 @@ def one_rank(run, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("method", "stage"),
-    sampled([("grpo, groups over ranks", "3"), ("dpo", "0"), ("grpo", "0"), ("dpo, groups over ranks", "3")], 2),
+    sampled(
+        [
+            ("grpo, groups over ranks", "3"),
+            ("dpo", "0"),
+            ("grpo", "0"),
+            ("dpo, groups over ranks", "3"),
+            ("hybrid", "3"),
+        ],
+        2,
+    ),
 )
 def test_two_ranks_equal_one_rank(run, one_rank, tmp_path, method, stage):
     log, weights = one_rank(method)
@@ -82,6 +92,7 @@ def test_ratios_are_one_on_the_first_inner_epoch(one_rank):
 RESUMED = {
     "grpo with KL": [*METHODS["grpo"], "--rl.regularizer", "kl", "--rl.kl_weight", "0.1"],
     "dpo": METHODS["dpo"],
+    "hybrid": METHODS["hybrid"],
     "refl, normalised": ["--reward.terms", json.dumps([{"kind": "digits", "normalize": "running"}])],
 }
 
@@ -143,6 +154,9 @@ def test_a_reward_that_fails_on_one_rank_ends_both(run, tmp_path):
         (["--rl.method", "grpo"], ["rl.grpo: no step of a 1-step student is stochastic", "noisy_last_step"]),
         ([*GRPO, "--rl.grpo.group_size", "1"], ["rl.grpo.group_size: 1"]),
         ([*GRPO, "--rl.grpo.group_size", "3"], ["rl.grpo.group_size: 3", "8"]),
+        (["--rl.method", "hybrid", "--student.steps", "2", "--reward.terms", own("Ink")], ["without a gradient"]),
+        (["--rl.method", "hybrid"], ["student.steps: 1", "hybrid"]),
+        (["--rl.method", "hybrid", "--student.steps", "2", "--rl.grpo.group_size", "3"], ["rl.grpo.group_size: 3"]),
         (["--rl.method", "dpo", "--rl.reference", "lora_off"], ["rl.reference", "student.lora.rank"]),
         ([*GRPO, "--rl.grpo.mode", "advantage_weighted_dmd"], ["teacher.cfg_scale", "no guidance"]),
     ],

@@ -28,6 +28,10 @@ class Scored:
     rewards: Tensor
     named: dict[str, Tensor]
 
+    def means(self) -> Metrics:
+        """The mean of each reward."""
+        return {name: values.mean() for name, values in ({"reward": self.rewards} | self.named).items()}
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -45,7 +49,7 @@ class Experience:
 
     def metrics(self) -> Metrics:
         """Mean rewards over the micro-batches, and the share of samples whose group says something."""
-        parts = [{n: v.mean() for n, v in ({"reward": s.rewards} | s.named).items()} for s in self.scored]
+        parts = [s.means() for s in self.scored]
         metrics = {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]}
         return metrics | {"kept": self.kept.float().mean()}
 
