@@ -22,6 +22,7 @@ METHODS = {
     "dpo": [*DPO, "--rl.dpo.group_size", "4"],
     "dpo, groups over ranks": [*DPO, "--rl.dpo.group_size", "8", "--student.steps", "2"],
     "hybrid": ["--rl.method", "hybrid", "--rl.grpo.group_size", "8", "--student.steps", "2"],
+    "nft": ["--rl.method", "nft", "--rl.nft.group_size", "8", "--student.steps", "2"],
 }
 FINAL = "final/generator.safetensors"
 
@@ -65,6 +66,7 @@ def one_rank(run, tmp_path_factory):
             ("grpo", "0"),
             ("dpo, groups over ranks", "3"),
             ("hybrid", "3"),
+            ("nft", "3"),
         ],
         2,
     ),
@@ -93,6 +95,7 @@ RESUMED = {
     "grpo with KL": [*METHODS["grpo"], "--rl.regularizer", "kl", "--rl.kl_weight", "0.1"],
     "dpo": METHODS["dpo"],
     "hybrid": METHODS["hybrid"],
+    "nft": METHODS["nft"],
     "refl, normalised": ["--reward.terms", json.dumps([{"kind": "digits", "normalize": "running"}])],
 }
 

@@ -24,7 +24,7 @@ from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.recipe import Batch
 from dmdr_fast.algorithm.rl.advantages import group_advantages
-from dmdr_fast.algorithm.rl.experience import Experience, Scored, scored
+from dmdr_fast.algorithm.rl.experience import Experience, Scored, rl_index, scored
 from dmdr_fast.algorithm.rl.grpo import GRPO
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network, whole_weights
@@ -79,7 +79,7 @@ class Trajectories(Experience):
 def collect(method: GRPO, update: Update, score: Score = scored) -> Trajectories:
     """Sample groups by the SDE with the generator as it is, and score them by ``score``."""
     recipe, streams, step, device = update.recipe, update.streams, update.step, update.device
-    index, parts, trajectories = (step, recipe.fake_updates), [], []
+    index, parts, trajectories = rl_index(update), [], []
     shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their rewards are compared
     for shard in update.shards:
         batch = update.data(index, shard, method.group_size)

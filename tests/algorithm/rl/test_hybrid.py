@@ -1,5 +1,6 @@
 """The hybrid's update against hand-written fp64, finite differences and a closed form; what it runs, and how often."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -19,7 +20,7 @@ from dmdr_fast.plan.shapes import find_shape
 from dmdr_fast.plan.workload import Workload
 
 from ..networks import CLASSES, SHAPE, Denoiser, PlainRole, labels, recipe, reward_model, update
-from .gaussians import log_density, step
+from .gaussians import Mean, log_density, step
 
 CPU = torch.device("cpu")
 B, K, ETA, WEIGHT, LR = 4, 2, 0.7, 0.6, 1e-2
@@ -57,7 +58,7 @@ def one_update(generator, hybrid, steps=3, **changes):
 
 
 def objective(generator, old, now, hybrid):
-    """WEIGHT (mean over the stochastic steps of mean -A r + refl_weight mean -R), on the trajectory that ``old`` drew."""
+    """WEIGHT (mean over the stochastic steps of mean -A r + refl_weight mean -R), on the trajectory of ``old``."""
     grid, y = now.recipe.grid, now.data((0, 2), now.shards[0], K).condition
     x = [now.streams.noise("rl_rollout", 0, 0, shape=SHAPE, shard=now.shards[0], device=CPU).double()]
     drawn = []
@@ -118,37 +119,38 @@ def test_the_gradient_is_that_of_finite_differences():
     assert got == pytest.approx(slope, rel=1e-4)
 
 
+class OneGraph(PlainRole):
+    """A role that has at most one graph at a time."""
+
+    graphs = 0
+
+    def __call__(self, x, t, condition):
+        self.graphs += torch.is_grad_enabled()
+        assert self.graphs <= 1
+        return super().__call__(x, t, condition)
+
+    def backward(self, loss, *, last):
+        loss.backward()
+        self.graphs -= 1
+
+
 @pytest.mark.parametrize("trained", [None, 1])
 def test_what_an_update_runs(trained):
-    """N forwards without grad and the planner's graded ones, each graph gone before the next; the reward once a chunk."""
+    """N forwards without grad and the planner's graded ones, a graph at a time; decoder and reward once a chunk."""
     hybrid = method(grpo=GRPO(group_size=K, trained_steps=trained))
-    role, now, calls = one_update(Denoiser(1), hybrid, steps=4)
-    alive = []
+    _, now, calls = one_update(Denoiser(1), hybrid, steps=4)
+    role, graded = OneGraph(Denoiser(1)), hybrid.graded_forwards(4)
 
-    def forward(x, t, condition, call=type(role).__call__):
-        alive.append(torch.is_grad_enabled())
-        assert sum(alive) <= 1
-        return call(role, x, t, condition)
+    def no_graph_but_its_own(images, given, batch):
+        assert role.graphs == 0
+        return now.reward.score(images, given, batch)
 
-    def backward(loss, *, last):
-        loss.backward()
-        alive.clear()
-
-    role.backward = backward
-    dmdr_update(update(Networks(_Role(forward, role), None, None), now.recipe, now.streams, now.shards, reward=now.reward))
-    graded = hybrid.graded_forwards(4)
-    assert graded == (trained or 3) + 1 and role.forwards == 4 + graded
+    reward = replace(now.reward, score=no_graph_but_its_own)
+    dmdr_update(update(Networks(role, None, None), now.recipe, now.streams, now.shards, reward=reward))
+    assert graded == (trained or 3) + 1 and role.forwards == 4 + graded and role.graphs == 0
     assert calls == {"decode": 2, "rewards": 2}  # 3 and 1 of 4 samples, with grad
     work = Workload(find_shape("sit-xl-2"), policy_steps=graded, student_steps=4, activation="none")
     assert units(work)["policy rollout"] == 4 and units(work)["policy update"] == 3 * graded
-
-
-class _Role:
-    def __init__(self, forward, role):
-        self.forward, self.backward, self.step = forward, role.backward, role.step
-
-    def __call__(self, x, t, condition):
-        return self.forward(x, t, condition)
 
 
 def test_two_micro_batches_are_one():
@@ -156,7 +158,8 @@ def test_two_micro_batches_are_one():
     for shards in ([Shard(0, 4, 4)], [Shard(0, 2, 4), Shard(2, 4, 4)]):
         generator = Denoiser(1)
         role, now, _ = one_update(generator, method())
-        role.backward = lambda loss, *, last, n=len(shards): (loss / n).backward()
+        parts = len(shards)
+        role.backward = lambda loss, *, last, parts=parts: (loss / parts).backward()
         dmdr_update(update(now.networks, now.recipe, now.streams, shards, reward=now.reward))
         moved.append(list(generator.parameters()))
     for one, two, start in zip(*moved, Denoiser(1).parameters(), strict=True):
@@ -180,17 +183,6 @@ GOOD = Setting(4, "dmd", None, False, "sit", "flow")
 def test_what_does_not_fit_is_refused(hybrid, setting, words):
     assert next(hybrid.problems(setting)).startswith(words)
     assert not list(method().problems(GOOD))
-
-
-class Mean(torch.nn.Module):
-    """v = -mu at every time."""
-
-    def __init__(self, mu):
-        super().__init__()
-        self.mu = torch.nn.Parameter(mu.clone())
-
-    def forward(self, x, t, condition):
-        return -self.mu.expand_as(x)
 
 
 @pytest.mark.parametrize("refl_weight", [0.1, 1.0])
