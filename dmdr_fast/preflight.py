@@ -59,16 +59,23 @@ def _check_rewards(config: Config) -> dict[str, str]:
                 made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=config.num_classes)
             except (ValueError, FileNotFoundError) as error:
                 raise UserError(str(error).replace("reward.terms", where)) from None
-            if config.rl.chosen.needs_gradient and where == "reward.terms" and not graded:
-                others = " or ".join(n for n, m in METHODS.items() if m.uses_reward and not m.needs_gradient)
-                raise UserError(
-                    f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method "
-                    f"{config.rl.method} needs; set rl.method to {others}, or take a differentiable reward"
-                )
+            if where == "reward.terms" and not graded:
+                _check_gradient(config, term.name or term.kind)
             if term.kind in KINDS:
                 found = weights_of_reward(*made)
                 names |= {f"{where}: {term.name or term.kind}: {name}": value for name, value in found.items()}
     return names
+
+
+def _check_gradient(config: Config, reward: str) -> None:
+    """Whether no method needs the gradient that a reward does not have."""
+    rl, others = config.rl, " or ".join(n for n, m in METHODS.items() if m.uses_reward and not m.needs_gradient)
+    for key, name, remedy in (("rl.tilt.method", rl.tilt.method, "none"), ("rl.method", rl.method, others)):
+        if rl.options(name).needs_gradient:
+            raise UserError(
+                f"reward.terms: {reward} gives scores without a gradient, which {key} {name} needs; set {key} to "
+                f"{remedy}, or take a differentiable reward"
+            )
 
 
 def _check_places(config: Config, rewards: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ METHODS = {
     "dpo": [*DPO, "--rl.dpo.group_size", "4"],
     "dpo, groups over ranks": [*DPO, "--rl.dpo.group_size", "8", "--student.steps", "2"],
     "hybrid": ["--rl.method", "hybrid", "--rl.grpo.group_size", "8", "--student.steps", "2"],
+    "tilt": ["--rl.tilt.method", "refl", "--rl.tilt.weight", "0.5", "--train.cold_start_steps", "3"],
     "nft": ["--rl.method", "nft", "--rl.nft.group_size", "8", "--student.steps", "2"],
 }
 FINAL = "final/generator.safetensors"
@@ -67,6 +68,7 @@ def one_rank(run, tmp_path_factory):
             ("dpo, groups over ranks", "3"),
             ("hybrid", "3"),
             ("nft", "3"),
+            ("tilt", "3"),
         ],
         2,
     ),
@@ -96,6 +98,7 @@ RESUMED = {
     "dpo": METHODS["dpo"],
     "hybrid": METHODS["hybrid"],
     "nft": METHODS["nft"],
+    "tilt": METHODS["tilt"],
     "refl, normalised": ["--reward.terms", json.dumps([{"kind": "digits", "normalize": "running"}])],
 }
 
@@ -103,7 +106,7 @@ RESUMED = {
 @pytest.mark.parametrize("method", sampled(RESUMED, 2))
 def test_killed_and_resumed_is_uninterrupted_to_the_byte(run, launch, tmp_path, method):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = [*RESUMED[method], "--train.cold_start_steps", "1", "--checkpoint.every", "1"]
+    options = ["--train.cold_start_steps", "1", *RESUMED[method], "--checkpoint.every", "1"]
     code, _, err = run([*options, "--train.generator_steps", "24", "--run_dir", whole])
     assert code == 0, err
     process = launch([*options, "--train.generator_steps", "24", "--run_dir", broken])
@@ -159,6 +162,11 @@ def test_a_reward_that_fails_on_one_rank_ends_both(run, tmp_path):
         ([*GRPO, "--rl.grpo.group_size", "3"], ["rl.grpo.group_size: 3", "8"]),
         (["--rl.method", "hybrid", "--student.steps", "2", "--reward.terms", own("Ink")], ["without a gradient"]),
         (["--rl.method", "hybrid"], ["student.steps: 1", "hybrid"]),
+        (
+            ["--rl.method", "dpo", "--rl.tilt.method", "refl", "--reward.terms", own("Ink")],
+            ["without a gradient", "rl.tilt.method refl", "to none"],
+        ),
+        (["--rl.tilt.method", "refl", "--train.cold_start_steps", "0"], ["train.cold_start_steps is 0"]),
         (["--rl.method", "hybrid", "--student.steps", "2", "--rl.grpo.group_size", "3"], ["rl.grpo.group_size: 3"]),
         (["--rl.method", "dpo", "--rl.reference", "lora_off"], ["rl.reference", "student.lora.rank"]),
         ([*GRPO, "--rl.grpo.mode", "advantage_weighted_dmd"], ["teacher.cfg_scale", "no guidance"]),
