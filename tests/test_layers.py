@@ -20,7 +20,7 @@ ALLOWED = {
     "rewards": {"ops", "data", "scenes", "errors"},
     "scenes": {"algorithm", "cli", "commit", "data", "errors"},
     "data": {"cache", "errors", "locks"},
-    "eval": {"algorithm", "commit", "data", "ops", "errors"},
+    "eval": {"algorithm", "commit", "data", "disk", "ops", "errors"},
     "patch": {"ops", "models", "errors"},
     "deepspeed_json.py": {"cli", "config", "errors"},
     "plan": {"algorithm", "cli", "config", "data", "deepspeed_json", "models", "ops", "patch", "rewards", "errors"},

@@ -15,13 +15,13 @@ from torch import Tensor
 from dmdr_fast.config import Config
 from dmdr_fast.engine.checkpoint import NAME, fault, stored_role
 from dmdr_fast.engine.engines import DTYPES
-from dmdr_fast.engine.pipeline_model import PipelineModel
+from dmdr_fast.engine.model import Model
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import Denoiser
 
 
 @contextmanager
-def checkpoint_weights(run_dir: Path, step: int, model: PipelineModel, beside: Path) -> Iterator[Path]:
+def checkpoint_weights(run_dir: Path, step: int, model: Model, beside: Path) -> Iterator[Path]:
     """A file as ``final/generator.safetensors``, of the checkpoint of ``step``; in a temporary folder in ``beside``.
 
     Raises:
