@@ -63,17 +63,17 @@ class Gallery:
             UserError: the folder has images that were made otherwise.
         """
         file = self.folder / SETTINGS
-        found = _read_settings(file)
+        found = _read_settings(file) if any(self.folder.glob("*/*.png")) else {}
         digest = hashlib.sha256("\0".join(self.captions).encode()).hexdigest()
         prompts = f"{len(self.captions)}, sha256 {digest[:16]}"
         now = json.loads(json.dumps({**settings, "prompts": prompts, "rewards": rewards}))
-        for name in () if found is None else sorted((found.keys() | now.keys()) - {"rewards"}):
+        for name in sorted((found.keys() | now.keys()) - {"rewards"}) if found else ():
             if found.get(name) != now.get(name):
                 raise UserError(
                     f"--out: {self.folder} has images of another evaluation: {name} {found.get(name)!r}, now "
                     f"{now.get(name)!r}; name another folder"
                 )
-        if found is not None and found["rewards"] != now["rewards"]:
+        if found.get("rewards") != now["rewards"]:
             for scores in self.folder.glob("scores*.jsonl"):
                 scores.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,11 +212,8 @@ def _pixels(file: Path) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _read_settings(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
+def _read_settings(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
-        return {"rewards": None, **found}
+        return dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--out: {file} cannot be read ({error}); name another folder") from None
+        raise UserError(f"--out: {file} does not tell what is there ({error}); name another folder") from None

@@ -11,8 +11,11 @@ from safetensors.torch import save_file
 
 from dmdr_fast import cli, evaluate
 from dmdr_fast.cli import run_user_command
+from dmdr_fast.data.images import read_cropped
 from dmdr_fast.engine.model import open_model
 from dmdr_fast.eval.gallery import Gallery, image_name, markdown
+from dmdr_fast.eval.inception import LAYERS
+from dmdr_fast.eval.metrics import frechet_distance, precision_recall
 from dmdr_fast.export import export_run
 from dmdr_fast.models.sit import SiT
 from tests.families import PROMPTS, randomised
@@ -202,6 +205,66 @@ def test_the_imagenet_recipe_into_the_adm_suite_s_file(models, tmp_path, capsys)
     assert evaluated(run_dir, tmp_path / "out", *options, prompts=False) == found  # the npz's bytes, too
     assert run_user_command(evaluate.main, [str(run_dir), "--prompts", "sea", "--out", str(tmp_path / "out")]) == 2
     assert "is a run on class labels, which reads none" in capsys.readouterr().err
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """torch-fidelity's own Inception with the random weights that it starts with, in a file."""
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    kind = extractor.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patched:
+        patched.setattr(extractor, "load_state_dict_from_url", lambda *_, **__: {})
+        patched.setattr(kind, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        network = kind("inception-v3-compat", ["64", "logits_unbiased"])
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    return network
+
+
+def real_images(folder, count):
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).resize((2 * SIZE, SIZE)).save(
+            folder / f"{i}.png"
+        )
+    return folder
+
+
+def test_inception_s_metrics_against_real_images(folder, tmp_path, capsys, monkeypatch, inception):
+    """By its features of width 64, whose distance takes no minute; against our own formulas."""
+    for metric in ("fid", "prc"):
+        monkeypatch.setitem(LAYERS, metric, "64")
+    real, out, file = real_images(tmp_path / "real", 8), tmp_path / "out", tmp_path / "inception.pth"
+    options = ["--seeds", 4, "--student-only", "--rewards", "--real", real, "--inception"]
+    found = json.loads(evaluated(folder / "run", out, *options, file)["metrics.json"])["student"]
+
+    def features(files):
+        with torch.no_grad():
+            images = torch.stack([torch.from_numpy(read_cropped(f, SIZE, SIZE).copy()) for f in sorted(files)])
+            return inception(images.permute(0, 3, 1, 2))
+
+    (drawn, logits), (truth, _) = features((out / "student").iterdir()), features(real.iterdir())
+    assert found["FID"] == pytest.approx(frechet_distance(drawn, truth), rel=1e-3)
+    assert (found["precision"], found["recall"]) == pytest.approx(precision_recall(truth, drawn))
+    p = logits.double().softmax(1)
+    single = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert 1.0 <= found["inception score"] < single + 0.1  # its splits are of one image or two
+    file.write_bytes(b"no weights")
+    assert run_user_command(evaluate.main, [*words(folder), "--out", str(out), *map(str, options), str(file)]) == 2
+    assert f"error: --inception: {file} is no such file (" in capsys.readouterr().err
+
+
+def test_a_comparison_without_the_package_or_with_few_images_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    real = real_images(tmp_path / "real", 3)
+    command = [*words(folder), "--out", str(tmp_path / "out"), "--real", str(real)]
+    for there, said in (
+        (None, "error: --real: it needs torch-fidelity; pip install 'dmdr_fast[fid]', or leave --real out\n"),
+        (True, "error: --real: expected at least 4 images in it and 10 drawn, got 3 and 3; "),
+    ):
+        monkeypatch.setattr("dmdr_fast.eval.inception.importlib.util.find_spec", lambda _, there=there: there)
+        assert run_user_command(evaluate.main, command) == 2
+        assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.parametrize(
