@@ -231,6 +231,7 @@ def real_images(folder, count):
     return folder
 
 
+@pytest.mark.slow
 def test_inception_s_metrics_against_real_images(folder, tmp_path, capsys, monkeypatch, inception):
     """By its features of width 64, whose distance takes no minute; against our own formulas."""
     for metric in ("fid", "prc"):
@@ -312,7 +313,7 @@ def test_mistakes_of_the_source_and_of_a_reward(folder, tmp_path, capsys):
         assert said in capsys.readouterr().err
     failing = ["--student-only", "--rewards", BRIGHTNESS.replace("Darkness", "Raises")]
     assert run_user_command(evaluate.main, [*words(folder), *out, *failing]) == 2
-    assert "error: reward 'Raises', images of the student: the tower fell" in capsys.readouterr().err
+    assert "error: reward 'darkness', images of the student: the tower fell" in capsys.readouterr().err
     assert len(list((tmp_path / "out/student").iterdir())) == 3  # which are kept
 
 
