@@ -107,15 +107,11 @@ def _run(options: argparse.Namespace) -> Subject:
     on_labels = config.model.family == "sit"
     if on_labels and options.prompts:
         raise UserError(f"--prompts: {options.source} is a run on class labels, which reads none; leave it out")
-    if on_labels and options.step is not None and config.student.lora.rank:
-        raise UserError(f"--step: the student of {options.source} is a LoRA of SiT; give a phase's file with --weights")
+    if on_labels and options.step is not None:
+        raise UserError(f"--step: {options.source} is a run on class labels; give a phase's file with --weights")
     captions = [f"class {label}" for label in range(config.model.num_classes)] if on_labels else _prompts(options)
-    if options.step is None:
-        file = weights_file(options.source, options.weights)
-    else:
-        file = options.source / "checkpoints" / f"step_{options.step:08d}" / "manifest.json"
     settings = {
-        "generator": _stamp(file),
+        "generator": _stamp(weights_file(options.source, options.weights, options.step)),
         "eval.teacher_steps": config.eval.teacher_steps,
         "data.negative_prompt": config.data.negative_prompt,
         "deepspeed.dtype": config.deepspeed.dtype,
@@ -147,10 +143,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 def _stamp(file: Path) -> str:
     """What tells one content of a file from another without reading it."""
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; name another checkpoint or file of weights") from None
+    found = file.stat()
     return f"{file.name}, {found.st_size} bytes, changed at {found.st_mtime_ns} ns"
 
 

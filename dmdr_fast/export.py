@@ -50,21 +50,23 @@ def run_weights(model: Model, run_dir: Path, weights: Path | None, step: int | N
     from dmdr_fast.engine.checkpoint_weights import checkpoint_weights
 
     if step is None:
-        yield weights_file(run_dir, weights)
+        yield weights_file(run_dir, weights, step)
         return
     with checkpoint_weights(run_dir, step, model, beside) as file:
         yield file
 
 
-def weights_file(run_dir: Path, weights: Path | None) -> Path:
-    """``weights``, or the final ones of a run.
+def weights_file(run_dir: Path, weights: Path | None, step: int | None) -> Path:
+    """The file by which a run's generator is known: the manifest of the checkpoint of ``step``, or its weights.
 
     Raises:
-        UserError: there are none.
+        UserError: it is not there.
     """
-    from dmdr_fast.engine.checkpoint_weights import steps_in_words
+    from dmdr_fast.engine.checkpoint_weights import checkpoint_folder, steps_in_words
 
     file = weights or run_dir / FINAL
+    if step is not None:
+        file = checkpoint_folder(run_dir, step) / "manifest.json"
     if not file.is_file():
         raise UserError(
             f"no weights at {file}; let the run finish, take a checkpoint with --step ({steps_in_words(run_dir)}), or "

@@ -203,8 +203,9 @@ def test_the_imagenet_recipe_into_the_adm_suite_s_file(models, tmp_path, capsys)
     truth = reward(torch.from_numpy(samples[1:2]).permute(0, 3, 1, 2) / 127.5 - 1, labels=torch.tensor([1]))
     assert scored["student/00001_class-1_0.png"] == pytest.approx(truth.item(), rel=1e-4)
     assert evaluated(run_dir, tmp_path / "out", *options, prompts=False) == found  # the npz's bytes, too
-    assert run_user_command(evaluate.main, [str(run_dir), "--prompts", "sea", "--out", str(tmp_path / "out")]) == 2
-    assert "is a run on class labels, which reads none" in capsys.readouterr().err
+    for words_, said in ((["--prompts", "sea"], "--prompts: "), (["--step", "1"], "--step: ")):
+        assert run_user_command(evaluate.main, [str(run_dir), *words_, "--out", str(tmp_path / "out")]) == 2
+        assert f"error: {said}{run_dir} is a run on class labels" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_a_comparison_without_the_package_or_with_few_images_is_one_line(folder,
         (["--rewards", INK.replace("Ink", "Nothing")], "expected a class Nothing"),
         (["--inception", "x.pth"], "--inception: it is for --real FOLDER"),
         (["--real", "/nowhere"], "--real: "),
-        (["--step", "7"], "step_00000007/manifest.json: No such file or directory"),
+        (["--step", "7"], "--step 7: no such checkpoint in "),
         (["--weights", "no.safetensors"], "no weights at no.safetensors"),
         (["--out", "/dev/null/out"], "--out: /dev/null/out cannot be written"),
         (["--prompts", "no.txt"], "prompts no.txt: no such file"),
