@@ -232,7 +232,7 @@ def real_images(folder, count):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_inception_s_metrics_against_real_images(folder, tmp_path, capsys, monkeypatch, inception):
     """By its features of width 64, whose distance takes no minute; against our own formulas."""
     for metric in ("fid", "prc"):
