@@ -52,7 +52,7 @@ class Subject:
     @property
     def num_classes(self) -> int | None:
         """None where images are of prompts."""
-        return self.config.model.num_classes if self.config and self.config.model.family == "sit" else None
+        return None if self.config is None else self.config.num_classes
 
 
 def main(argv: list[str]) -> None:
