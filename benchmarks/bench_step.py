@@ -23,7 +23,7 @@ from benchmarks.timing import Run, Spread, interleave, wall
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.recipe import Recipe
-from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
+from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.models.eight_bit import float8_refusal
 from dmdr_fast.models.sit import SIT_CONFIGS
@@ -110,7 +110,7 @@ def measured(
         dynamic_guidance_step=10**9,  # the scale stays where it starts
         dmd=DMDOptions(cfg_scale=cfg_scale),
         reward_weight=0.05,
-        rl=RLOptions(refl=ReFLOptions(chunk=max(1, size.batch // 4))),
+        method=ReFL(chunk=max(1, size.batch // 4)),
     )
     counters = balanced_steps(steps, reuse)
     sides: dict[str, Fused | Eager] = {

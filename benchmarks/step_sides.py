@@ -15,10 +15,11 @@ from benchmarks.bench_preprocess_reward import RewardPreprocessing
 from benchmarks.eager_step import DenseLora, Draws, EagerUpdate, FakeDraws
 from dmdr_fast import ops
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe, RewardModel
-from dmdr_fast.algorithm.rollout import Network, draw_stop_step
+from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.algorithm.update import Update
 from dmdr_fast.models.attention import AttentionKernel, Choice, set_attention
 from dmdr_fast.models.blocks import repeated_blocks
 from dmdr_fast.models.cast import ReadAs
@@ -129,7 +130,8 @@ class Fused:
         self.recipe, self.device, self.shard = recipe, device, Shard(0, size.batch, size.batch)
 
     def __call__(self, step: int) -> None:
-        dmdr_update(self.networks, self._data, self.reward, self.recipe, STREAMS, step, [self.shard], self.device)
+        given = self.networks, self._data, self.reward, [self.shard], self.device
+        dmdr_update(Update(self.recipe, STREAMS, *given, step=step))
 
     def _data(self, index: tuple[int, ...], shard: Shard, group: int = 1) -> Batch:
         labels = _labels(index, shard.size, self.device)
@@ -285,7 +287,7 @@ def _draws(step: int, batch: int, recipe: Recipe, device: torch.device) -> Draws
 
 def _stops(step: int, steps: int, reuse: int = 1) -> list[int]:
     """The stop step of every rollout of an update."""
-    return [draw_stop_step(STREAMS.rng("stop", step, r), steps) for r in range(0, FAKE_UPDATES, reuse)]
+    return [STREAMS.stop_step(steps, step, r) for r in range(0, FAKE_UPDATES, reuse)]
 
 
 def _labels(index: tuple[int, ...], batch: int, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+from dmdr_fast.algorithm.rl.methods import METHODS
 from dmdr_fast.config import Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.errors import UserError
@@ -33,10 +34,9 @@ def check(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
-    name = config.rl.method
-    group = {"grpo": config.rl.grpo.group_size, "dpo": config.rl.dpo.group_size}.get(name, 1)
+    name, group = config.rl.method, config.rl.chosen.compared
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    if batch % group:
+    if group is not None and batch % group:
         raise UserError(
             f"rl.{name}.group_size: {group} does not divide the global batch of {batch} "
             "(train.micro_batch_size x train.gradient_accumulation x ranks); change one of them"
@@ -50,19 +50,19 @@ def _check_rewards(config: Config) -> dict[str, str]:
     """
     from dmdr_fast.rewards.registry import KINDS, is_differentiable, prepare_reward, weights_of_reward
 
-    num_classes = config.model.num_classes if config.model.family == "sit" else None
     names: dict[str, str] = {}
     for where, terms in (("reward.terms", config.reward.terms), ("reward.held_out", config.reward.held_out)):
         for term in terms:
             try:
                 graded = is_differentiable(term.kind)
-                made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=num_classes)
+                made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=config.num_classes)
             except (ValueError, FileNotFoundError) as error:
                 raise UserError(str(error).replace("reward.terms", where)) from None
-            if config.rl.method == "refl" and where == "reward.terms" and not graded:
+            if config.rl.chosen.needs_gradient and where == "reward.terms" and not graded:
+                others = " or ".join(n for n, m in METHODS.items() if m.uses_reward and not m.needs_gradient)
                 raise UserError(
-                    f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method refl "
-                    "needs; set rl.method to grpo or dpo, or take a differentiable reward"
+                    f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method "
+                    f"{config.rl.method} needs; set rl.method to {others}, or take a differentiable reward"
                 )
             if term.kind in KINDS:
                 found = weights_of_reward(*made)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.guidance import Mode, guide
-from dmdr_fast.algorithm.paths import FLOW, Path
+from dmdr_fast.algorithm.paths import FLOW, Path, target
 from dmdr_fast.algorithm.score_pass import ScorePass, Scores
 from dmdr_fast.ops.dmd import EpsMode, NaNPolicy, Normalizer, Prediction, Reduction
 
@@ -117,11 +117,8 @@ def score_matching_loss(prediction: Tensor, x0: Tensor, noise: Tensor, kind: Pre
 
     ``flow`` mean |v - (noise - x0)|^2; ``eps`` mean |eps_hat - noise|^2; ``x0`` mean |x0_hat - x0|^2.
     """
-    targets = {"flow": lambda: noise - x0, "eps": lambda: noise, "x0": lambda: x0}
-    if kind not in targets:
-        raise ValueError(f"score_matching_loss: kind must be one of {sorted(targets)}, got {kind!r}")
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(dtype) - targets[kind]().to(dtype)).square().mean()
+    return (prediction.to(dtype) - target(x0, noise, kind).to(dtype)).square().mean()
 
 
 def fake_loss(

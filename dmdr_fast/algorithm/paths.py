@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dmdr_fast.ops.dmd import Prediction
@@ -26,37 +24,6 @@ class FlowPath:
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1.0 - t, t
-
-
-@dataclass(frozen=True)
-class VPPath:
-    """Variance preserving: alpha = sqrt(abar), sigma = sqrt(1 - abar) of a discrete DDPM schedule (SDXL).
-
-    t in [0, 1] is the schedule's step round(t (T - 1)); at its last one abar is small but not 0, so a clean sample
-    can be read from an eps prediction there.
-    """
-
-    alphas_cumprod: tuple[float, ...]
-
-    @classmethod
-    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> VPPath:
-        """abar of betas that are linear in their root: Stable Diffusion's schedule (arXiv 2112.10752)."""
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64).square()
-        return cls(tuple((1.0 - betas).cumprod(0).tolist()))
-
-    def index(self, t: Tensor) -> Tensor:
-        """The schedule's step int64 [B] at t."""
-        last = len(self.alphas_cumprod) - 1
-        return (t * last).round().long().clamp(0, last)
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        abar = _table(self.alphas_cumprod, t.device)[self.index(t)]
-        return abar.sqrt().float(), (1.0 - abar).sqrt().float()
-
-
-@functools.lru_cache(maxsize=8)
-def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 FLOW = FlowPath()
@@ -81,3 +48,12 @@ def clean_sample(x_t: Tensor, t: Tensor, prediction: Tensor, kind: Prediction = 
     if kind == "v":
         return alpha * x_t - sigma * prediction
     raise ValueError(f"clean_sample: kind must be flow, eps, v or x0, got {kind!r}")
+
+
+def target(x0: Tensor, noise: Tensor, kind: Prediction = "flow") -> Tensor:
+    """The prediction that means x0 at x_t = alpha x0 + sigma noise: ``flow`` noise - x0; ``eps`` noise; ``x0`` x0."""
+    if kind == "flow":
+        return noise - x0
+    if kind in ("eps", "x0"):
+        return noise if kind == "eps" else x0
+    raise ValueError(f"target: kind must be flow, eps or x0, got {kind!r}")

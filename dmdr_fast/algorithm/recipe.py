@@ -10,13 +10,15 @@ from torch import Tensor
 
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.paths import FLOW, Path
-from dmdr_fast.algorithm.rl.options import RLOptions
-from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.algorithm.rl.method import Method, Regularizer
+from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.rollout import Network, Variant
 from dmdr_fast.algorithm.schedules import RenoiseLaw, real_score_lora_scale
 from dmdr_fast.algorithm.score_pass import ScorePass
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.ops.dmd import Prediction
+
+Decode = Callable[[Tensor], Tensor]  # latent [B, ...] -> image [B, C, H, W] in about [-1, 1]
 
 
 class Trained(Protocol):
@@ -71,10 +73,11 @@ Score = Callable[[Tensor, dict[str, Any], str], tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Decoder and rewards, all frozen."""
+    """Decoder and rewards, all frozen. chunk: samples decoded and scored at a time, where no gradient is taken."""
 
     decode: Decode
     score: Score
+    chunk: int = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,11 @@ class Recipe:
     """The numbers of one DMDR run that the step itself reads.
 
     prediction: what generator, fake and real score predict on ``path``. rollout_reuse: fake updates in a row that train
-    on one rollout, renoised anew. stop_step_per: "micro_step" or "rank", see ``step.stop_places``. saturation: |x0|
-    beyond which a value counts as saturated. more_shapes: latents of other sizes than ``latent_shape``, see ``sizes``.
+    on one rollout, renoised anew. stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. method: how
+    rewards reach the generator once the cold start has ended. regularizer: what then holds it near the teacher, the DMD
+    gradient, a KL to the reference or nothing; kl_weight: that of the KL, which comes on top of ``dmd``. saturation:
+    |x0| beyond which a value counts as saturated. more_shapes: latents of other sizes than ``latent_shape``, see
+    ``sizes``.
     """
 
     grid: tuple[float, ...]
@@ -100,7 +106,9 @@ class Recipe:
     dynamic_guidance_step: int = 0
     renoise: RenoiseLaw = field(default_factory=RenoiseLaw)
     dmd: DMDOptions = field(default_factory=DMDOptions)
-    rl: RLOptions = field(default_factory=RLOptions)
+    method: Method = field(default_factory=ReFL)
+    regularizer: Regularizer = "dmd"
+    kl_weight: float = 0.0
     reward_weight: float = 0.0
     reward_final_weight: float | None = None
     reward_warmup_steps: int = 0
@@ -123,7 +131,7 @@ class Recipe:
     def rl_active(self, step: int) -> bool:
         """Reinforcement learning starts when the cold start has ended."""
         weighs = self.reward_weight != 0.0 or (self.reward_final_weight or 0.0) != 0.0
-        return step >= self.cold_start_steps and self.rl.method != "none" and weighs
+        return step >= self.cold_start_steps and self.method.uses_reward and weighs
 
     def rl_weight(self, step: int) -> float:
         """Weight of the RL gradient: up from 0 over the warm-up, then linearly to the final weight."""
@@ -132,15 +140,6 @@ class Recipe:
         final = self.reward_weight if self.reward_final_weight is None else self.reward_final_weight
         weight = self.reward_weight + (final - self.reward_weight) * min(1.0, since / last)
         return weight * min(1.0, (since + 1) / self.reward_warmup_steps) if self.reward_warmup_steps else weight
-
-    def uses_dmd(self, step: int) -> bool:
-        """Whether the DMD gradient is part of this update; the fake score is trained only then."""
-        return not self.rl_active(step) or self.rl.regularizer == "dmd"
-
-    @property
-    def kl_weight(self) -> float:
-        """Weight of the KL to the reference once RL is active."""
-        return 0.0 if self.rl.regularizer == "none" else self.rl.kl_weight
 
     def real_scale(self, step: int) -> float:
         """DynaDG's s_r at this step."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,11 +34,6 @@ class Rollout:
     t_in: Tensor  # fp32 [B] its time
     x0: Tensor  # [B, ...] the generator's sample at the stop step
     reuse: bool  # x0 is the generator's output at (x_in, t_in): the generator update need not run it again
-
-
-def draw_stop_step(rng: np.random.Generator, steps: int) -> int:
-    """The stop step, uniform on 0..steps-1."""
-    return int(rng.integers(steps))
 
 
 def expected_forwards(steps: int, ranks: int = 1) -> float:

@@ -29,6 +29,11 @@ class Shard:
     def size(self) -> int:
         return self.stop - self.start
 
+    @property
+    def rows(self) -> slice:
+        """Of a tensor of the global batch."""
+        return slice(self.start, self.stop)
+
     @classmethod
     def of_rank(cls, rank: int, world_size: int, micro_batch: int, micro_step: int = 0, micro_steps: int = 1) -> Shard:
         """Rank-contiguous order inside each micro-step, micro-steps one after the other."""
@@ -56,6 +61,10 @@ class Streams:
         """A host generator (Philox) for small draws: labels, times, the stop step."""
         return np.random.Generator(np.random.Philox(key=self._words(purpose, counters)))
 
+    def stop_step(self, steps: int, *counters: int) -> int:
+        """Where a rollout of ``steps`` stops, uniform on 0..steps-1."""
+        return int(self.rng("stop", *counters).integers(steps))
+
     def noise_seed(self, purpose: str, *counters: int, device: torch.device) -> Tensor:
         """The int64[2] seed that ``ops.normal_noise`` and ``ops.renoise`` take."""
         return torch.from_numpy(self._words(purpose, counters).view(np.int64).copy()).to(device, non_blocking=True)
@@ -68,5 +77,5 @@ class Streams:
 
     def times(self, law, purpose: str, *counters: int, step: int, shard: Shard, device: torch.device) -> Tensor:
         """Renoise times fp32 [shard.size] drawn from a :class:`~dmdr_fast.algorithm.schedules.RenoiseLaw`."""
-        drawn = law.draw(self.rng(purpose, *counters), shard.total, step)[shard.start : shard.stop]
+        drawn = law.draw(self.rng(purpose, *counters), shard.total, step)[shard.rows]
         return torch.from_numpy(drawn.copy()).to(device, non_blocking=True)

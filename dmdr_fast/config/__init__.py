@@ -28,13 +28,11 @@ from dmdr_fast.config.networks import (
     TeacherTraining,
 )
 from dmdr_fast.config.problems import problems
-from dmdr_fast.config.rl import DPO, GRPO, RL, Monitors, ReFL, Reward, RewardTerm
+from dmdr_fast.config.rl import RL, Monitors, Reward, RewardTerm
 from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Export, Log, Optimizer, Train
 
 __all__ = [
     "DMD",
-    "DPO",
-    "GRPO",
     "RL",
     "AdamW",
     "Checkpoint",
@@ -54,7 +52,6 @@ __all__ = [
     "Model",
     "Monitors",
     "Optimizer",
-    "ReFL",
     "Renoise",
     "Reward",
     "RewardTerm",
@@ -111,6 +108,11 @@ class Config(Section):
         return self.model.sizes[0][0] // self.decoder_factor
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes of the labels; None with prompts."""
+        return self.model.num_classes if self.model.family == "sit" else None
+
+    @property
     def cfg_mode(self) -> Literal["standard", "offset", "per_token"]:
         """The form of guidance, with ``pipeline`` resolved: standard, offset or per_token."""
         mode = self.teacher.cfg_mode
@@ -136,8 +138,9 @@ class Config(Section):
     def reference_kind(self) -> Literal[None, "lora_off", "frozen"]:
         """What a KL or DPO holds the generator to; None where neither is used."""
         rl = self.rl
-        uses_kl = rl.kl_weight > 0 and rl.regularizer != "none" and rl.method != "none"
-        if not uses_kl and rl.method != "dpo":
+        method = rl.chosen
+        uses_kl = rl.kl_weight > 0 and rl.regularizer != "none" and method.uses_reward
+        if not uses_kl and not method.needs_reference:
             return None
         if rl.reference == "auto":
             return "lora_off" if self.student.lora.rank else "frozen"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
 
@@ -50,3 +51,18 @@ class Section(BaseModel):
 def key(default, description: str):
     """A documented key with its default."""
     return Field(default, description=description)
+
+
+def section_of(options: type) -> type[Section]:
+    """The section of a dataclass of ``dmdr_fast.algorithm.rl.method.option``: its keys, defaults, bounds and help."""
+    types, keys = get_type_hints(options), dict[str, Any]()
+    for field in fields(options):
+        kind, bounds = types[field.name], dict[str, Any](field.metadata["bounds"])
+        number = next((t for t in (int, float) if t in (kind, *get_args(kind))), None)
+        if number is not None:
+            if number is float:
+                bounds["allow_inf_nan"] = False
+            bounded: Any = Annotated[number, _NUMBER, Field(**bounds)]
+            kind = bounded if kind is number else bounded | None
+        keys[field.name] = (kind, key(field.default, field.metadata["description"]))
+    return create_model(options.__name__, __base__=Section, **keys)

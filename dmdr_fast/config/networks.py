@@ -10,6 +10,8 @@ from dmdr_fast.config.base import Count, Fraction, NonNegative, Place, Positive,
 
 # How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
 PIPELINE_CFG: dict[str, Literal["offset", "per_token"]] = {"z_image": "offset", "qwen_image": "per_token"}
+# What the networks of a family predict that is no flow.
+PREDICTIONS = {"sdxl": "eps"}
 Size = tuple[Positive, Positive]  # height, width
 Time = Annotated[float, Field(gt=0, le=1)]
 

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from dmdr_fast.algorithm.rl.method import Setting
+from dmdr_fast.algorithm.rl.methods import METHODS
+from dmdr_fast.config.networks import PREDICTIONS
+
 if TYPE_CHECKING:
     from dmdr_fast.config import Config
 
@@ -109,8 +113,6 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
         yield f"data.prompts: missing; model.family {family} needs a file of prompts, or a folder of Parquet files"
     if family == "sdxl" and config.student.shift != 1.0:
         yield f"student.shift: {config.student.shift:g}; SDXL's noise path has no shift, set it to 1"
-    if family == "sdxl" and config.rl.method == "grpo" and config.rl.grpo.mode == "policy":
-        yield "rl.method: the stochastic steps of grpo are of flow matching and SDXL predicts eps; take refl or dpo"
     if config.lora.form != "standard":
         yield f"lora.form: {config.lora.form} needs q, k and v in one layer, unlike {family}; set it to standard"
     digits = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("digits")]
@@ -158,7 +160,7 @@ def _reward_kinds(config: Config) -> list[tuple[str, str]]:
 
 def _rl_problems(config: Config) -> Iterator[str]:
     rl, reward = config.rl, config.reward
-    if rl.method == "none" or config.train.cold_start_steps == config.train.generator_steps:
+    if not rl.chosen.uses_reward or config.train.cold_start_steps == config.train.generator_steps:
         return
     if not reward.terms:
         yield f"reward.terms: missing; rl.method {rl.method} needs a reward, or set rl.method to none"
@@ -171,15 +173,24 @@ def _rl_problems(config: Config) -> Iterator[str]:
     if rl.reference == "lora_off" and not config.student.lora.rank:
         yield "rl.reference: lora_off needs a LoRA generator; set student.lora.rank, or rl.reference to frozen"
     yield from _auto_weight_problems(config)
-    yield from _group_problems(config)
+    setting = Setting(
+        config.student.steps,
+        rl.regularizer,
+        config.teacher.cfg_scale,
+        config.uses_cfg,
+        config.model.family,
+        PREDICTIONS.get(config.model.family, "flow"),
+    )
+    yield from rl.chosen.problems(setting)
 
 
 def _auto_weight_problems(config: Config) -> Iterator[str]:
     if config.reward.weight != "auto":
         return
-    if config.rl.method != "refl":
+    if not config.rl.chosen.auto_weight:
+        matched = " or ".join(f"{method.__name__}'s" for method in METHODS.values() if method.auto_weight)
         yield (
-            f"reward.weight: auto matches the DMD loss with ReFL's; that of {config.rl.method} is no size of the "
+            f"reward.weight: auto matches the DMD loss with {matched}; that of {config.rl.method} is no size of the "
             "reward, set a number"
         )
     if not config.train.cold_start_steps:
@@ -189,39 +200,3 @@ def _auto_weight_problems(config: Config) -> Iterator[str]:
             "reward.weight: auto beside reward.terms with normalize running, whose scale moves; set a number, or "
             "normalize to none"
         )
-
-
-def _group_problems(config: Config) -> Iterator[str]:
-    rl, n = config.rl, config.student.steps
-    key, group = {"grpo": ("rl.grpo", rl.grpo.group_size), "dpo": ("rl.dpo", rl.dpo.group_size)}.get(rl.method, ("", 2))
-    if group < 2:
-        yield f"{key}.group_size: {group} leaves nothing to compare; set it to 2 or more"
-    if rl.method != "grpo":
-        return
-    if rl.grpo.mode == "advantage_weighted_dmd" and rl.regularizer != "dmd":
-        yield (
-            "rl.grpo.mode: advantage_weighted_dmd weighs the DMD gradient; set rl.regularizer to dmd, or the mode to "
-            "policy"
-        )
-    if rl.grpo.mode != "policy":
-        if not config.uses_cfg:
-            yield (
-                f"teacher.cfg_scale: {_shown(config.teacher.cfg_scale)} is no guidance, so rl.grpo.mode "
-                "advantage_weighted_dmd has nothing to weigh; raise it, or set the mode to policy"
-            )
-        return
-    if rl.grpo.sde == "cps" and rl.grpo.eta >= 2.0:
-        yield f"rl.grpo.eta: {rl.grpo.eta:g} turns cps's noise angle, eta pi / 2, past a half turn; set it below 2"
-    stochastic = n if rl.grpo.noisy_last_step and rl.grpo.sde != "cps" else n - 1
-    if not stochastic:
-        yield (
-            f"rl.grpo: no step of a {n}-step student is stochastic with sde {rl.grpo.sde} and noisy_last_step "
-            f"{str(rl.grpo.noisy_last_step).lower()}; set rl.grpo.noisy_last_step to true with sde flow_grpo or dance, "
-            "or student.steps to 2 or more"
-        )
-    if rl.grpo.trained_steps is not None and rl.grpo.trained_steps > stochastic:
-        yield f"rl.grpo.trained_steps: {rl.grpo.trained_steps} of {stochastic} stochastic step(s); lower it"
-
-
-def _shown(number: float | None) -> str:
-    return "null" if number is None else f"{number:g}"

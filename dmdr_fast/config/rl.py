@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
+from pydantic import create_model, model_validator
 
-from dmdr_fast.config.base import Count, Fraction, NonNegative, Number, Place, Positive, PositiveFloat, Section, key
+from dmdr_fast.algorithm.rl.method import Method
+from dmdr_fast.algorithm.rl.methods import METHODS, method_of
+from dmdr_fast.algorithm.rl.refl import ReFL
+from dmdr_fast.config.base import (
+    Count,
+    Fraction,
+    NonNegative,
+    Number,
+    Place,
+    Positive,
+    PositiveFloat,
+    Section,
+    key,
+    section_of,
+)
 
 
 class RewardTerm(Section):
@@ -45,56 +60,50 @@ class Reward(Section):
         return values
 
 
-class ReFL(Section):
-    """ReFL: the reward's own gradient on x0."""
-
-    chunk: Positive = key(64, "Samples decoded and scored at a time; less is less memory.")
-    checkpoint: bool = key(False, "Recompute the decoder's activations in its backward pass.")
-    objective: Literal["linear", "hinge"] = key("linear", "linear: mean R; hinge: -mean max(0, margin - R).")
-    margin: Number = key(0.0, "The reward above which the hinge leaves a sample alone.")
-
-
-class GRPO(Section):
-    """GRPO: policy gradient over groups of samples of one condition."""
-
-    mode: Literal["policy", "advantage_weighted_dmd"] = key(
-        "policy", "policy: clipped ratios; advantage_weighted_dmd: advantages weight the guidance in the DMD gradient."
-    )
-    group_size: Positive = key(8, "K, samples per prompt or class; divides the global micro-batch.")
-    sde: Literal["flow_grpo", "dance", "cps"] = key("flow_grpo", "Form of the stochastic step.")
-    eta: PositiveFloat = key(0.7, "Its noise: 0.7 for flow_grpo, 0.3 for dance.")
-    std: Literal["group", "global", "none"] = key("group", "What advantages are divided by.")
-    unbiased: bool = key(False, "Standard deviation over n - 1 (DanceGRPO) instead of n (Flow-GRPO).")
-    eps: NonNegative = key(1e-4, "Added to the standard deviation.")
-    drop_zero_variance: bool = key(True, "Leave out groups whose rewards are all alike.")
-    clip_low: NonNegative = key(1e-4, "Ratio bound below, 1 - clip_low.")
-    clip_high: NonNegative = key(1e-4, "Ratio bound above, 1 + clip_high.")
-    adv_clip: PositiveFloat = key(5.0, "Largest |advantage|.")
-    inner_epochs: Positive = key(1, "Generator steps per batch of rollouts.")
-    trained_steps: Positive | None = key(None, "Stochastic steps trained per update, drawn anew; null: all.")
-    noisy_last_step: bool = key(False, "The step that ends at t = 0 is stochastic too; needed for student.steps 1.")
-
-
-class DPO(Section):
-    """DPO: best against worst of a group, online."""
-
-    beta: PositiveFloat = key(100.0, "Strength of the preference.")
-    group_size: Positive = key(4, "Samples per prompt or class; divides the global micro-batch.")
-    times: Literal["grid", "renoise"] = key("grid", "Times of the pairs: the student's own grid, or the renoise law.")
-
-
 class RL(Section):
     """How rewards reach the generator, and what holds it near the teacher."""
 
-    method: Literal["refl", "grpo", "dpo", "none"] = key("refl", "refl needs differentiable rewards; grpo, dpo do not.")
+    method: str = "refl"  # of METHODS
     regularizer: Literal["dmd", "kl", "none"] = key("dmd", "Beside RL: the DMD gradient, a KL to a reference, nothing.")
     kl_weight: NonNegative = key(0.0, "Weight of the KL to the reference; with regularizer dmd it comes on top.")
     reference: Literal["auto", "lora_off", "frozen"] = key(
         "auto", "lora_off: the generator without its LoRA; frozen: a copy of it as RL starts; auto: whichever fits."
     )
-    refl: ReFL = key(ReFL(), "ReFL.")
-    grpo: GRPO = key(GRPO(), "GRPO.")
-    dpo: DPO = key(DPO(), "DPO.")
+
+    def options(self, name: str) -> Method:
+        """Method ``name`` with the options of its section."""
+        section = getattr(self, name, None)
+        return method_of(name, **({} if section is None else section.model_dump()))
+
+    @property
+    def chosen(self) -> Method:
+        """The method."""
+        return self.options(self.method)
+
+    @property
+    def refl_options(self) -> ReFL:
+        """``rl.refl``, whose chunk and checkpoint are the decoder's under every method."""
+        options = self.options("refl")
+        assert isinstance(options, ReFL)
+        return options
+
+
+def _with_methods(base: type[Section]) -> type[Section]:
+    """``rl`` with the names of the methods, and a section for the options of each."""
+    graded = ", ".join(name for name, method in METHODS.items() if method.needs_gradient)
+    scored = ", ".join(name for name, method in METHODS.items() if method.uses_reward and not method.needs_gradient)
+    keys: dict[str, Any] = {
+        "method": (Literal[tuple(METHODS)], key("refl", f"{graded} needs differentiable rewards; {scored} do not."))
+    }
+    for name, method in METHODS.items():
+        if fields(method):
+            section = section_of(method)
+            keys[name] = (section, key(section(), f"{method.__name__}."))
+    return create_model("RL", __base__=base, __doc__=base.__doc__, **keys)
+
+
+if not TYPE_CHECKING:  # which cannot know the sections of the methods
+    RL = _with_methods(RL)
 
 
 class Monitors(Section):

@@ -14,7 +14,6 @@ from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import engine_config
 from dmdr_fast.models.blocks import elements, largest_block, repeated_blocks
 from dmdr_fast.models.blocks import gathers as gathers_of_modules
-from dmdr_fast.plan.from_config import policy_steps
 
 # DeepSpeed's own defaults.
 REUSE_DISTANCE, REDUCE_BUCKET, PERSISTENT = 1_000_000_000, 500_000_000, 100_000
@@ -31,7 +30,7 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
         rollout_reuse=config.train.rollout_reuse,
         same_step=config.student.rollout == "same_step",
         keep_gathered=config.rollout.keep_gathered,
-        policy_steps=policy_steps(config),
+        policy_steps=config.rl.chosen.graded_forwards(config.student.steps),
         reference=config.reference_kind == "lora_off",
         one_network=shared,
     )

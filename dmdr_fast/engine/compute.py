@@ -20,7 +20,8 @@ from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.attention import Choice, choose_attention, set_attention
-from dmdr_fast.models.blocks import WITHOUT_FUSED, kind, repeated_blocks
+from dmdr_fast.models.blocks import kind, repeated_blocks
+from dmdr_fast.models.families import BACKBONES
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.patch import patch
 
@@ -104,7 +105,7 @@ def choose_blocks(config: Config, block: nn.Module, device: torch.device) -> tup
     if device.type == "cuda":
         return "compiled", "auto on CUDA"
     width = next(module.in_features for module in block.modules() if isinstance(module, nn.Linear))
-    if width < CPU_FUSED_WIDTH or config.model.family in WITHOUT_FUSED:
+    if width < CPU_FUSED_WIDTH or not BACKBONES[config.model.family].fused:
         return "eager", f"auto on a CPU at width {width}"
     return "fused", f"auto on a CPU at width {width}"
 

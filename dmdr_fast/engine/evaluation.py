@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from dmdr_fast.algorithm.guidance import Mode, guide
 from dmdr_fast.algorithm.monitors import diversity
-from dmdr_fast.algorithm.recipe import Batch, Recipe
-from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.algorithm.recipe import Batch, Decode, Recipe
 from dmdr_fast.algorithm.rollout import Network, ode_sample, sample
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.algorithm.streams import Shard, Streams

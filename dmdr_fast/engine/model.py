@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dmdr_fast.algorithm.paths import Path
-from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.algorithm.recipe import Decode
 from dmdr_fast.config import Config, LoRA, StudentLoRA
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, target_layers

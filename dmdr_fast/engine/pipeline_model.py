@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmdr_fast.algorithm.paths import FLOW
 from dmdr_fast.algorithm.paths import Path as NoisePath
-from dmdr_fast.algorithm.rl.refl import Decode
+from dmdr_fast.algorithm.recipe import Decode
 from dmdr_fast.config import Config
 from dmdr_fast.engine.engines import DTYPES, engine_config
 from dmdr_fast.engine.model import Start, partitions_on_load

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.passes import Schedule
 from dmdr_fast.algorithm.recipe import Recipe
-from dmdr_fast.algorithm.rl.options import DPOOptions, GRPOOptions, ReFLOptions, RLOptions
 from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
 from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.model import Model
@@ -47,7 +46,9 @@ def recipe_of(config: Config, model: Model) -> Recipe:
             **config.renoise.model_dump(),
         ),
         dmd=dmd_options(config, model.prediction, model.token),
-        rl=rl_options(config),
+        method=config.rl.chosen,
+        regularizer=config.rl.regularizer,
+        kl_weight=0.0 if config.rl.regularizer == "none" else config.rl.kl_weight,
         reward_weight=1.0 if config.reward.weight == "auto" else config.reward.weight,  # auto: set as RL starts
         reward_final_weight=config.reward.final_weight,
         reward_warmup_steps=config.reward.warmup_steps,
@@ -62,20 +63,6 @@ def dmd_options(config: Config, prediction: Prediction, token: int) -> DMDOption
         guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode}
     own = config.dmd.model_dump(exclude={"score_dtype"})
     return DMDOptions(prediction=prediction, token=token, **guided, **own)
-
-
-def rl_options(config: Config) -> RLOptions:
-    """The ``rl`` section as the algorithm takes it."""
-    rl = config.rl
-    grpo = rl.grpo.model_dump()
-    return RLOptions(
-        method=rl.method,
-        regularizer=rl.regularizer,
-        kl_weight=rl.kl_weight,
-        refl=ReFLOptions(**rl.refl.model_dump()),
-        grpo=GRPOOptions(kind=grpo.pop("sde"), **grpo),
-        dpo=DPOOptions(**rl.dpo.model_dump()),
-    )
 
 
 def learning_rates(
@@ -163,7 +150,7 @@ def _sizes(roles: Roles) -> list[tuple[str, int, int]]:
 def _rl_words(config: Config) -> str:
     """The RL phase in words: method, rewards, weight, and what holds the generator."""
     rl, reward = config.rl, config.reward
-    if rl.method == "none":
+    if not rl.chosen.uses_reward:
         return "DMD alone"
     names = " + ".join(f"{term.weight:g} {term.name or term.kind}" for term in reward.terms)
     weight = reward.weight if reward.weight == "auto" else f"{reward.weight:g}"

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.recipe import Data, Recipe, Trained
-from dmdr_fast.algorithm.rl.experience import rows_of
-from dmdr_fast.algorithm.rl.policy import batch_name
-from dmdr_fast.algorithm.rl.refl import Decode, refl_loss
-from dmdr_fast.algorithm.step import simulate
-from dmdr_fast.algorithm.streams import Shard, Streams
-from dmdr_fast.engine.rewards import RewardSet
+from dmdr_fast.algorithm.simulation import simulate
+from dmdr_fast.algorithm.update import Update
 from dmdr_fast.engine.runtime import Runtime
 
 WINDOW = 100  # updates at the end of the cold start: one update's loss depends on its few renoise times
@@ -66,28 +61,12 @@ class RewardWeight:
         return self.ranks.mean(torch.stack(list(values)).double()).float()
 
 
-def first_rl_loss(
-    generator: Trained,
-    data: Data,
-    rewards: RewardSet,
-    decode: Decode,
-    recipe: Recipe,
-    streams: Streams,
-    step: int,
-    shards: Sequence[Shard],
-    device: torch.device,
-) -> Tensor:
-    """ReFL's loss on a batch of the generator's samples at ``step``, 0-d, the mean of this rank's micro-batches.
+def first_rl_loss(update: Update) -> Tensor:
+    """The method's loss on a batch of the generator's samples, 0-d, the mean of this rank's micro-batches.
 
     Conditions and noise are drawn as for a rollout of that update. All ranks must call.
     """
-    losses, index = [], (step, recipe.fake_updates - 1)
-    for shard, size in zip(shards, recipe.sizes(streams, index, len(shards)), strict=True):
-        sample = simulate(generator, data, recipe, streams, index, shard, device, size=size)
-        inputs, name = sample.batch.reward_inputs, batch_name(step, shard)
-
-        def score(images: Tensor, rows: slice, inputs: dict = inputs, name: str = name) -> Tensor:
-            return rewards.score(images, rows_of(inputs, rows), batch=name)[0]
-
-        losses.append(refl_loss(sample.rollout.x0, decode, score, recipe.rl.refl))
-    return torch.stack(losses).mean()
+    recipe, index = update.recipe, (update.step, update.recipe.fake_updates - 1)
+    sizes = recipe.sizes(update.streams, index, len(update.shards))
+    samples = (simulate(update, index, s, size=size) for s, size in zip(update.shards, sizes, strict=True))
+    return torch.stack([recipe.method.loss_on_x0(update, sample) for sample in samples]).mean()

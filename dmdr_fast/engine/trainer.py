@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +13,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.recipe import Data, Recipe, RewardModel
-from dmdr_fast.algorithm.rl.refl import Decode
-from dmdr_fast.algorithm.step import Update, dmdr_update
+from dmdr_fast.algorithm.recipe import Decode, Recipe, RewardModel
+from dmdr_fast.algorithm.step import Outcome, dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.algorithm.update import Update
 from dmdr_fast.cli import dump
 from dmdr_fast.config import Config
 from dmdr_fast.disk import refusal
@@ -194,7 +193,8 @@ class Run:
         """Generator updates until the last one, then the final weights (True), or until asked to stop (False)."""
         config, ranks = self.config, self.ranks
         data = drawn(self.conditions, self.streams)
-        reward = None if self.rewards is None else RewardModel(self.decoder, self._score)
+        chunk = config.rl.refl_options.chunk
+        reward = None if self.rewards is None else RewardModel(self.decoder, self._score, chunk)
         batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
         shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
         self.flushed_at = time.monotonic()
@@ -204,25 +204,25 @@ class Run:
             self._evaluate(stop)  # the run was stopped in it
         while self.step < config.train.generator_steps:
             self._begin_update()
-            self._match_reward_weight(data, shards)
-            update = dmdr_update(
-                self.roles.networks,
-                data,
-                reward,
-                self.recipe,
-                self.streams,
-                self.step,
-                shards,
-                ranks.device,
-                ranks.global_batch,
+            update = Update(
+                recipe=self.recipe,
+                streams=self.streams,
+                networks=self.roles.networks,
+                data=data,
+                reward=reward,
+                shards=shards,
+                device=ranks.device,
+                step=self.step,
+                gather=ranks.global_batch,
             )
+            outcome = dmdr_update(self._weighted(update))
             overflow = take_overflow(self.roles.scorers)
             if overflow is not None:
-                update.metrics["score_overflow"] = overflow
+                outcome.metrics["score_overflow"] = overflow
             if self.rewards is not None and self.recipe.rl_active(self.step):
                 self.rewards.end_update(ranks.sum)
             self.step += 1
-            self._account(update)
+            self._account(outcome)
             ends = (config.train.cold_start_steps, config.train.generator_steps)
             due = self.step % config.checkpoint.every == 0 or self.step in ends
             asked = ranks.any(stop.asked)
@@ -273,14 +273,15 @@ class Run:
         self.roles.generator.set_lr(learning_rates(optimizer.generator, *lengths))
         self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates))
 
-    def _match_reward_weight(self, data: Data, shards: Sequence[Shard]) -> None:
-        """``reward.weight: auto``, once, as RL starts."""
+    def _weighted(self, update: Update) -> Update:
+        """The update at the weight of ``reward.weight: auto``, which is found once, as RL starts."""
         if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
-            return
+            return update
         if self.weight.value is None:
             assert self.rewards is not None  # RL has some
-            given = (data, self.rewards, self.decoder, self.recipe, self.streams, self.step, shards, self.ranks.device)
-            loss = first_rl_loss(self.roles.generator, *given)
+            rewards = self.rewards
+            alone = RewardModel(self.decoder, lambda images, given, batch: rewards.score(images, given, batch=batch))
+            loss = first_rl_loss(replace(update, reward=alone))
             self._look_at_rewards()
             try:
                 value = self.weight.match(loss)
@@ -289,6 +290,7 @@ class Run:
             self.ranks.say(f"step {self.step}: reward.weight {value!r} (auto)")
         assert self.weight.value is not None
         self.recipe = replace(self.recipe, reward_weight=self.weight.value)
+        return replace(update, recipe=self.recipe)
 
     def _score(self, images: Tensor, given: dict, batch: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards for the update: the total, each by its name in the log, held-out ones where a log line is due."""
@@ -361,19 +363,19 @@ class Run:
         if self.step == self.config.train.cold_start_steps:
             self._save_generator(self._cold_start_weights)
 
-    def _account(self, update: Update) -> None:
+    def _account(self, outcome: Outcome) -> None:
         """EMA and skip counters after one update; ends a run that no longer moves."""
-        self.pending.append(update.metrics)
+        self.pending.append(outcome.metrics)
         if self.config.reward.weight == "auto" and not self.recipe.rl_active(self.step - 1):
-            self.weight.note(update.metrics["dmd_loss"])
-        if self.ema is not None and "generator" not in update.skipped:
+            self.weight.note(outcome.metrics["dmd_loss"])
+        if self.ema is not None and "generator" not in outcome.skipped:
             self.ema.update()
-        if not update.skipped:
+        if not outcome.skipped:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        cause = diagnosis(update, self.roles, self.ranks)
+        cause = diagnosis(outcome, self.roles, self.ranks)
         self.ranks.say(f"step {self.step}: update of {cause} skipped, {self.skipped_in_a_row} in a row")
         self._look_at_rewards()
         if self.skipped_in_a_row >= self.config.train.max_skipped:
@@ -456,14 +458,14 @@ def _trained(roles: Roles) -> dict:
     return {"generator": roles.generator, "fake": roles.fake}
 
 
-def diagnosis(update: Update, roles: Roles, ranks: runtime.Runtime) -> str:
+def diagnosis(outcome: Outcome, roles: Roles, ranks: runtime.Runtime) -> str:
     """Which role was skipped and why. Fetches the metrics: only on a skipped update."""
-    metrics = {n: v for n, v in update.metrics.items() if n != "diversity"}  # NaN where a batch has no two of a class
+    metrics = {n: v for n, v in outcome.metrics.items() if n != "diversity"}  # NaN where a batch has no two of a class
     bad = [n for n, v in metrics.items() if not torch.isfinite(v).item()]
     found = ranks.gather((bad, metrics.get("score_overflow", torch.zeros(())).item()))
     everywhere = sorted({n for part, _ in found for n in part})
     causes = [f"not finite: {', '.join(everywhere) or 'gradient only'}"]
-    skipped = sorted(set(update.skipped))
+    skipped = sorted(set(outcome.skipped))
     scales = {n: r.loss_scale for n, r in _trained(roles).items() if n in skipped and r.loss_scale is not None}
     if scales and not everywhere:
         causes = ["fp16 gradients overflowed; loss scale now " + ", ".join(f"{n} {s:g}" for n, s in scales.items())]

@@ -10,8 +10,6 @@ from dmdr_fast.models.families import Denoiser
 from dmdr_fast.models.partitioned import whole_shape
 from dmdr_fast.models.sit import SiT
 
-WITHOUT_FUSED = {"sdxl"}  # families that `dmdr_fast.patch` does not know
-
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """Every repeated block of a SiT or of a family's ``Denoiser``, in the model's order."""

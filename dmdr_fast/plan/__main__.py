@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         from dmdr_fast.plan.shapes import published
 
         shape = work.shape
-        if shape.family == "sit" or any(shape.transformer == known.transformer for known in published()):
+        if not shape.folder or any(shape.transformer == known.transformer for known in published()):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{shape.name}: its config.json files describe no networks that run ({reason})") from error
@@ -132,24 +132,16 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     if options.batch is not None:
         work = replace(work, batch=options.batch[0])
     if options.student_lora is not None:
-        from dmdr_fast.plan.from_config import default_targets
-
-        work = replace(work, student_lora=Adapter(options.student_lora, default_targets(work.shape)))
+        work = replace(work, student_lora=Adapter(options.student_lora, work.shape.opened().lora_targets))
     if options.reward_gb and work.reward is not None:  # decoder and rewards are in every plan
         work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
     return shared(work, options.sharing or work.sharing), config
 
 
 def _check_resolution(work: Any) -> None:
-    shape, edge = work.shape, work.resolution
-    height, width = (edge, edge) if isinstance(edge, int) else edge
+    size = work.resolution
     try:
-        if shape.family == "sit":
-            made = shape.config["input_size"] * (1 if shape.vae is None else 8)
-            if (height, width) != (made, made):
-                raise ValueError(f"{shape.name} makes images of {made} pixels, got {height} x {width}")
-        else:
-            shape.opened().latent_shape(height, width)
+        work.shape.opened().latent_shape(*(size, size) if isinstance(size, int) else size)
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"--resolution: {error}; give another one") from None
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from dmdr_fast.models.blocks import WITHOUT_FUSED
-from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.plan import Plan, make_plan, phase_bytes
 from dmdr_fast.plan.workload import Activation, Adapter, Hardware, Workload
 
@@ -33,7 +31,7 @@ class Change:
 def changes(work: Workload) -> Iterator[Change]:
     """Every single lever that takes less memory than ``work`` does now."""
     compiled = work.blocks == "compiled"
-    if compiled and work.activation in ("none", "selective") and work.shape.family not in WITHOUT_FUSED:
+    if compiled and work.activation in ("none", "selective") and work.shape.opened().fused:
         keys = "compute.blocks: fused, memory.activation: selective"
         yield Change(keys, replace(work, blocks="fused", activation="selective"), 0)
     for mode in FEWER.get(work.activation, ()):
@@ -78,7 +76,7 @@ def _reward_changes(work: Workload) -> Iterator[Change]:
 
 def _other_runs(work: Workload) -> Iterator[Change]:
     """Levers that train something else."""
-    lora = work.fake_lora or Adapter(32, default_targets(work.shape))
+    lora = work.fake_lora or Adapter(32, work.shape.opened().lora_targets)
     if work.sharing == "separate":
         yield Change("sharing: shared_score", replace(work, sharing="shared_score", fake_lora=lora), 2)
     if work.sharing != "shared_all":
@@ -142,13 +140,3 @@ def _combined(work: Workload, count: int, price: int) -> Iterator[tuple[Change, 
             done.append(step)
         else:
             yield tuple(done)
-
-
-def largest_batch(work: Workload, hardware: Hardware, limit: int = 64) -> int:
-    """The largest micro-batch that fits, up to ``limit``; 0 where not even one sample does."""
-
-    low, high = 0, limit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(replace(work, batch=middle), hardware) else (low, middle)
-    return low

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmdr_fast.algorithm.passes import Schedule, gathers
 from dmdr_fast.plan.live import flash_attention
-from dmdr_fast.plan.networks import DTYPES, META, as_network, condition, latent_shape
+from dmdr_fast.plan.networks import DTYPES, META, as_network, latent_shape
 from dmdr_fast.plan.reward import reward_cost, split_flops
-from dmdr_fast.plan.trace import few_blocks, update_peaks
+from dmdr_fast.plan.trace import update_peaks
 from dmdr_fast.plan.workload import Activation, Hardware, Workload
 from dmdr_fast.plan.zero import Engine, engines, prefetch, trained_by
 
@@ -49,19 +49,14 @@ class PhaseCost:
         return max(compute, network if hardware.gpus > 1 else 0.0, self.host / hardware.host)
 
 
-def forward_flops(work: Workload) -> float:
-    """FLOPs of one forward of one sample, linear in the numbers of blocks."""
-    return float(_flops(work).sum())
-
-
-def _flops(work: Workload) -> np.ndarray:
+def forward_flops(work: Workload) -> np.ndarray:
+    """FLOPs of one forward of one sample, of matrix products and of convolutions; linear in the numbers of blocks."""
     return _forward(Workload(work.shape, resolution=work.resolution, dtype=work.dtype))
 
 
 @cache
 def _forward(work: Workload) -> np.ndarray:
-    """FLOPs of matrix products and of convolutions."""
-    depths, few = work.shape.depths, few_blocks(work.shape)
+    depths, few = work.shape.depths, work.shape.opened().few
     base = _counted(work, few)
     extra = np.zeros(2)
     for index, (depth, start) in enumerate(zip(depths, few, strict=True)):
@@ -77,7 +72,7 @@ def _counted(work: Workload, depths: tuple[int, ...]) -> np.ndarray:
     model = torch.nn.Module.to(shape.build(), dtype).requires_grad_(False)
     x, t = torch.empty(1, *latent_shape(shape, work.resolution), device=META), torch.empty(1, device=META)
     with flash_attention(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        as_network(shape, model, dtype)(x, t, condition(shape, 1, dtype))
+        as_network(shape, model, dtype)(x, t, shape.opened().empty_condition(1, dtype))
     return np.array(split_flops(counter))
 
 
@@ -119,7 +114,7 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
 
 def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     """Every phase of one update on one GPU."""
-    products, convolutions = _flops(work) * work.batch
+    products, convolutions = forward_flops(work) * work.batch
     found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work, hardware.gpus).items()}
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None and work.reward.scores:

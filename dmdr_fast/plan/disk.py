@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dmdr_fast.config import Config
 from dmdr_fast.data.prompts import load_prompts
 from dmdr_fast.errors import UserError
-from dmdr_fast.plan.networks import DTYPES, condition
+from dmdr_fast.plan.networks import DTYPES
 from dmdr_fast.plan.shapes import count
 from dmdr_fast.plan.workload import GB, Workload
 from dmdr_fast.plan.zero import trained_by
@@ -49,7 +49,7 @@ def checkpoint_bytes(work: Workload) -> float:
 def disk(config: Config, work: Workload) -> Disk:
     """The disk that a run of ``config`` needs."""
     elements = trained_by(work, "generator")
-    if work.student_lora is not None and work.shape.family == "sit":  # whose adapter is merged into the weights
+    if work.student_lora is not None and work.shape.opened().merges_lora:
         elements = count(work.shape)[0]
     final = {"fp32": 4, "bf16": 2}[config.export.dtype]
     snapshots = {"cold_start": 4.0 * elements, "final": float(final * elements)}
@@ -68,10 +68,10 @@ def most_checkpoints(config: Config) -> int:
 
 def _embeddings(config: Config, work: Workload) -> tuple[int | None, float]:
     """(different prompts, None where their files are not here; bytes of one embedding at the longest)."""
-    if work.shape.family == "sit":
+    if not work.shape.opened().takes_prompts:
         return 0, 0.0
     dtype = DTYPES["fp32" if config.deepspeed.dtype == "fp32" else "bf16"]
-    entry = condition(work.shape, 1, dtype)
+    entry = work.shape.opened().empty_condition(1, dtype)
     size = sum(t.nbytes for name, t in entry.items() if name not in ("mask", "lengths"))
     files = [file for file in (config.data.prompts, config.eval.prompts) if file is not None]
     try:

@@ -7,7 +7,6 @@ from typing import Any
 
 from dmdr_fast.config import Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
-from dmdr_fast.models.families import FAMILIES
 from dmdr_fast.plan.shapes import Shape, find_shape
 from dmdr_fast.plan.workload import Adapter, RewardNet, RewardPass, Workload, Zero
 
@@ -45,7 +44,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         ema=student.ema is not None,
         keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),
-        policy_steps=policy_steps(config),
+        policy_steps=config.rl.chosen.graded_forwards(student.steps),
         reference=config.reference_kind,
         zero=_zero(config),
     )
@@ -57,19 +56,13 @@ def _largest(sizes: tuple[tuple[int, int], ...]) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
-def default_targets(shape: Shape) -> tuple[str, ...]:
-    """The layers that a LoRA goes on where nothing else is said."""
-    return ("attn.qkv",) if shape.family == "sit" else tuple(FAMILIES[shape.family].lora_targets)
-
-
 def _adapter(lora: Any, shape: Shape) -> Adapter:
-    return Adapter(lora.rank, tuple(lora.targets or default_targets(shape)), getattr(lora, "form", "standard"))
+    return Adapter(lora.rank, tuple(lora.targets or shape.opened().lora_targets), getattr(lora, "form", "standard"))
 
 
 def _shape(config: Config) -> Shape:
     model = config.model
-    if model.family != "sit":
-        assert config.teacher.pipeline is not None  # every family but SiT has one
+    if config.teacher.pipeline is not None:
         return find_shape(config.teacher.pipeline)
     sizes = ("depth", "hidden_size", "num_heads", "patch_size", "num_classes", "learn_sigma", "time_reversed")
     network = {"_class_name": "SiT", "input_size": config.latent_size, "in_channels": model.channels}
@@ -80,32 +73,21 @@ def _shape(config: Config) -> Shape:
 
 def _reward(config: Config) -> RewardPass:
     """Decoder and rewards: a run holds them, and those that are only watched, with or without RL."""
-    reward, rl = config.reward, config.rl
+    reward, method, refl = config.reward, config.rl.chosen, config.rl.refl_options
     ends_cold = config.train.cold_start_steps == config.train.generator_steps
-    classes = config.model.num_classes if config.model.family == "sit" else None
     return RewardPass(
-        scores=rl.method != "none" and bool(reward.terms) and not ends_cold,
-        graded=rl.method == "refl",
-        chunk=rl.refl.chunk,
+        scores=method.uses_reward and bool(reward.terms) and not ends_cold,
+        graded=method.needs_gradient,
+        chunk=refl.chunk,
         models=tuple(
-            RewardNet(term.kind, term.path, json.dumps(term.options, default=str), classes)
+            RewardNet(term.kind, term.path, json.dumps(term.options, default=str), config.num_classes)
             for term in (*reward.terms, *reward.held_out)
         ),
         tiling=config.decoder.tiling,
         recompute=config.decoder.recompute,
-        checkpoint=rl.refl.checkpoint,
+        checkpoint=refl.checkpoint,
         dtype="bf16" if config.decoder.dtype == "auto" else config.decoder.dtype,
     )
-
-
-def policy_steps(config: Config) -> int:
-    """Graded forwards that GRPO (a stochastic step each) or DPO (one) add."""
-    rl, last = config.rl, config.rl.grpo.noisy_last_step
-    if rl.method == "dpo":
-        return 1
-    if rl.method != "grpo" or rl.grpo.mode != "policy":
-        return 0
-    return rl.grpo.inner_epochs * (rl.grpo.trained_steps or config.student.steps - (not last))
 
 
 def _zero(config: Config) -> Zero:

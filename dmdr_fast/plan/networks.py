@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.eight_bit import quantise_blocks
 from dmdr_fast.models.lora import LoraAdapter, add_lora
-from dmdr_fast.models.sit import SiT
 from dmdr_fast.patch import patch
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Adapter, Workload
 
 META = torch.device("meta")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Width of the text embeddings in a transformer's configuration.
-TEXT_WIDTH = {"z_image": "cap_feat_dim", "sdxl": "cross_attention_dim"}
 
 
 def latent_shape(shape: Shape, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
@@ -30,52 +27,16 @@ def latent_shape(shape: Shape, resolution: int | tuple[int, int]) -> tuple[int, 
         UserError: a size that the family cannot make.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    if shape.family == "sit":
-        factor = 1 if shape.vae is None else 8
-        return shape.config["in_channels"], height // factor, width // factor
     try:
         return shape.opened().latent_shape(height, width)
     except ValueError as error:
         raise UserError(f"model.resolution: {error}") from None
 
 
-def condition(shape: Shape, batch: int, dtype: torch.dtype) -> Any:
-    """Labels, or the text embeddings that the family's network takes, of a micro-batch."""
-    config, length = shape.config, shape.length
-    if shape.family == "sit":
-        return torch.empty(batch, dtype=torch.int64, device=META)
-    tokens = length + 77 if shape.family == "sd3" else length
-    width = config[TEXT_WIDTH.get(shape.family, "joint_attention_dim")]
-    made = {"prompt_embeds": torch.empty(batch, tokens, width, dtype=dtype, device=META)}
-    if shape.family in ("sd3", "flux"):
-        made["pooled_embeds"] = torch.empty(batch, config["pooled_projection_dim"], dtype=dtype, device=META)
-    elif shape.family == "sdxl":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        made["pooled_embeds"] = torch.empty(batch, pooled, dtype=dtype, device=META)
-    elif shape.family == "qwen_image":
-        made["mask"] = torch.empty(batch, length, dtype=torch.bool, device=META)
-    elif shape.family == "z_image":
-        made["lengths"] = torch.full((batch,), length, device="cpu")
-    return made
-
-
 def as_network(shape: Shape, model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Any], Tensor]:
     """The role as the engine wraps it: fp32 latents in and out, the compute dtype in between."""
-    if shape.family == "sit":
-        return lambda x, t, c: model(x.to(dtype), t, c).float()
     family = shape.opened()
     return lambda x, t, c: family.forward(model, x.to(dtype), t, c).float()
-
-
-def blocks(shape: Shape, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(kind, block) of every transformer block; blocks of a kind have the same modules."""
-    found = enumerate(model.blocks) if isinstance(model, SiT) else shape.opened().blocks(model)
-    for name, block in found:
-        kind = str(name).rpartition(".")[0] or "blocks"
-        if shape.family == "sd3":  # the last block leaves the text alone, the first ones may attend twice
-            kind = "dual" if getattr(block, "use_dual_attention", False) else kind
-            kind = "last" if getattr(block, "context_pre_only", False) else kind
-        yield kind, block
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import add
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +44,7 @@ def reward_cost(work: Workload) -> RewardCost:
 
 @cache
 def _traced(shape: Shape, resolution: int | tuple[int, int], options: RewardPass, own_linear: bool) -> RewardCost:
-    """Trace R(decode(x0)) of one chunk, and its gradient as ``dmdr_fast.algorithm.rl.refl`` takes it."""
+    """Trace R(decode(x0)) of one chunk, and its gradient as ``dmdr_fast.algorithm.rl.reward_gradient`` takes it."""
     vae = shape.build_vae()
     decoder = nn.Identity() if vae is None else nn.Module.to(vae, DTYPES[options.dtype]).requires_grad_(False).eval()
     image = (3, 64, 64) if vae is not None else latent_shape(shape, resolution)
@@ -55,13 +55,7 @@ def _traced(shape: Shape, resolution: int | tuple[int, int], options: RewardPass
             save_decoder_memory(vae, tiling=options.tiling, recompute=options.recompute)
         except ValueError as error:
             raise UserError(str(error)) from None
-    family = None if shape.family == "sit" else shape.opened()
-
-    def decode(latent: Tensor) -> Tensor:
-        if family is not None:
-            return family.decode(vae, latent)
-        return latent if vae is None else vae.decode(latent.to(vae.dtype)).sample
-
+    decode = partial(shape.opened().decode, vae)
     live = LiveBytes()
     x0 = torch.empty(options.chunk, *latent_shape(shape, resolution), device=META)
     with no_collector(), flash_attention(), linear_layers(own_linear), FlopCounterMode(display=False) as flops, live:

@@ -16,22 +16,12 @@ import torch
 from torch import nn
 
 from dmdr_fast.errors import UserError
-from dmdr_fast.models.families import FAMILIES, Family, open_family
+from dmdr_fast.models.families import BACKBONES, Backbone, Family, open_family
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 MODELS = Path(__file__).parent / "models"
-# The keys of a configuration that say how many blocks of a kind there are.
-DEPTH_KEYS = {
-    "sit": ("depth",),
-    "sd3": ("num_layers", "dual_attention_layers"),
-    "flux": ("num_layers", "num_single_layers"),
-    "flux2": ("num_layers", "num_single_layers"),
-    "qwen_image": ("num_layers",),
-    "z_image": ("n_layers",),
-    "sdxl": ("transformer_layers_per_block",),
-}
 
 
 @dataclass(frozen=True)
@@ -40,6 +30,7 @@ class Shape:
 
     Attributes:
         length: text tokens of a condition.
+        folder: whether it was read from a user's folder.
         parameters: the published count, weights and stored tables, None where there is none.
     """
 
@@ -51,6 +42,7 @@ class Shape:
     hub_id: str | None = None
     parameters: int | None = None
     published: str = ""
+    folder: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -65,58 +57,38 @@ class Shape:
     @property
     def depths(self) -> tuple[int, ...]:
         """How many blocks of each kind there are."""
-        found = [self.config.get(key) or () for key in DEPTH_KEYS[self.family]]
-        if self.family == "sdxl":
-            return tuple(found[0])
-        return tuple(n if isinstance(n, int) else len(n) for n in found)
+        return self.opened().depths
 
     def with_depths(self, depths: tuple[int, ...]) -> Shape:
         """The same widths, other numbers of blocks (for SD3: of all blocks, and of those with dual attention)."""
-        config = self.config
-        if self.family == "sdxl":
-            return replace(self, transformer=json.dumps(config | {"transformer_layers_per_block": list(depths)}))
-        for key, depth in zip(DEPTH_KEYS[self.family], depths, strict=True):
-            config[key] = list(range(depth)) if key == "dual_attention_layers" else depth
-        return replace(self, transformer=json.dumps(config))
+        return replace(self, transformer=json.dumps(self.opened().with_depths(depths)))
 
-    def opened(self) -> Family:
-        """The family that feeds the network; SiT, fed with labels, has none.
-
-        Raises:
-            KeyError: SiT.
-        """
-        family = FAMILIES[self.family]
-        guided = family.default_guidance if self.config.get("guidance_embeds") else None
-        return family(self.name, self.config, self.vae_config or {}, {}, self.length, guided)
+    def opened(self) -> Backbone:
+        """The family that feeds the network."""
+        return BACKBONES[self.family].of(self.name, self.config, self.vae_config, self.length)
 
     def build(self) -> nn.Module:
         """The transformer on the meta device."""
         with torch.device("meta"):
-            if self.family == "sit":
-                from dmdr_fast.models.sit import SiT
+            return BACKBONES[self.family].build_from_config(self.config)
 
-                return SiT(**{k: v for k, v in self.config.items() if not k.startswith("_")})
-            return FAMILIES[self.family].build_from_config(self.config)
+    @property
+    def vae_class(self) -> Any:
+        """diffusers' class of the VAE; None for pixel-space models."""
+        import diffusers
+
+        config = self.vae_config
+        return None if config is None else getattr(diffusers, config["_class_name"])
 
     @property
     def vae_recomputes(self) -> bool:
         """Whether there is a VAE that can recompute its decoder's blocks."""
-        config = self.vae_config
-        if config is None:
-            return False
-        import diffusers
-
-        return getattr(diffusers, config["_class_name"])._supports_gradient_checkpointing
+        return self.vae_class is not None and self.vae_class._supports_gradient_checkpointing
 
     def build_vae(self) -> ModelMixin | None:
         """The VAE on the meta device; None for pixel-space models."""
-        config = self.vae_config
-        if config is None:
-            return None
-        import diffusers
-
         with torch.device("meta"):
-            return getattr(diffusers, config["_class_name"]).from_config(config)
+            return None if self.vae_class is None else self.vae_class.from_config(self.vae_config)
 
 
 def published() -> Iterator[Shape]:
@@ -158,6 +130,7 @@ def find_shape(name: str) -> Shape:
         transformer=json.dumps(dict(family.network_config)),
         vae=json.dumps(dict(family.vae_config)),
         length=family.length,
+        folder=True,
     )
     _try(shape, family)
     return shape

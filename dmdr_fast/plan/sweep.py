@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.plan import Plan, make_plan
 from dmdr_fast.plan.report import table
 from dmdr_fast.plan.workload import GB, Activation, Adapter, Hardware, Sharing, Workload
@@ -18,7 +17,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("none", "selective", "full", "offload")
 
 def shared(work: Workload, sharing: Sharing) -> Workload:
     """``work`` with another sharing, with the LoRAs that it needs."""
-    lora = work.fake_lora or Adapter(32, default_targets(work.shape))
+    lora = work.fake_lora or Adapter(32, work.shape.opened().lora_targets)
     return replace(
         work,
         sharing=sharing,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +16,10 @@ from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import ScorePass, separate_scores, shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.algorithm.update import Update
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.plan.live import Key, LiveBytes, flash_attention, linear_layers, no_collector
-from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, condition, latent_shape
-from dmdr_fast.plan.networks import blocks as all_blocks
-from dmdr_fast.plan.shapes import Shape
+from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, latent_shape
 from dmdr_fast.plan.workload import Workload, Zero
 
 # Compiled blocks keep this much of what `none` keeps beyond `selective`: measured on SD3s, tests/plan/compiled.json.
@@ -45,7 +42,7 @@ def update_peaks(work: Workload) -> Peaks:
     )  # fmt: skip
     if work.blocks == "compiled":
         return _compiled_peaks(replace(work, blocks="eager"))
-    depths, few = work.shape.depths, few_blocks(work.shape)
+    depths, few = work.shape.depths, work.shape.opened().few
     if work.zero.stage == 0 or all(d <= f + 1 for d, f in zip(depths, few, strict=True)):
         return traced_peaks(work)
     base = traced_peaks(replace(work, shape=work.shape.with_depths(few)))
@@ -70,7 +67,7 @@ def _compiled_peaks(work: Workload) -> Peaks:
     if work.activation in ("none", "selective"):
         start, blocks = everything, 1
     else:
-        start, blocks = update_peaks(work), sum(1 for _ in all_blocks(work.shape, work.shape.build()))
+        start, blocks = update_peaks(work), sum(1 for _ in work.shape.opened().blocks(work.shape.build()))
     found = {key: dict(kinds) for key, kinds in start.items()}
     for key, kinds in found.items():
         for kind in kinds:
@@ -79,14 +76,6 @@ def _compiled_peaks(work: Workload) -> Peaks:
             less = max(everything[other][kind] - products[other][kind] for other in keys) / blocks
             kinds[kind] -= round((1 - KEPT_BY_COMPILER) * less)
     return found
-
-
-def few_blocks(shape: Shape) -> tuple[int, ...]:
-    """Depths with every kind of block that the network has, twice."""
-    if shape.family == "sd3":
-        layers, dual = shape.depths
-        return min(layers, min(dual, 2) + 3), min(dual, 2)
-    return tuple(min(depth, 2) for depth in shape.depths)
 
 
 @dataclass
@@ -113,12 +102,19 @@ class MetaRole:
         return True
 
 
+class Longest(Streams):
+    """The streams of the longest rollout."""
+
+    def stop_step(self, steps: int, *counters: int) -> int:
+        return steps - 1
+
+
 @cache
 def traced_peaks(work: Workload) -> Peaks:
     """:func:`update_peaks`, with every block traced."""
     live = LiveBytes()
     roles = build(work, lambda model: _watch(work, model, live))
-    text = condition(work.shape, work.batch, DTYPES[work.dtype])
+    text = work.shape.opened().empty_condition(work.batch, DTYPES[work.dtype])
     recipe = Recipe(
         grid=timestep_grid(work.student_steps),
         latent_shape=latent_shape(work.shape, work.resolution),
@@ -130,15 +126,9 @@ def traced_peaks(work: Workload) -> Peaks:
     )
     shard = Shard(0, work.batch, work.batch)
     batch = Batch(text, text, torch.empty(work.batch, dtype=torch.int64, device=META), {})
-    with ExitStack() as stack:
-        stack.enter_context(no_collector())
-        stack.enter_context(flash_attention())
-        stack.enter_context(linear_layers(work.zero.own_linear))
-        # the longest rollout
-        stack.enter_context(mock.patch("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, steps: steps - 1))
-        stack.enter_context(live)
+    with no_collector(), flash_attention(), linear_layers(work.zero.own_linear), live:
         nets = _networks(work, roles, live)
-        dmdr_update(nets, lambda *draw: batch, None, recipe, Streams(0), 0, [shard], META)
+        dmdr_update(Update(recipe, Longest(0), nets, lambda *draw: batch, None, [shard], META, step=0))
     return {key: peak for key, peak in live.peaks.items() if key[0]}
 
 
@@ -176,7 +166,9 @@ def _score(work: Workload, roles: Roles, live: LiveBytes) -> ScorePass:
 def _watch(work: Workload, model: nn.Module, live: LiveBytes) -> None:
     """Recompute as the workload says; each block says that it runs, forward and backward."""
     set_recompute(model, work.activation)
-    for kind, block in all_blocks(work.shape, model):
+    family = work.shape.opened()
+    for name, block in family.blocks(model):
+        kind = family.kind(name, block)
         block.register_forward_pre_hook(lambda *_, kind=kind: setattr(live, "part", kind))
         block.register_forward_hook(lambda _, __, out, kind=kind: _leave(live, out, kind))
 

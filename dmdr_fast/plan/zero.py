@@ -27,7 +27,7 @@ from torch import nn
 
 from dmdr_fast.models.blocks import elements
 from dmdr_fast.models.blocks import gathers as gathers_of_modules
-from dmdr_fast.plan.networks import blocks, build
+from dmdr_fast.plan.networks import build
 from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload
 
@@ -103,7 +103,7 @@ def _built(work: Workload) -> tuple[dict[str, Engine], dict[str, int]]:
 
 def _engine(shape: Shape, module: nn.Module, roles: tuple[str, ...]) -> Engine:
     parameters = list(module.parameters())
-    leaves = [block for _, block in blocks(shape, module)]
+    leaves = [block for _, block in shape.opened().blocks(module)]
     inside = {id(part) for leaf in leaves for part in leaf.modules()}
     outside = [list(part.parameters(recurse=False)) for part in module.modules() if id(part) not in inside]
     block = max(elements(leaf) for leaf in leaves)

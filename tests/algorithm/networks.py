@@ -8,6 +8,7 @@ from torch import nn
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe, RewardModel
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import separate_scores
+from dmdr_fast.algorithm.update import Update
 
 SHAPE = (2, 4, 4)
 CLASSES = 3
@@ -77,3 +78,7 @@ def recipe(steps=1, **changes):
     values = {"grid": timestep_grid(steps), "latent_shape": SHAPE, "cold_start_steps": 0, "generator_steps": 100}
     values |= {"fake_updates": 2}
     return Recipe(**(values | changes))
+
+
+def update(nets, numbers, streams, shards, step=0, data=labels, reward=None, device=torch.device("cpu")):  # noqa: B008
+    return Update(numbers, streams, nets, data, reward, shards, device, step)

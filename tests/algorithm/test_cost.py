@@ -15,7 +15,7 @@ from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.sit import SIT_CONFIGS, SiT
 
-from .networks import PlainRole
+from .networks import PlainRole, update
 
 BATCH = 2
 META = torch.device("meta")
@@ -43,7 +43,7 @@ def data(index, shard, group=1):
 
 def update_flops(stop: int, steps: int, cfg_scale: float, monkeypatch) -> tuple[int, int]:
     """(all FLOPs, those of the LoRA's own arithmetic) of one update whose rollouts stop at ``stop``."""
-    monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: stop)
+    monkeypatch.setattr(Streams, "stop_step", lambda *draw: stop)
     generator, base, adapter = models()
     fake = PlainRole(base, before=lambda: adapter.set_scale(2.0))
     score = shared_scores(base, adapter.set_scale, fake_scale=2.0)
@@ -59,7 +59,7 @@ def update_flops(stop: int, steps: int, cfg_scale: float, monkeypatch) -> tuple[
         dmd=DMDOptions(cfg_scale=cfg_scale),
     )
     with FlopCounterMode(display=False) as counter:
-        dmdr_update(nets, data, None, recipe, Streams(0), 0, [Shard(0, BATCH, BATCH)], META)
+        dmdr_update(update(nets, recipe, Streams(0), [Shard(0, BATCH, BATCH)], data=data, device=META))
     operators = counter.get_flop_counts()["Global"]
     return counter.get_total_flops(), sum(n for op, n in operators.items() if "multi_lora" in str(op))
 

@@ -6,17 +6,18 @@ import torch
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.recipe import Batch, Networks
-from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
-from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
+from dmdr_fast.algorithm.rl.refl import ReFL
+from dmdr_fast.algorithm.rl.reward_gradient import refl_leaf_gradient
 from dmdr_fast.algorithm.rollout import clean_sample
 from dmdr_fast.algorithm.score_pass import shared_scores
-from dmdr_fast.algorithm.step import generator_update, simulate
+from dmdr_fast.algorithm.simulation import simulate
+from dmdr_fast.algorithm.step import generator_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.sit import SiT
 
 from .memory import PeakMemory
-from .networks import PlainRole, recipe, reward_model
+from .networks import PlainRole, recipe, reward_model, update
 
 CPU = torch.device("cpu")
 SHARD = Shard(0, 4, 4)
@@ -69,12 +70,13 @@ def test_leaf_gradients_peak_below_the_joint_loss():
     peaks = {}
     for name in ("leaf", "joint"):
         nets, generator, reward = setup()
-        numbers = recipe(1, latent_shape=(4, 16, 16), reward_weight=0.1, rl=RLOptions(refl=ReFLOptions(chunk=1)))
-        sample = simulate(nets.generator, data, numbers, STREAMS, (0, 0), SHARD, CPU)
+        numbers = recipe(1, latent_shape=(4, 16, 16), reward_weight=0.1, method=ReFL(chunk=1))
+        now = update(nets, numbers, STREAMS, [SHARD], data=data, reward=reward)
+        sample = simulate(now, (0, 0), SHARD)
         gc.collect()
         with PeakMemory() as memory:
             if name == "leaf":
-                generator_update(nets, [sample], reward, numbers, STREAMS, 0)
+                generator_update(now, [sample])
             else:
                 joint_update(nets, generator, reward, numbers, sample)
         peaks[name] = memory.peak
@@ -104,7 +106,7 @@ def test_refl_by_the_sample_peaks_at_one_samples_reward_and_the_generators_own_g
     def update(chunk):
         with torch.no_grad():
             x0 = sample()
-        gradient, _ = refl_leaf_gradient(x0, reward.decode, score, ReFLOptions(chunk=chunk))
+        gradient, _ = refl_leaf_gradient(x0, reward.decode, score, ReFL(chunk=chunk))
         nets.generator.backward((sample() * gradient).sum(), last=True)
 
     update(1)  # the gradients' own buffers are there from now on

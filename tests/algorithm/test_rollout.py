@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmdr_fast.algorithm.rollout import draw_stop_step, expected_forwards, ode_sample, sample, truncated_rollout
+from dmdr_fast.algorithm.rollout import expected_forwards, ode_sample, sample, truncated_rollout
 from dmdr_fast.algorithm.schedules import timestep_grid
+from dmdr_fast.algorithm.streams import Streams
 
 from .networks import SHAPE, Denoiser
 
@@ -55,7 +56,7 @@ def test_same_step_variant_renoises_to_the_step_s_own_time(stop):
 
 
 def test_stop_step_is_uniform():
-    drawn = [draw_stop_step(np.random.Generator(np.random.Philox(i)), 4) for i in range(4000)]
+    drawn = [Streams(0).stop_step(4, i) for i in range(4000)]
     counts = np.bincount(drawn, minlength=4)
     assert len(counts) == 4 and abs(counts - 1000).max() < 4 * np.sqrt(4000 * 3 / 16)
 

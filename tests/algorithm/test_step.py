@@ -8,13 +8,15 @@ import torch
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions, score_matching_loss
-from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
+from dmdr_fast.algorithm.recipe import Networks
+from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.schedules import RenoiseLaw
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
-from dmdr_fast.algorithm.step import dmdr_update, fake_update, generator_update, simulate, stop_places
+from dmdr_fast.algorithm.simulation import simulate, stop_places
+from dmdr_fast.algorithm.step import dmdr_update, fake_update, generator_update
 from dmdr_fast.algorithm.streams import Shard, Streams
 
-from .networks import CLASSES, SHAPE, Denoiser, labels, networks, recipe, reward_model
+from .networks import CLASSES, SHAPE, Denoiser, labels, networks, recipe, reward_model, update
 
 CPU = torch.device("cpu")
 STREAMS = Streams(11)
@@ -23,7 +25,7 @@ MIX = torch.randn(SHAPE[0] * 16, CLASSES, generator=torch.Generator().manual_see
 
 
 def refl(chunk):
-    return RLOptions(refl=ReFLOptions(chunk=chunk))
+    return ReFL(chunk=chunk)
 
 
 def decode(x):
@@ -82,14 +84,15 @@ class Captured:
 @pytest.mark.parametrize("steps", [1, 4])
 def test_leaf_gradients_equal_the_joint_loss(steps, chunk, monkeypatch):
     nets, generator, fake, real = networks()
-    numbers = recipe(steps, dmd=DMDOptions(cfg_scale=3.0), reward_weight=0.7, rl=refl(chunk))
+    numbers = recipe(steps, dmd=DMDOptions(cfg_scale=3.0), reward_weight=0.7, method=refl(chunk))
     captured = Captured(nets.generator)
     nets = type(nets)(captured, nets.fake, nets.score)
     noise = Streams.noise
     monkeypatch.setattr(Streams, "noise", lambda *a, **k: noise(*a, **k).double())
     for step in range(3):
-        sample = simulate(captured, labels, numbers, STREAMS, (step, 0), SHARD, CPU)
-        metrics, applied = generator_update(nets, [sample], REWARD, numbers, STREAMS, step)
+        now = update(nets, numbers, STREAMS, [SHARD], step, reward=REWARD)
+        sample = simulate(now, (step, 0), SHARD)
+        metrics, applied = generator_update(now, [sample])
         expected = joint_gradients(generator, fake, real, numbers, sample, step)
         assert applied and set(metrics) == {"dmd_loss", "reward", "rl_grad_ratio"}
         for got, want in zip(captured.gradients, expected, strict=True):
@@ -104,8 +107,8 @@ def test_gradient_accumulation_equals_one_large_batch():
         captured = Captured(nets.generator)
         captured.backward = lambda loss, last, count=len(shards): (loss / count).backward()  # noqa: B008
         nets = type(nets)(captured, nets.fake, nets.score)
-        samples = [simulate(captured, labels, numbers, STREAMS, (0, 0), shard, CPU) for shard in shards]
-        generator_update(nets, samples, REWARD, numbers, STREAMS, 0)
+        now = update(nets, numbers, STREAMS, shards, reward=REWARD)
+        generator_update(now, [simulate(now, (0, 0), shard) for shard in shards])
         gradients.append(captured.gradients)
     for one, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, one, rtol=1e-5, atol=1e-7)
@@ -119,10 +122,10 @@ def stop_gradient(stops, monkeypatch):
     captured.backward = lambda loss, last: (loss / count).backward()
     nets = type(nets)(captured, nets.fake, nets.score)
     left = list(stops)
-    monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: left.pop(0))
+    monkeypatch.setattr(Streams, "stop_step", lambda *draw: left.pop(0))
     shards = [Shard(64 * m, 64 * m + 64, 64 * count) for m in range(count)]
-    samples = [simulate(captured, labels, numbers, STREAMS, (0, 0), shard, CPU) for shard in shards]
-    generator_update(nets, samples, REWARD, numbers, STREAMS, 0)
+    now = update(nets, numbers, STREAMS, shards, reward=REWARD)
+    generator_update(now, [simulate(now, (0, 0), shard) for shard in shards])
     return torch.cat([g.flatten() for g in captured.gradients])
 
 
@@ -144,13 +147,12 @@ def test_micro_steps_draw_their_own_stop_steps_uniformly(monkeypatch):
     assert list(stop_places(recipe(3, stop_step_per="rank"), shards)) == [0, 2]
     assert list(stop_places(recipe(3, stop_step_per="rank"), [Shard(2, 4, 8), Shard(6, 8, 8)])) == [1, 3]
     assert list(stop_places(recipe(3), shards, group=2)) == [0, 0]
-    drawn = []
-    monkeypatch.setattr(
-        "dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: drawn.append(int(rng.integers(n))) or 0
-    )
+    drawn, stop_step = [], Streams.stop_step
+    monkeypatch.setattr(Streams, "stop_step", lambda *draw: drawn.append(stop_step(*draw)) or 0)
     for step in range(900):
+        now = update(Networks(lambda x, t, y: x, None, None), recipe(3), STREAMS, [SHARD], step)
         for place in places:
-            simulate(lambda x, t, y: x, labels, recipe(3), STREAMS, (step, 0), SHARD, CPU, 1, place)
+            simulate(now, (step, 0), SHARD, 1, place)
     assert drawn[::2] == [int(STREAMS.rng("stop", step, 0).integers(3)) for step in range(900)]
     counts = np.bincount(np.array(drawn).reshape(-1, 2) @ [3, 1], minlength=9)
     assert abs(counts - 100).max() < 4 * (900 * 8 / 81) ** 0.5
@@ -158,12 +160,12 @@ def test_micro_steps_draw_their_own_stop_steps_uniformly(monkeypatch):
 
 def test_a_rollout_serves_as_many_fake_updates_as_it_is_reused(monkeypatch):
     """R = 5, reused 2 times: rollouts for updates 0, 2 and 4, each update with its own times and noise."""
-    monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n: n - 1)
+    monkeypatch.setattr(Streams, "stop_step", lambda streams, n, *draw: n - 1)
     seen, drawn = [], []
 
-    def watched(fake, samples, numbers, streams, index):
+    def watched(now, samples, index):
         seen.append((index, samples[0].rollout.x0))
-        return fake_update(fake, samples, numbers, streams, index)
+        return fake_update(now, samples, index)
 
     def data(index, shard, group=1):
         drawn.append(index)
@@ -171,7 +173,7 @@ def test_a_rollout_serves_as_many_fake_updates_as_it_is_reused(monkeypatch):
 
     monkeypatch.setattr("dmdr_fast.algorithm.step.fake_update", watched)
     nets, *_ = networks()
-    dmdr_update(nets, data, None, recipe(2, fake_updates=5, rollout_reuse=2), STREAMS, 7, [SHARD], CPU)
+    dmdr_update(update(nets, recipe(2, fake_updates=5, rollout_reuse=2), STREAMS, [SHARD], 7, data))
     assert drawn == [(7, 0), (7, 2), (7, 4)]
     assert [index for index, _ in seen] == [(7, r) for r in range(5)]
     x0 = [x for _, x in seen]
@@ -182,19 +184,17 @@ def test_a_rollout_serves_as_many_fake_updates_as_it_is_reused(monkeypatch):
 def test_rl_begins_when_the_cold_start_ends():
     nets, *_ = networks()
     numbers = recipe(1, cold_start_steps=2, reward_weight=0.5)
-    seen = [
-        "reward" in dmdr_update(nets, labels, REWARD, numbers, STREAMS, step, [SHARD], CPU).metrics for step in range(4)
-    ]
-    assert seen == [False, False, True, True]
+    steps = [update(nets, numbers, STREAMS, [SHARD], step, reward=REWARD) for step in range(4)]
+    assert ["reward" in dmdr_update(now).metrics for now in steps] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_generator_forwards_per_update(steps, monkeypatch):
     """R truncated rollouts and one graded forward; the last rollout is shared with the generator update."""
     for stop in range(steps):
-        monkeypatch.setattr("dmdr_fast.algorithm.step.draw_stop_step", lambda rng, n, stop=stop: stop)
+        monkeypatch.setattr(Streams, "stop_step", lambda *draw, stop=stop: stop)
         nets, *_ = networks()
-        dmdr_update(nets, labels, None, recipe(steps, fake_updates=3), STREAMS, 0, [SHARD], CPU)
+        dmdr_update(update(nets, recipe(steps, fake_updates=3), STREAMS, [SHARD]))
         assert nets.generator.forwards == 3 * (stop + 1) + 1
         assert nets.fake.forwards == 3 + 1
 
@@ -203,14 +203,15 @@ def test_fake_update_descends_the_denoising_loss():
     nets, _generator, fake, _ = networks()
     numbers = recipe(1, fake_updates=1, renoise=RenoiseLaw("uniform"))
     fake_before = [p.detach().clone() for p in fake.parameters()]
-    sample = simulate(nets.generator, labels, numbers, STREAMS, (0, 0), SHARD, CPU)
+    now = update(nets, numbers, STREAMS, [SHARD])
+    sample = simulate(now, (0, 0), SHARD)
     x0, y = sample.rollout.x0.double(), sample.batch.condition
     t = STREAMS.times(numbers.renoise, "fake_t", 0, 0, step=0, shard=SHARD, device=CPU).double()
     noise = STREAMS.noise("fake_noise", 0, 0, shape=SHAPE, shard=SHARD, device=CPU).double()
     sigma = t.view(-1, 1, 1, 1)
     loss = (fake((1 - sigma) * x0 + sigma * noise, t, y) - (noise - x0)).square().mean()
     expected = torch.autograd.grad(loss, list(fake.parameters()))
-    metrics, _ = fake_update(nets.fake, [sample], numbers, STREAMS, (0, 0))
+    metrics, _ = fake_update(now, [sample], (0, 0))
     assert metrics["fake_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for parameter, before, gradient in zip(fake.parameters(), fake_before, expected, strict=True):
         torch.testing.assert_close(parameter.detach(), before - 1e-2 * gradient, rtol=1e-4, atol=1e-7)

@@ -8,7 +8,7 @@ from benchmarks.gate import GateFailure
 from benchmarks.step_sides import FAKE_UPDATES, REAL_SCALE, ComputePath, Eager, Fused, Size, _stops, balanced_steps
 from dmdr_fast.algorithm.dmd import DMDOptions
 from dmdr_fast.algorithm.recipe import Recipe
-from dmdr_fast.algorithm.rl.options import ReFLOptions, RLOptions
+from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.schedules import timestep_grid
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def sides(steps, cfg_scale, path=PLAIN, reuse=1, **changes):
         real_lora_scale=REAL_SCALE,
         dynamic_guidance_step=10**9,
         dmd=DMDOptions(cfg_scale=cfg_scale),
-        **({"reward_weight": 0.05, "rl": RLOptions(refl=ReFLOptions(chunk=1))} | changes),
+        **({"reward_weight": 0.05, "method": ReFL(chunk=1)} | changes),
     )
     counters = balanced_steps(steps, reuse)
     fused = Fused(SMALL, recipe, CPU, path)

@@ -18,6 +18,7 @@ from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.algorithm.update import Update
 from dmdr_fast.engine.compute import compile_blocks
 from dmdr_fast.models.families import FAMILIES
 from dmdr_fast.models.lora import add_lora
@@ -97,7 +98,8 @@ def _update(work: Workload):
     )
     shards = [Shard(0, work.batch, work.batch)]
     batch = Batch(text, text, torch.arange(work.batch), {})
-    return lambda step: dmdr_update(nets, lambda *draw: batch, None, recipe, Streams(3), step, shards, CPU), ema
+    given = recipe, Streams(3), nets, lambda *draw: batch, None, shards, CPU
+    return lambda step: dmdr_update(Update(*given, step)), ema
 
 
 def _networks(work: Workload):

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from dmdr_fast.plan.cost import forward_flops, units
-from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.trace import traced_peaks, update_peaks
 from dmdr_fast.plan.workload import Adapter, Zero
 from tests.tiers import sampled
@@ -23,7 +22,7 @@ def phases(peaks):
 @pytest.mark.parametrize("activation", sampled(["selective", "full"]))
 def test_extrapolated_peaks_are_those_of_the_whole_network(activation):
     work = workload("flux", activation=activation, zero=Zero(stage=2))
-    work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, default_targets(work.shape)))
+    work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, work.shape.opened().lora_targets))
     assert phases(update_peaks(work)) == pytest.approx(phases(traced_peaks(work)), rel=1e-3)
 
 
@@ -51,5 +50,5 @@ def test_f_units_and_flops():
     # x0 of `same_step` is the rollout's own; the generator's update runs one forward more.
     assert units(replace(four, same_step=True))["rollout"] == 12.5
     shape = one.shape
-    flops = [forward_flops(replace(one, shape=shape.with_depths((2, n)))) for n in (2, 3, 9)]
+    flops = [forward_flops(replace(one, shape=shape.with_depths((2, n)))).sum() for n in (2, 3, 9)]
     assert flops[2] - flops[0] == pytest.approx(7 * (flops[1] - flops[0]))

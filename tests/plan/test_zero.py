@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from dmdr_fast.plan.from_config import default_targets
 from dmdr_fast.plan.shapes import count, find_shape
 from dmdr_fast.plan.workload import Adapter, Workload, Zero
 from dmdr_fast.plan.zero import engines, gathered, resident, trained_by
 
 SHAPE = find_shape("flux.1-dev").with_depths((2, 3))
-LORA = Adapter(8, default_targets(SHAPE))
+LORA = Adapter(8, SHAPE.opened().lora_targets)
 BARE = Zero(stage=3, reduce_bucket=0)
 
 

@@ -6,10 +6,16 @@ g * group_size .. (g + 1) * group_size - 1. So the numbers do not depend on how 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.rl.options import GRPOOptions
+from dmdr_fast.algorithm.rl.experience import Experience, scored
+from dmdr_fast.algorithm.rl.grpo import GRPOOptions
+from dmdr_fast.algorithm.rl.method import Metrics
+from dmdr_fast.algorithm.simulation import Simulated
+from dmdr_fast.algorithm.update import Update
 
 
 def group_advantages(rewards: Tensor, options: GRPOOptions) -> tuple[Tensor, Tensor]:
@@ -29,23 +35,41 @@ def group_advantages(rewards: Tensor, options: GRPOOptions) -> tuple[Tensor, Ten
     centred = groups - groups.mean(1, keepdim=True)
     alike = (groups.amax(1) == groups.amin(1)).repeat_interleave(options.group_size)
     correction = int(options.unbiased)
-    if options.std == "group":
-        advantages = centred / (groups.std(1, correction=correction, keepdim=True) + options.eps)
-    elif options.std == "global":
-        advantages = centred / (groups.std(correction=correction) + options.eps)
-    elif options.std == "none":
-        advantages = centred
-    else:
+    if options.std not in ("group", "global", "none"):
         raise ValueError(f"group_advantages: std must be 'group', 'global' or 'none', got {options.std!r}")
-    advantages = torch.where(alike, 0.0, advantages.flatten())
+    if options.std == "group":
+        centred = centred / (groups.std(1, correction=correction, keepdim=True) + options.eps)
+    elif options.std == "global":
+        centred = centred / (groups.std(correction=correction) + options.eps)
+    advantages = torch.where(alike, 0.0, centred.flatten())
     return advantages.to(rewards.dtype), ~alike if options.drop_zero_variance else torch.ones_like(alike)
+
+
+def guidance(method: GRPOOptions, update: Update, samples: Sequence[Simulated]) -> tuple[Sequence[Tensor], Metrics]:
+    """The factor fp32 [B] on each micro-batch's guidance, from the rewards of its grouped samples, and metrics."""
+    parts = [scored(update, s.batch, s.shard, s.rollout.x0) for s in samples]
+    advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), method)
+    weights = guidance_weights(advantages, kept, method, update.recipe.rl_weight(update.step))
+    return [weights[s.shard.rows] for s in samples], Experience(parts, kept).metrics()
+
+
+def guidance_weights(advantage: Tensor, kept: Tensor, options: GRPOOptions, weight: float) -> Tensor:
+    """``advantage_weighted_dmd``: the factor f_b = max(0, 1 + weight clip(A_b, -adv_clip, adv_clip)), [B].
+
+    f weighs the guidance part of the DMD gradient, (w - 1)(cond - uncond), and leaves the rest, cond - fake, which
+    keeps the generator on the teacher's distribution: for a sample that beats its group the teacher is guided more,
+    for one that lost less, down to none. That is a guidance scale per sample: 1 + (w - 1) f_b in ``standard`` mode,
+    w f_b in ``offset`` mode. Without guidance there is nothing to weigh. A sample that is not ``kept`` has f = 1.
+    """
+    clipped = torch.where(kept, advantage, 0.0).clamp(-options.adv_clip, options.adv_clip)
+    return (1.0 + weight * clipped).clamp_min(0.0)
 
 
 def best_and_worst(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each of the G groups: row of the best sample and of the worst, int64 [G], and their gap in reward [G].
 
     Among equals the first. A group whose rewards are all alike gives one sample twice (gap 0): such a pair has no
-    gradient under :func:`~dmdr_fast.algorithm.rl.dpo.dpo_loss`.
+    gradient under :func:`~dmdr_fast.algorithm.rl.preference.dpo_loss`.
 
     Raises:
         ValueError: rewards are not whole groups of at least two.

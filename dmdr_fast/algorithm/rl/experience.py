@@ -6,26 +6,16 @@ spread over several does not matter: statistics are taken of the gathered reward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.rl.grpo import Trajectory
+from dmdr_fast.algorithm.recipe import Batch
+from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.streams import Shard
-
-if TYPE_CHECKING:
-    from dmdr_fast.algorithm.recipe import Batch, RewardModel
-
-# One equal-shaped part per micro-batch of this rank -> the whole global batch in its own order.
-Gather = Callable[[Sequence[Tensor]], Tensor]
-
-
-def whole_batch(parts: Sequence[Tensor]) -> Tensor:
-    """:data:`Gather` of a single rank."""
-    return torch.cat(list(parts))
+from dmdr_fast.algorithm.update import Update
 
 
 @dataclass(frozen=True)
@@ -37,63 +27,45 @@ class Scored:
     x0: Tensor
     rewards: Tensor
     named: dict[str, Tensor]
-    trajectory: Trajectory | None = None
-
-    def metrics(self) -> dict[str, Tensor]:
-        """Mean rewards."""
-        return {"reward": self.rewards.mean()} | {name: values.mean() for name, values in self.named.items()}
-
-
-@torch.no_grad()
-def scored(
-    batch: Batch,
-    shard: Shard,
-    x0: Tensor,
-    reward: RewardModel,
-    *,
-    chunk: int,
-    name: str,
-    trajectory: Trajectory | None = None,
-) -> Scored:
-    """Decode and score x0 [B, ...], ``chunk`` samples at a time, without grad."""
-    totals, named = [], []
-    for start in range(0, x0.shape[0], chunk):
-        rows = slice(start, min(start + chunk, x0.shape[0]))
-        total, each = reward.score(reward.decode(x0[rows]), rows_of(batch.reward_inputs, rows), name)
-        totals.append(total)
-        named.append(each)
-    by_name = {n: torch.cat([each[n] for each in named]) for n in named[0]}
-    return Scored(batch, shard, x0, torch.cat(totals), by_name, trajectory)
-
-
-def rows_of(inputs: dict, rows: slice) -> dict:
-    """The reward inputs of some rows."""
-    return {k: v[rows] for k, v in inputs.items()}
-
-
-def share(global_values: Tensor, shard: Shard) -> Tensor:
-    """This micro-batch's part of something of the whole global batch."""
-    return global_values[shard.start : shard.stop]
 
 
 @dataclass(frozen=True)
-class PairShare:
-    """The pairs that one micro-batch trains on: samples [start, stop) of ``shard.total`` pairs, and their weights.
+class Experience:
+    """This rank's samples of one update, one entry per micro-batch, and whose group says something [global batch].
 
-    Shares have one size on all ranks; where the pairs do not divide evenly, shares overlap and a pair that another
-    share has already weighs 0. The rest is scaled so that the average over shares of mean(weight * loss) is the mean
-    loss of all pairs.
+    A method that learns from them has a subclass.
     """
 
-    shard: Shard
-    weight: Tensor  # fp32 [pairs of this share]
+    scored: list[Scored]
+    kept: Tensor
+
+    def losses(self, update: Update) -> list[Loss]:
+        """The weighted losses of one generator step, each one graded forward."""
+        return []
+
+    def metrics(self) -> Metrics:
+        """Mean rewards over the micro-batches, and the share of samples whose group says something."""
+        parts = [{n: v.mean() for n, v in ({"reward": s.rewards} | s.named).items()} for s in self.scored]
+        metrics = {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]}
+        return metrics | {"kept": self.kept.float().mean()}
 
 
-def pair_share(pairs: int, shard: Shard, device: torch.device) -> PairShare:
-    """Share number ``shard.start / shard.size`` of ``pairs`` pairs over the micro-batches of the global batch."""
-    shares = shard.total // shard.size
-    size = -(-pairs // shares)
-    wanted = (shard.start // shard.size) * size
-    start = min(wanted, pairs - size)
-    first_here = (torch.arange(start, start + size, device=device) >= wanted).float()
-    return PairShare(Shard(start, start + size, pairs), first_here * (shares * size / pairs))
+@torch.no_grad()
+def scored(update: Update, batch: Batch, shard: Shard, x0: Tensor) -> Scored:
+    """Decode and score x0 [B, ...], ``reward.chunk`` samples at a time, without grad."""
+    reward = update.reward
+    assert reward is not None  # RL has one
+    totals, named = [], []
+    for start in range(0, x0.shape[0], reward.chunk):
+        rows = slice(start, min(start + reward.chunk, x0.shape[0]))
+        inputs = rows_of(batch.reward_inputs, rows)
+        total, each = reward.score(reward.decode(x0[rows]), inputs, update.name_of(shard))
+        totals.append(total)
+        named.append(each)
+    by_name = {n: torch.cat([each[n] for each in named]) for n in named[0]}
+    return Scored(batch, shard, x0, torch.cat(totals), by_name)
+
+
+def rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """The reward inputs of some rows."""
+    return {k: v[rows] for k, v in inputs.items()}

@@ -1,186 +1,84 @@
-"""GRPO: a policy gradient over the generator's own few steps, made stochastic.
-
-    rollout   x_{i+1} = mean(x_i, v_i) + std n      the SDE of the steps, log-probs kept        no grad
-    replay    r = p(x_{i+1} | x_i, now) / p(x_{i+1} | x_i, rollout)                             graded
-    loss      mean max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_weight KL to a reference
-
-A: :func:`~dmdr_fast.algorithm.rl.advantages.group_advantages`. Inside DMDR the DMD gradient takes the KL's place.
-Source: Flow-GRPO (arXiv 2505.05470), DanceGRPO (arXiv 2505.07818), Flow-CPS (arXiv 2509.05952).
-"""
+"""GRPO: a policy gradient over the generator's own stochastic steps, from the rewards of groups of samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+from dmdr_fast.algorithm.rl.method import Method, Setting, option
 
-from dmdr_fast import ops
-from dmdr_fast.algorithm.paths import clean_sample
-from dmdr_fast.algorithm.rl.options import GRPOOptions
-from dmdr_fast.algorithm.rollout import Network, whole_weights
-from dmdr_fast.ops.dmd import Prediction
+if TYPE_CHECKING:
+    from dmdr_fast.algorithm.rl.experience import Experience
+    from dmdr_fast.algorithm.update import Update
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """One stochastic rollout: all its samples, and the log-probs of its stochastic steps."""
+class GRPOOptions(Method):
+    """GRPO: policy gradient over groups of samples of one condition."""
 
-    x: tuple[Tensor, ...]  # N + 1 samples [B, ...]: x[0] the noise, x[N] the final x0
-    grid: tuple[float, ...]  # t_0 .. t_N
-    logprob: Mapping[int, Tensor]  # step i -> log p(x[i + 1] | x[i]) [B], as the rollout's generator had it
+    name = "grpo"
+    uses_reward = True
+    kl_on_x0 = False
+
+    mode: Literal["policy", "advantage_weighted_dmd"] = option(
+        "policy", "policy: clipped ratios; advantage_weighted_dmd: advantages weight the guidance in the DMD gradient."
+    )
+    group_size: int = option(8, "K, samples per prompt or class; divides the global micro-batch.", gt=0)
+    sde: Literal["flow_grpo", "dance", "cps"] = option("flow_grpo", "Form of the stochastic step.")
+    eta: float = option(0.7, "Its noise: 0.7 for flow_grpo, 0.3 for dance.", gt=0)
+    std: Literal["group", "global", "none"] = option("group", "What advantages are divided by.")
+    unbiased: bool = option(False, "Standard deviation over n - 1 (DanceGRPO) instead of n (Flow-GRPO).")
+    eps: float = option(1e-4, "Added to the standard deviation.", ge=0)
+    drop_zero_variance: bool = option(True, "Leave out groups whose rewards are all alike.")
+    clip_low: float = option(1e-4, "Ratio bound below, 1 - clip_low.", ge=0)
+    clip_high: float = option(1e-4, "Ratio bound above, 1 + clip_high.", ge=0)
+    adv_clip: float = option(5.0, "Largest |advantage|.", gt=0)
+    inner_epochs: int = option(1, "Generator steps per batch of rollouts.", gt=0)
+    trained_steps: int | None = option(None, "Stochastic steps trained per update, drawn anew; null: all.", gt=0)
+    noisy_last_step: bool = option(False, "The step that ends at t = 0 is stochastic too; needed for student.steps 1.")
 
 
-def stochastic_steps(grid: tuple[float, ...], options: GRPOOptions) -> tuple[int, ...]:
-    """The steps i (from grid[i] to grid[i + 1]) of an N-step rollout that are stochastic: all but the last.
+@dataclass(frozen=True)
+class GRPO(GRPOOptions):
+    """GRPO: policy gradient over groups of samples of one condition.
 
-    With ``noisy_last_step`` the last too, where the kind gives it noise: cps has none at t = 0.
-
-    Raises:
-        ValueError: no step is left, or fewer than ``trained_steps``; says what to change.
+    The clipped ratio on the steps of an SDE; inside DMDR the DMD gradient takes the KL's place.
     """
-    steps = len(grid) - 1
-    last = options.noisy_last_step and (options.kind != "cps" or grid[-1] > 0)
-    found = tuple(range(steps if last else steps - 1))
-    if not found and options.kind == "cps":
-        raise ValueError(
-            "grpo: kind 'cps' gives the step that ends at t = 0 no noise, and a one-step student has no other; take "
-            "kind 'flow_grpo' or 'dance' with noisy_last_step, or a student of two or more steps"
-        )
-    if not found:
-        raise ValueError(
-            "grpo: a one-step student has no stochastic step; set noisy_last_step, or take two or more steps"
-        )
-    if options.trained_steps is not None and options.trained_steps > len(found):
-        raise ValueError(
-            f"grpo: trained_steps must be at most the {len(found)} stochastic steps of a {steps}-step student, "
-            f"got {options.trained_steps}; lower it or leave it out to train all"
-        )
-    return found
 
+    @property
+    def generator_steps(self) -> int:
+        return self.inner_epochs
 
-def trained_steps(rng: np.random.Generator, stochastic: tuple[int, ...], count: int | None) -> tuple[int, ...]:
-    """``count`` different ones of the stochastic steps, each as likely as any other, in order; all with None."""
-    if count is None:
-        return stochastic
-    return tuple(sorted(rng.choice(stochastic, count, replace=False).tolist()))
+    def stochastic_steps(self, student_steps: int) -> range:
+        """All but the last; with ``noisy_last_step`` that too, where the SDE gives it noise: cps has none at t = 0."""
+        return range(student_steps if self.noisy_last_step and self.sde != "cps" else student_steps - 1)
 
+    def graded_forwards(self, student_steps: int) -> int:
+        """One for each stochastic step that is trained."""
+        return self.inner_epochs * (self.trained_steps or len(self.stochastic_steps(student_steps)))
 
-@torch.no_grad()
-def sde_rollout(
-    generator: Network,
-    noise: Tensor,
-    seeds: Callable[[int], Tensor],
-    condition: Any,
-    grid: tuple[float, ...],
-    options: GRPOOptions,
-    *,
-    offset: int,
-    kind: Prediction = "flow",
-) -> Trajectory:
-    """The full rollout from ``noise`` [B, ...] at t_0 = 1, its stochastic steps by ``ops.sde_step_logprob``.
+    def problems(self, setting: Setting) -> Iterator[str]:
+        yield from super().problems(setting)
+        steps = setting.student_steps
+        stochastic = len(self.stochastic_steps(steps))
+        if setting.prediction not in ("flow", "x0"):
+            yield (
+                f"rl.method: the stochastic steps of grpo are of flow matching and {setting.family.upper()} predicts "
+                f"{setting.prediction}; take refl or dpo"
+            )
+        if self.sde == "cps" and self.eta >= 2.0:
+            yield f"rl.grpo.eta: {self.eta:g} turns cps's noise angle, eta pi / 2, past a half turn; set it below 2"
+        if not stochastic:
+            yield (
+                f"rl.grpo: no step of a {steps}-step student is stochastic with sde {self.sde} and noisy_last_step "
+                f"{str(self.noisy_last_step).lower()}; set rl.grpo.noisy_last_step to true with sde flow_grpo or "
+                "dance, or student.steps to 2 or more"
+            )
+        if self.trained_steps is not None and self.trained_steps > stochastic:
+            yield f"rl.grpo.trained_steps: {self.trained_steps} of {stochastic} stochastic step(s); lower it"
 
-    A last step that is not stochastic is x0 = x - t v. ``seeds(i)`` is the int64 [2] seed of step i's noise and
-    ``offset`` the index of the batch's first element in it, so a sample does not depend on its company. ``kind``: what
-    the generator predicts, ``flow`` or ``x0``. The samples keep the noise's dtype; log-probs are fp32 (fp64 for fp64).
-    """
-    stochastic = stochastic_steps(grid, options)
-    x, samples, logprob = noise, [noise], {}
-    with whole_weights(generator):
-        for i in range(len(grid) - 1):
-            if i in stochastic:
-                v = _velocity(generator, x, grid[i], condition, kind)
-                step = ops.sde_step_logprob(
-                    x, v, grid[i], grid[i + 1], kind=options.kind, eta=options.eta, seed=seeds(i), offset=offset
-                )
-                x, logprob[i] = step.next_sample, step.logprob
-            else:
-                t = torch.full((x.shape[0],), grid[i], device=x.device)
-                x = clean_sample(x, t, generator(x, t, condition), kind)
-            samples.append(x)
-    return Trajectory(tuple(samples), grid, logprob)
+    def collect(self, update: Update) -> Experience:
+        from dmdr_fast.algorithm.rl.policy_gradient import collect
 
-
-def policy_loss(
-    generator: Network,
-    trajectory: Trajectory,
-    i: int,
-    condition: Any,
-    advantage: Tensor,
-    kept: Tensor,
-    options: GRPOOptions,
-    *,
-    kind: Prediction = "flow",
-    weight: float = 1.0,
-    reference: Network | None = None,
-    kl_weight: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped loss of step i of a trajectory plus a KL, weighted, 0-d and graded, and its statistics.
-
-        loss = weight mean_b max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_weight KL,  r = p_now / p_rollout
-        KL   = mean (mean_now - mean_ref)^2 / (2 s^2),  per element, over the whole batch
-
-    flow_grpo, dance: s = gam of the step (Flow-GRPO's: the KL over sqrt(t - t')); cps: s the step's std. A sample that
-    is not ``kept`` (bool [B]) counts with A = 0: the mean stays over B and its ratio is still watched. As long as the
-    generator is the one of the rollout, the ratios are exactly 1.
-
-    The reference runs first and without grad. It may be the generator with an adapter switched off: what it leaves
-    switched is what the generator's forward, and its recomputation in a backward, has to set for itself.
-
-    Returns:
-        loss, and 0-d fp32 without grad: ratio_mean, ratio_max_deviation (max |r - 1|), clip_fraction, approx_kl (to
-        the rollout's generator, mean (log r)^2 / 2), and kl (to the reference) where there is one.
-    """
-    x, t, t_next = trajectory.x[i], trajectory.grid[i], trajectory.grid[i + 1]
-
-    def replay(network: Network) -> ops.SDEStep:
-        v = _velocity(network, x, t, condition, kind)
-        return ops.sde_step_logprob(
-            x, v, t, t_next, kind=options.kind, eta=options.eta, next_sample=trajectory.x[i + 1]
-        )
-
-    with torch.no_grad():
-        held = None if reference is None else replay(reference)
-    with torch.enable_grad():
-        step = replay(generator)
-        loss, stats = ops.grpo_loss(
-            step.logprob,
-            trajectory.logprob[i],
-            torch.where(kept, advantage, 0.0),
-            clip_low=options.clip_low,
-            clip_high=options.clip_high,
-            adv_clip=options.adv_clip,
-        )
-        loss = weight * loss
-        found = {f"ratio_{name}": getattr(stats, name) for name in ("mean", "max_deviation")}
-        found |= {name: getattr(stats, name) for name in ("clip_fraction", "approx_kl")}
-        if held is not None:
-            spread = step.std if options.kind == "cps" else step.std / (t - t_next) ** 0.5
-            kl = ((step.mean - held.mean).square().flatten(1).mean(1) / (2 * spread.square())).mean()
-            loss, found["kl"] = loss + kl_weight * kl, kl.detach()
-    return loss, found
-
-
-def guidance_weights(advantage: Tensor, kept: Tensor, options: GRPOOptions, weight: float) -> Tensor:
-    """``advantage_weighted_dmd``: the factor f_b = max(0, 1 + weight clip(A_b, -adv_clip, adv_clip)), [B].
-
-    f weighs the guidance part of the DMD gradient, (w - 1)(cond - uncond), and leaves the rest, cond - fake, which
-    keeps the generator on the teacher's distribution: for a sample that beats its group the teacher is guided more,
-    for one that lost less, down to none. That is a guidance scale per sample: 1 + (w - 1) f_b in ``standard`` mode,
-    w f_b in ``offset`` mode. Without guidance there is nothing to weigh. A sample that is not ``kept`` has f = 1.
-    """
-    clipped = torch.where(kept, advantage, 0.0).clamp(-options.adv_clip, options.adv_clip)
-    return (1.0 + weight * clipped).clamp_min(0.0)
-
-
-def _velocity(network: Network, x: Tensor, t: float, condition: Any, kind: Prediction) -> Tensor:
-    """v at (x, t): the prediction itself, or (x - x0_hat) / t."""
-    prediction = network(x, torch.full((x.shape[0],), t, device=x.device), condition)
-    if kind == "flow":
-        return prediction
-    if kind == "x0":
-        return (x - prediction) / t
-    raise ValueError(f"grpo: kind must be 'flow' or 'x0', got {kind!r}")
+        return collect(self, update)

@@ -1,59 +1,37 @@
-"""ReFL: the reward's own gradient on x0, through the decoder, chunk by chunk.
-
-Source: ImageReward (arXiv 2304.05977), as DMDR uses it: maximise R(decode(x0)).
-"""
+"""ReFL: the reward's own gradient on x0 (ImageReward, arXiv 2304.05977)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from dmdr_fast.algorithm.rl.method import Method, Metrics, option
 
-from dmdr_fast.algorithm.rl.options import ReFLOptions
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Decode = Callable[[Tensor], Tensor]  # latent [B, ...] -> image [B, C, H, W] in about [-1, 1]
-
-
-def refl_leaf_gradient(
-    x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFLOptions
-) -> tuple[Tensor, Tensor]:
-    """d(loss)/d(x0) on the leaf x0 [B, ...], and the rewards fp32 [B], both detached.
-
-    linear: loss = -mean R;  hinge: loss = mean max(0, margin - R), which leaves a sample above the margin alone.
-
-    ``reward(images, rows)`` gets the images of ``rows`` of the batch and returns [rows] rewards, higher is better.
-    The graph of one chunk is freed before the next is built: peak memory is that of ``options.chunk`` samples. With
-    ``options.checkpoint`` it is the larger of the decoder's graph and the reward's, not their sum: the decoder runs
-    again once the reward's backward has freed its own. The gradient is the same, to the bit where the decoder's
-    kernels are deterministic.
-
-    Raises:
-        ValueError: the objective is not one of the two.
-    """
-    gradient, rewards = torch.empty_like(x0), x0.new_empty(x0.shape[0], dtype=torch.float32)
-    for start in range(0, x0.shape[0], options.chunk):
-        rows = slice(start, min(start + options.chunk, x0.shape[0]))
-        with torch.enable_grad():
-            leaf = x0[rows].detach().requires_grad_()
-            images = checkpoint(decode, leaf, use_reentrant=False) if options.checkpoint else decode(leaf)
-            values = reward(images, rows)
-            losses = _losses(values, options)
-            (gradient[rows],) = torch.autograd.grad(losses.sum() / x0.shape[0], leaf)
-        rewards[rows] = values.detach()
-        del images, values, losses  # else their storage lives on while the next chunk's graph is built
-    return gradient, rewards
+    from dmdr_fast.algorithm.simulation import Simulated
+    from dmdr_fast.algorithm.update import Update
 
 
-@torch.no_grad()
-def refl_loss(x0: Tensor, decode: Decode, reward: Callable[[Tensor, slice], Tensor], options: ReFLOptions) -> Tensor:
-    """The loss of ``refl_leaf_gradient``, 0-d, alone; same arguments."""
-    parts = [slice(start, start + options.chunk) for start in range(0, x0.shape[0], options.chunk)]
-    return torch.cat([_losses(reward(decode(x0[rows]), rows).float(), options) for rows in parts]).mean()
+@dataclass(frozen=True)
+class ReFL(Method):
+    """ReFL: the reward's own gradient on x0."""
 
+    name = "refl"
+    uses_reward = needs_gradient = needs_rollout = auto_weight = True
 
-def _losses(rewards: Tensor, options: ReFLOptions) -> Tensor:
-    if options.objective not in ("linear", "hinge"):
-        raise ValueError(f"ReFL: objective must be 'linear' or 'hinge', got {options.objective!r}")
-    return -rewards if options.objective == "linear" else torch.relu(options.margin - rewards)
+    chunk: int = option(64, "Samples decoded and scored at a time; less is less memory.", gt=0)
+    checkpoint: bool = option(False, "Recompute the decoder's activations in its backward pass.")
+    objective: Literal["linear", "hinge"] = option("linear", "linear: mean R; hinge: -mean max(0, margin - R).")
+    margin: float = option(0.0, "The reward above which the hinge leaves a sample alone.")
+
+    def leaf(self, update: Update, sample: Simulated, x0: Tensor) -> tuple[Tensor, Metrics]:
+        from dmdr_fast.algorithm.rl.reward_gradient import leaf
+
+        return leaf(self, update, sample, x0)
+
+    def loss_on_x0(self, update: Update, sample: Simulated) -> Tensor:
+        from dmdr_fast.algorithm.rl.reward_gradient import loss_on_x0
+
+        return loss_on_x0(self, update, sample)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dmdr_fast.models.families.backbone import Backbone
 from dmdr_fast.models.families.base import Condition, Denoiser, Family, to_device
 from dmdr_fast.models.families.encoding import TextEncoder
 from dmdr_fast.models.families.flux import Flux
@@ -14,12 +15,15 @@ from dmdr_fast.models.families.loading import read_json
 from dmdr_fast.models.families.qwen_image import QwenImage
 from dmdr_fast.models.families.sd3 import SD3
 from dmdr_fast.models.families.sdxl import SDXL
+from dmdr_fast.models.families.sit import SiTBackbone
 from dmdr_fast.models.families.z_image import ZImage
 
 __all__ = [
+    "BACKBONES",
     "FAMILIES",
     "SD3",
     "SDXL",
+    "Backbone",
     "Condition",
     "Denoiser",
     "Family",
@@ -33,6 +37,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in (SD3, Flux, Flux2, ZImage, QwenImage, SDXL)}
+BACKBONES: dict[str, type[Backbone]] = {**FAMILIES, "sit": SiTBackbone}
 
 
 def open_family(

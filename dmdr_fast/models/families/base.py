@@ -14,7 +14,7 @@ on the path x_t = alpha(t) x0 + sigma(t) eps of ``alpha_sigma``. A new family is
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dmdr_fast.models.families import loading
+from dmdr_fast.models.families.backbone import Backbone, empty
 from dmdr_fast.ops.dmd import Prediction
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ HOST_KEYS = frozenset({"lengths"})  # read by Python in the forward: on the devi
 
 
 @dataclass(frozen=True)
-class Family(ABC):
+class Family(Backbone):
     """A teacher pipeline of one family. Made by ``open_family``; ``dataclasses.replace`` changes a field.
 
     Attributes:
@@ -45,20 +46,19 @@ class Family(ABC):
         revision: branch, tag or commit of a hub id; its default branch where None.
     """
 
-    name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]  # the pipeline classes it reads
     network: ClassVar[str]  # the denoiser's class in diffusers
     folder: ClassVar[str] = "transformer"  # where the pipeline keeps it
     vae: ClassVar[str] = "AutoencoderKL"
     prediction: ClassVar[Prediction] = "flow"
     block_names: ClassVar[tuple[str, ...]]  # patterns of the nn.ModuleLists that hold the repeated blocks
-    lora_targets: ClassVar[tuple[str, ...]]  # suffixes for ``add_lora``: attention and feed-forward of every block
     default_length: ClassVar[int]
     default_guidance: ClassVar[float | None] = None
     encode_batch: ClassVar[int] = 8  # prompts in one pass of the encoders, always as many
     unguided: ClassVar[Mapping[str, float]] = {"guidance_scale": 0}  # its pipeline's call without guidance
     passes_sigmas: ClassVar[bool] = True  # its pipeline gives the scheduler the sigmas 1 - i / N
     sized: ClassVar[bool] = False  # its pipeline's default image size is the network's sample_size
+    text_width: ClassVar[str] = "joint_attention_dim"  # the key of its configuration with the embeddings' width
 
     path: str
     network_config: Mapping[str, Any]
@@ -71,8 +71,12 @@ class Family(ABC):
     # Networks
 
     @classmethod
+    def of(cls, name: str, network_config: Mapping[str, Any], vae_config: Any, length: int) -> Family:
+        guided = cls.default_guidance if network_config.get("guidance_embeds") else None
+        return cls(name, network_config, vae_config or {}, {}, length, guided)
+
+    @classmethod
     def build_from_config(cls, config: Mapping[str, Any]) -> ModelMixin:
-        """The untrained network of a config; inside ``with torch.device("meta")`` it takes no memory."""
         import diffusers  # seconds to import
 
         return getattr(diffusers, cls.network).from_config(dict(config))
@@ -92,7 +96,6 @@ class Family(ABC):
         return vae.requires_grad_(False).eval()
 
     def blocks(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """(name, block) of every repeated block: the units of activation checkpointing, in the model's order."""
         for name, module in network.named_modules():
             if isinstance(module, nn.ModuleList) and any(fnmatchcase(name, p) for p in self.block_names):
                 yield from ((f"{name}.{index}", block) for index, block in enumerate(module))
@@ -152,10 +155,6 @@ class Family(ABC):
         """The inverse of ``to_pipeline``, for x_t of ``height`` x ``width`` latent pixels."""
         return latents
 
-    @abstractmethod
-    def decode(self, vae: ModelMixin, latents: Tensor) -> Tensor:
-        """Images [B, 3, height, width] in about [-1, 1], in the VAE's dtype, of x0; differentiable."""
-
     # Noise
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,6 +175,9 @@ class Family(ABC):
         """
         return {key: torch.stack([entry[key] for entry in entries]) for key in entries[0]}
 
+    def empty_condition(self, batch: int, dtype: torch.dtype) -> Condition:
+        return {"prompt_embeds": empty(batch, self.length, self.network_config[self.text_width], dtype=dtype)}
+
     def null_condition(self, condition: Condition, negative: Condition) -> Condition:
         """``negative`` (the condition of the negative prompt, batch 1) for every sample of ``condition``."""
         batch = next(iter(condition.values())).shape[0]
@@ -193,11 +195,7 @@ class Family(ABC):
     def count_tokens(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt as the encoder with the limit ``length`` would read it, uncut."""
 
-    # The step
-
-    @abstractmethod
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction at (x_t, t): see the top of this file."""
+    # The step: ``forward`` is as the top of this file says
 
     def fold_guidance(self, network: ModelMixin) -> ModelMixin:
         """``network``, changed where it is guidance-distilled: with the pipeline's ``guidance_scale=0`` it then

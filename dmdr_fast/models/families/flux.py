@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dmdr_fast.models.families.backbone import empty
 from dmdr_fast.models.families.base import Condition, Family, token_counts
 from dmdr_fast.models.families.packing import grid_ids, pack, unpack
 from dmdr_fast.models.families.sd3 import decode_shifted
@@ -32,6 +33,7 @@ class Flux(Family):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_mlp"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    depth_keys = ("num_layers", "num_single_layers")
     default_length = 512
     default_guidance = 3.5
 
@@ -44,6 +46,10 @@ class Flux(Family):
 
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
+
+    def empty_condition(self, batch: int, dtype: torch.dtype) -> Condition:
+        pooled = empty(batch, self.network_config["pooled_projection_dim"], dtype=dtype)
+        return super().empty_condition(batch, dtype) | {"pooled_embeds": pooled}
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         height, width = x_t.shape[-2:]

@@ -32,6 +32,7 @@ class Flux2(Family):
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
         *("attn.to_qkv_mlp_proj", "attn.to_out"),
     )
+    depth_keys = ("num_layers", "num_single_layers")
     default_length = 512
     default_guidance = 4.0
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dmdr_fast.models.families.backbone import empty
 from dmdr_fast.models.families.base import Condition, Family, pad_rows, token_counts
 from dmdr_fast.models.families.packing import pack, unpack
 
@@ -31,6 +32,7 @@ class QwenImage(Family):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
+    depth_keys = ("num_layers",)
     default_length = 512
     encode_batch = 1
     unguided: ClassVar[Mapping[str, float]] = {"true_cfg_scale": 1}
@@ -48,6 +50,9 @@ class QwenImage(Family):
 
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
+
+    def empty_condition(self, batch: int, dtype: torch.dtype) -> Condition:
+        return super().empty_condition(batch, dtype) | {"mask": empty(batch, self.length, dtype=torch.bool)}
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         batch, _, height, width = x_t.shape

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from dmdr_fast.models.families.backbone import empty
 from dmdr_fast.models.families.base import Condition, Family, token_counts
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ class SD3(Family):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    depth_keys = ("num_layers", "dual_attention_layers")
     default_length = 256
     passes_sigmas = False
     sized = True
@@ -36,6 +39,28 @@ class SD3(Family):
     def longest(self) -> int:
         """The middle of a table of positions is taken."""
         return self.network_config["pos_embed_max_size"]
+
+    def with_depths(self, depths: tuple[int, ...]) -> dict[str, Any]:
+        """Of all blocks, and of those with dual attention, the first ones."""
+        return {**self.network_config, "num_layers": depths[0], "dual_attention_layers": list(range(depths[1]))}
+
+    @property
+    def few(self) -> tuple[int, ...]:
+        layers, dual = self.depths
+        return min(layers, min(dual, 2) + 3), min(dual, 2)
+
+    def kind(self, name: str, block: nn.Module) -> str:
+        """The last block leaves the text alone, the first ones may attend twice."""
+        if getattr(block, "context_pre_only", False):
+            return "last"
+        return "dual" if getattr(block, "use_dual_attention", False) else super().kind(name, block)
+
+    def empty_condition(self, batch: int, dtype: torch.dtype) -> Condition:
+        text, pooled = self.network_config["joint_attention_dim"], self.network_config["pooled_projection_dim"]
+        return {
+            "prompt_embeds": empty(batch, self.length + 77, text, dtype=dtype),
+            "pooled_embeds": empty(batch, pooled, dtype=dtype),
+        }
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return network(

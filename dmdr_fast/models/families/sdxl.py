@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dmdr_fast.models.families.backbone import empty
 from dmdr_fast.models.families.base import Condition, Family, token_counts
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class SDXL(Family):
         *("mid_block.resnets", "mid_block.attentions.*.transformer_blocks"),
     )
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+    depth_keys = ("transformer_layers_per_block",)
+    text_width = "cross_attention_dim"
+    fused = False
     default_length = 77
     sized = True
 
@@ -39,6 +43,19 @@ class SDXL(Family):
     def patch(self) -> int:
         """Latent pixels must halve evenly down to the coarsest level."""
         return 2 ** (len(self.network_config["block_out_channels"]) - 1)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Of each level of the U-Net."""
+        return tuple(self.network_config.get("transformer_layers_per_block") or ())
+
+    def with_depths(self, depths: tuple[int, ...]) -> dict[str, Any]:
+        return {**self.network_config, "transformer_layers_per_block": list(depths)}
+
+    def empty_condition(self, batch: int, dtype: torch.dtype) -> Condition:
+        config = self.network_config
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return super().empty_condition(batch, dtype) | {"pooled_embeds": empty(batch, pooled, dtype=dtype)}
 
     def steps(self, t: Tensor) -> Tensor:
         """The DDPM step of each t: int64 [B] in 0..999."""

@@ -31,11 +31,17 @@ class ZImage(Family):
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
+    depth_keys = ("n_layers",)
+    text_width = "cap_feat_dim"
     default_length = 512
 
     @property
     def longest(self) -> int:
         return min(self.network_config["axes_lens"][1:])
+
+    def empty_condition(self, batch: int, dtype: torch.dtype) -> Condition:
+        lengths = torch.full((batch,), self.length, device="cpu")
+        return super().empty_condition(batch, dtype) | {"lengths": lengths}
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         lengths = condition["lengths"].tolist()

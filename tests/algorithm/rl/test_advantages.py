@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmdr_fast.algorithm.rl.advantages import best_and_worst, group_advantages
-from dmdr_fast.algorithm.rl.options import GRPOOptions
+from dmdr_fast.algorithm.rl.grpo import GRPO
 
 REWARDS = [1.0, 2.0, 6.0, 0.1, 0.1, 0.1, -1.0, 0.0, 4.0]  # groups of mean 3, 0.1 and 1; the second all alike
 CENTRED = [-2.0, -1.0, 3.0, 0.0, 0.0, 0.0, -2.0, -1.0, 3.0]
@@ -27,7 +27,7 @@ GLOBAL = sum((r - sum(REWARDS) / 9) ** 2 for r in REWARDS)
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_variant(std, unbiased, divisor, eps, dtype):
-    options = GRPOOptions(group_size=3, std=std, unbiased=unbiased, eps=eps)
+    options = GRPO(group_size=3, std=std, unbiased=unbiased, eps=eps)
     advantages, kept = group_advantages(torch.tensor(REWARDS, dtype=dtype), options)
     scale = 1.0 if divisor is None else 1 / (divisor + eps)
     expected = torch.tensor([a * scale for a in CENTRED], dtype=dtype)
@@ -37,7 +37,7 @@ def test_every_variant(std, unbiased, divisor, eps, dtype):
 
 
 def test_groups_all_alike_can_be_kept():
-    options = GRPOOptions(group_size=3, eps=0.0, drop_zero_variance=False)
+    options = GRPO(group_size=3, eps=0.0, drop_zero_variance=False)
     advantages, kept = group_advantages(torch.tensor(REWARDS), options)
     assert kept.all() and advantages[3:6].tolist() == [0.0] * 3
     assert group_advantages(torch.full((6,), 0.1), options)[0].tolist() == [0.0] * 6
@@ -45,7 +45,7 @@ def test_groups_all_alike_can_be_kept():
 
 def test_a_small_spread_on_a_large_reward_survives():
     rewards = torch.tensor([1000.0, 1000.0 + 2**-13])
-    advantages, kept = group_advantages(rewards, GRPOOptions(group_size=2, eps=0.0))
+    advantages, kept = group_advantages(rewards, GRPO(group_size=2, eps=0.0))
     assert advantages.tolist() == [-1.0, 1.0] and kept.all()
 
 
@@ -66,11 +66,11 @@ def test_best_and_worst():
 )
 def test_what_is_not_groups_is_refused(rewards, size, message):
     with pytest.raises(ValueError, match=message):
-        group_advantages(rewards, GRPOOptions(group_size=size))
+        group_advantages(rewards, GRPO(group_size=size))
     with pytest.raises(ValueError, match=message):
         best_and_worst(rewards, size)
 
 
 def test_an_unknown_std_is_refused():
     with pytest.raises(ValueError, match="std must be 'group', 'global' or 'none', got 'batch'"):
-        group_advantages(torch.zeros(4), GRPOOptions(group_size=2, std="batch"))
+        group_advantages(torch.zeros(4), GRPO(group_size=2, std="batch"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dmdr_fast.algorithm.paths import FLOW
-from dmdr_fast.algorithm.rl.dpo import dpo_loss
-from dmdr_fast.algorithm.rl.options import DPOOptions
+from dmdr_fast.algorithm.rl.dpo import DPO
+from dmdr_fast.algorithm.rl.preference import dpo_loss
 
 from ..networks import SHAPE, Denoiser
 
@@ -48,9 +48,7 @@ def by_hand(generator, reference, prediction, vp):
 def test_loss_gradient_and_stats(prediction, vp):
     generator, reference = Denoiser(1), Denoiser(2)
     path = VariancePreserving() if vp else FLOW
-    got, stats = dpo_loss(
-        generator, reference, W, L, T, NOISE, Y, DPOOptions(beta=BETA), prediction=prediction, path=path
-    )
+    got, stats = dpo_loss(generator, reference, W, L, T, NOISE, Y, DPO(beta=BETA), prediction=prediction, path=path)
     expected, arguments = by_hand(generator, reference, prediction, vp)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # the path's coefficients are fp32
     gradients = (torch.autograd.grad(value, list(generator.parameters())) for value in (got, expected))
@@ -66,7 +64,7 @@ def test_gradcheck():
 
     def loss(label):
         call = lambda x, t, y: torch.func.functional_call(generator, {"label": label}, (x, t, y))  # noqa: E731
-        return dpo_loss(call, reference, W, L, T, NOISE, Y, DPOOptions(beta=BETA))[0]
+        return dpo_loss(call, reference, W, L, T, NOISE, Y, DPO(beta=BETA))[0]
 
     assert torch.autograd.gradcheck(loss, generator.label.detach().clone().requires_grad_())
 
@@ -74,19 +72,19 @@ def test_gradcheck():
 def test_a_generator_that_is_its_reference_has_loss_log_two():
     network = Denoiser(1, dtype=torch.float32)
     pair = (W.float(), L.float(), T, NOISE.float(), Y)
-    loss, stats = dpo_loss(network, network, *pair, DPOOptions())
+    loss, stats = dpo_loss(network, network, *pair, DPO())
     assert loss.item() == pytest.approx(math.log(2)) and stats["margin"] == 0 and stats["accuracy"] == 0
 
 
 def test_a_sample_against_itself_has_no_gradient():
     generator, reference = Denoiser(1), Denoiser(2)
-    loss, _ = dpo_loss(generator, reference, W, W, T, NOISE, Y, DPOOptions())
+    loss, _ = dpo_loss(generator, reference, W, W, T, NOISE, Y, DPO())
     assert all((g.abs() < 1e-12).all() for g in torch.autograd.grad(loss, list(generator.parameters())))
 
 
 def test_a_large_margin_does_not_overflow():
     generator, reference = Denoiser(1, dtype=torch.float32), Denoiser(2, dtype=torch.float32)
-    loss, _ = dpo_loss(generator, reference, W.float(), L.float(), T, NOISE.float(), Y, DPOOptions(beta=1e6))
+    loss, _ = dpo_loss(generator, reference, W.float(), L.float(), T, NOISE.float(), Y, DPO(beta=1e6))
     assert loss.isfinite() and loss > 100
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(generator.parameters())))
 
@@ -97,7 +95,7 @@ def test_one_batch_for_each_network_the_reference_first_without_grad():
     def named(name, network):
         return lambda x, t, y: seen.append((name, torch.is_grad_enabled(), len(x))) or network(x, t, y)
 
-    dpo_loss(named("generator", Denoiser(1)), named("reference", Denoiser(2)), W, L, T, NOISE, Y, DPOOptions(beta=BETA))
+    dpo_loss(named("generator", Denoiser(1)), named("reference", Denoiser(2)), W, L, T, NOISE, Y, DPO(beta=BETA))
     assert seen == [("reference", False, 2 * P), ("generator", True, 2 * P)]
 
 
@@ -105,7 +103,7 @@ def test_errors_of_bf16_predictions_are_summed_in_fp32():
     """The errors of a pair differ by less than bf16 can tell; the loss is that of the rounded predictions in fp64."""
     networks = [Denoiser(1, dtype=torch.bfloat16), Denoiser(2, dtype=torch.bfloat16)]
     x0_w, x0_l, noise = W.float(), (W + 1e-3).float(), NOISE.float()
-    loss, stats = dpo_loss(*networks, x0_w, x0_l, T, noise, Y, DPOOptions(beta=1e3))
+    loss, stats = dpo_loss(*networks, x0_w, x0_l, T, noise, Y, DPO(beta=1e3))
     gaps = []
     for network in networks:
         t = T.view(-1, 1, 1, 1)
@@ -121,5 +119,5 @@ def test_errors_of_bf16_predictions_are_summed_in_fp32():
 
 
 def test_an_unknown_prediction_is_refused():
-    with pytest.raises(ValueError, match=r"prediction must be one of \['eps', 'flow', 'x0'\], got 'v'"):
-        dpo_loss(Denoiser(1), Denoiser(2), W, L, T, NOISE, Y, DPOOptions(), prediction="v")
+    with pytest.raises(ValueError, match="kind must be flow, eps or x0, got 'v'"):
+        dpo_loss(Denoiser(1), Denoiser(2), W, L, T, NOISE, Y, DPO(), prediction="v")

@@ -8,15 +8,15 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from dmdr_fast import ops
-from dmdr_fast.algorithm.rl.grpo import (
+from dmdr_fast.algorithm.rl.advantages import guidance_weights
+from dmdr_fast.algorithm.rl.grpo import GRPO
+from dmdr_fast.algorithm.rl.method import Setting
+from dmdr_fast.algorithm.rl.policy_gradient import (
     Trajectory,
-    guidance_weights,
     policy_loss,
     sde_rollout,
-    stochastic_steps,
     trained_steps,
 )
-from dmdr_fast.algorithm.rl.options import GRPOOptions
 from dmdr_fast.algorithm.rollout import sample
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.models.sit import SiT
@@ -38,7 +38,7 @@ def seeds(i):
 
 
 def options(kind, **changes):
-    return GRPOOptions(kind=kind, eta=KINDS[kind], **changes)
+    return GRPO(sde=kind, eta=KINDS[kind], **changes)
 
 
 def rollout(network, numbers, steps=3, noise=NOISE, kind="flow"):
@@ -81,7 +81,7 @@ def test_a_sample_does_not_depend_on_its_company():
 def test_cps_with_little_noise_is_the_deterministic_sampler():
     """It keeps the coefficients of the noise level, so its limit is x_{t'} = (1 - t') x0 + t' noise_hat (Euler)."""
     network, grid = Denoiser(1), timestep_grid(2)
-    trajectory = sde_rollout(network, NOISE, seeds, Y, grid, GRPOOptions(kind="cps", eta=1e-9), offset=0)
+    trajectory = sde_rollout(network, NOISE, seeds, Y, grid, GRPO(sde="cps", eta=1e-9), offset=0)
     with torch.no_grad():
         x = NOISE - 0.5 * network(NOISE, torch.ones(B), Y)
         x = x - 0.5 * network(x, torch.full((B,), 0.5), Y)
@@ -186,24 +186,23 @@ def test_the_reference_runs_first_and_without_grad():
     assert seen == [("reference", False), ("generator", True)]
 
 
-def test_which_steps_are_stochastic():
-    assert stochastic_steps(timestep_grid(4), GRPOOptions()) == (0, 1, 2)
-    assert stochastic_steps(timestep_grid(4), GRPOOptions(noisy_last_step=True)) == (0, 1, 2, 3)
-    assert stochastic_steps(timestep_grid(1), GRPOOptions(noisy_last_step=True)) == (0,)
-    assert stochastic_steps(timestep_grid(4), GRPOOptions(kind="cps", noisy_last_step=True)) == (0, 1, 2)
+def test_stochastic_steps():
+    assert list(GRPO().stochastic_steps(4)) == [0, 1, 2]
+    assert list(GRPO(noisy_last_step=True).stochastic_steps(4)) == [0, 1, 2, 3]
+    assert list(GRPO(noisy_last_step=True).stochastic_steps(1)) == [0]
+    assert list(GRPO(sde="cps", noisy_last_step=True).stochastic_steps(4)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        (GRPOOptions(), "a one-step student has no stochastic step; set noisy_last_step"),
-        (GRPOOptions(kind="cps", noisy_last_step=True), "kind 'cps' gives the step that ends at t = 0 no noise"),
-        (GRPOOptions(noisy_last_step=True, trained_steps=2), "at most the 1 stochastic steps .* got 2"),
+        (GRPO(), "rl.grpo: no step of a 1-step student is stochastic with sde flow_grpo"),
+        (GRPO(sde="cps", noisy_last_step=True), "rl.grpo: no step of a 1-step student is stochastic with sde cps"),
+        (GRPO(noisy_last_step=True, trained_steps=2), "rl.grpo.trained_steps: 2 of 1 stochastic step"),
     ],
 )
 def test_a_student_without_stochastic_steps_is_refused(numbers, message):
-    with pytest.raises(ValueError, match=message):
-        stochastic_steps(timestep_grid(1), numbers)
+    assert next(numbers.problems(Setting(1, "dmd", None, False, "sit", "flow"))).startswith(message)
 
 
 def test_trained_steps_are_drawn_evenly():
@@ -219,7 +218,7 @@ def test_trained_steps_are_drawn_evenly():
 def test_guidance_weights():
     advantage = torch.tensor([0.5, -0.5, 9.0, -9.0, 2.0])
     kept = torch.tensor([True, True, True, True, False])
-    got = guidance_weights(advantage, kept, GRPOOptions(adv_clip=5.0), 0.4)
+    got = guidance_weights(advantage, kept, GRPO(adv_clip=5.0), 0.4)
     torch.testing.assert_close(got, torch.tensor([1.2, 0.8, 3.0, 0.0, 1.0]))
 
 
@@ -231,7 +230,7 @@ def test_an_unknown_prediction_is_refused():
 def test_trajectory_of_a_plain_sampler():
     """The deterministic last step is the student's own: one that starts at the last grid point is the sampler."""
     network = Denoiser(1)
-    numbers = GRPOOptions(kind="cps", eta=1.0)
+    numbers = GRPO(sde="cps", eta=1.0)
     trajectory = rollout(network, numbers, steps=2)
     assert isinstance(trajectory, Trajectory)
     # eta 1 forgets the noise that x_hat had: x_1 = (1 - t) x0_hat + t n is the student's renoised rollout.

@@ -8,9 +8,10 @@ import torch
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.rl.advantages import best_and_worst, group_advantages
-from dmdr_fast.algorithm.rl.dpo import dpo_loss
-from dmdr_fast.algorithm.rl.grpo import policy_loss, sde_rollout
-from dmdr_fast.algorithm.rl.options import DPOOptions, GRPOOptions
+from dmdr_fast.algorithm.rl.dpo import DPO
+from dmdr_fast.algorithm.rl.grpo import GRPO
+from dmdr_fast.algorithm.rl.policy_gradient import policy_loss, sde_rollout
+from dmdr_fast.algorithm.rl.preference import dpo_loss
 from dmdr_fast.algorithm.schedules import timestep_grid
 
 START = torch.tensor([0.5, -0.25])
@@ -62,7 +63,7 @@ def grpo(numbers, steps, *, kl_weight=0.0, lr=0.5, updates=60):
 
 @pytest.mark.parametrize("std", ["group", "global", "none"])
 def test_grpo_of_one_step_ends_where_the_reward_is_highest(std):
-    numbers = GRPOOptions(group_size=K, eta=0.7, noisy_last_step=True, std=std)
+    numbers = GRPO(group_size=K, eta=0.7, noisy_last_step=True, std=std)
     # x0 = (1 - eta^2 / 2) noise + mu + eta n: its mean is mu, whatever the noise.
     torch.testing.assert_close(grpo(numbers, 1), GOAL, rtol=0, atol=0.03)
 
@@ -71,7 +72,7 @@ def test_grpo_of_one_step_ends_where_the_reward_is_highest(std):
 def test_grpo_of_two_steps_ends_where_the_reward_is_highest(kind, eta):
     """x_1 = a z + mu / 2 + s n, since b = -1/2 at t = 1 for all kinds, and x0 = x_1 + mu / 2: E x0 is mu."""
     rate = 5.0 if kind == "cps" else 0.5  # the log-prob of cps lacks the 1 / (2 s^2)
-    got = grpo(GRPOOptions(group_size=K, kind=kind, eta=eta), 2, lr=rate)
+    got = grpo(GRPO(group_size=K, sde=kind, eta=eta), 2, lr=rate)
     torch.testing.assert_close(got, GOAL, rtol=0, atol=0.03)
 
 
@@ -79,7 +80,7 @@ def test_grpo_of_two_steps_ends_where_the_reward_is_highest(kind, eta):
 def test_grpo_with_a_kl_ends_between_the_goal_and_the_reference(kl_weight):
     """With A = R - group mean the expected gradient is -((1 - 1/K) (goal - mu) - kl (mu - start) / eta^2) / 2."""
     eta = 0.7
-    numbers = GRPOOptions(group_size=K, eta=eta, noisy_last_step=True, std="none", adv_clip=1e6)
+    numbers = GRPO(group_size=K, eta=eta, noisy_last_step=True, std="none", adv_clip=1e6)
     pull, hold = 1 - 1 / K, kl_weight / eta**2
     optimum = (pull * GOAL + hold * START) / (pull + hold)
     torch.testing.assert_close(grpo(numbers, 1, kl_weight=kl_weight), optimum, rtol=0, atol=0.03)
@@ -97,7 +98,7 @@ def test_dpo_against_itself_ends_where_the_reward_is_highest():
     def loss(update):
         x0 = noise(update, 1) + policy.mu.detach()
         pair = online_pairs(x0, -0.5 * (x0 - GOAL).square().sum(1), group)
-        return dpo_loss(policy, policy, *pair, t, noise(update, 2, B // 4), t, DPOOptions(beta=1.0))[0]
+        return dpo_loss(policy, policy, *pair, t, noise(update, 2, B // 4), t, DPO(beta=1.0))[0]
 
     torch.testing.assert_close(descend(policy, loss, 0.5, 60), GOAL, rtol=0, atol=0.03)
 
@@ -116,7 +117,7 @@ def test_dpo_ends_at_the_optimum_of_bradley_terry(beta):
         x0 = noise(update, 3) + policy.mu.detach()
         u = torch.rand(B, generator=torch.Generator().manual_seed(update)).clamp(1e-6, 1 - 1e-6)
         pair = online_pairs(x0, x0 @ slope - torch.log(-torch.log(u)), 2)
-        return dpo_loss(policy, reference, *pair, t, noise(update, 4, B // 2), t, DPOOptions(beta=beta))[0]
+        return dpo_loss(policy, reference, *pair, t, noise(update, 4, B // 2), t, DPO(beta=beta))[0]
 
     got = descend(policy, loss, 4.0 / beta**2, 80)
     torch.testing.assert_close(got, START + 2 * slope / beta, rtol=0, atol=0.06 / beta)

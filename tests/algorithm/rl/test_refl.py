@@ -5,8 +5,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from dmdr_fast.algorithm.rl.kl import kl_leaf_gradient
-from dmdr_fast.algorithm.rl.options import ReFLOptions
-from dmdr_fast.algorithm.rl.refl import refl_leaf_gradient
+from dmdr_fast.algorithm.rl.refl import ReFL
+from dmdr_fast.algorithm.rl.reward_gradient import refl_leaf_gradient
 
 B, SHAPE = 5, (2, 4, 4)
 RNG = torch.Generator().manual_seed(8)
@@ -38,7 +38,7 @@ def test_the_gradient_is_autograds_for_every_chunk(objective, checkpoint):
     expected, rewards_expected = autograd(objective, margin)
     assert (objective == "hinge") == bool((expected.flatten(1).norm(dim=1) == 0).any())
     for chunk in (1, 2, 5, 9):
-        options = ReFLOptions(chunk, checkpoint, objective, margin)
+        options = ReFL(chunk, checkpoint, objective, margin)
         gradient, rewards = refl_leaf_gradient(X0, decode, score, options)
         torch.testing.assert_close(gradient, expected)
         torch.testing.assert_close(rewards, rewards_expected.float())
@@ -55,14 +55,14 @@ def test_a_checkpointed_decoder_runs_again_in_its_backward_and_the_reward_does_n
 
         return call
 
-    options = ReFLOptions(chunk=2, checkpoint=True)
+    options = ReFL(chunk=2, checkpoint=True)
     refl_leaf_gradient(X0, counted("decode", decode), counted("score", score), options)
     assert calls == {"decode": 6, "score": 3}
 
 
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="objective must be 'linear' or 'hinge', got 'square'"):
-        refl_leaf_gradient(X0, decode, score, ReFLOptions(objective="square"))
+        refl_leaf_gradient(X0, decode, score, ReFL(objective="square"))
 
 
 def test_kl_on_the_leaf():

@@ -2,9 +2,9 @@
 
 import torch
 
-from dmdr_fast.algorithm.rl.dpo import dpo_loss
-from dmdr_fast.algorithm.rl.grpo import policy_loss
-from dmdr_fast.algorithm.rl.options import DPOOptions
+from dmdr_fast.algorithm.rl.dpo import DPO
+from dmdr_fast.algorithm.rl.policy_gradient import policy_loss
+from dmdr_fast.algorithm.rl.preference import dpo_loss
 
 from ..networks import Denoiser
 from .test_dpo import BETA, NOISE, L, P, T, W
@@ -25,8 +25,7 @@ def test_dpo_weighs_pair_by_pair():
     weight = torch.tensor([2.0, 0.0, 0.5, 1.0])
     pairs = (W, L, T, NOISE, PAIR_Y)
     each = [
-        dpo_loss(Denoiser(1), Denoiser(2), *(part[i : i + 1] for part in pairs), DPOOptions(beta=BETA))[0]
-        for i in range(P)
+        dpo_loss(Denoiser(1), Denoiser(2), *(part[i : i + 1] for part in pairs), DPO(beta=BETA))[0] for i in range(P)
     ]
-    loss, _ = dpo_loss(Denoiser(1), Denoiser(2), *pairs, DPOOptions(beta=BETA), weight=weight)
+    loss, _ = dpo_loss(Denoiser(1), Denoiser(2), *pairs, DPO(beta=BETA), weight=weight)
     torch.testing.assert_close(loss, (torch.stack(each) * weight).mean())
