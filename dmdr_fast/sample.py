@@ -84,7 +84,15 @@ def sample_run(
             return streams.noise("sample", i, shape=recipe.latent_shape, shard=shard, device=ranks.device)
 
         condition = conditions.batch(torch.arange(shard.start, shard.stop).numpy()).condition
-        x0 = sample(generator, noise, condition, recipe.grid, kind=recipe.prediction, path=recipe.path)
+        x0 = sample(
+            generator,
+            noise,
+            condition,
+            recipe.grid,
+            eta=recipe.eta,
+            kind=recipe.prediction,
+            path=recipe.path,
+        )
         with torch.no_grad():
             images.append(decode(x0).float().clamp(-1, 1).cpu())
     return torch.cat(images)

@@ -25,6 +25,7 @@ def problems(config: Config) -> Iterator[str]:
             "set student.steps to at most student.grid_points"
         )
     yield from _times_problems(config)
+    yield from _sampler_problems(config)
     if config.train.cold_start_steps > config.train.generator_steps:
         yield (
             f"train.cold_start_steps: {config.train.cold_start_steps} is more than "
@@ -138,6 +139,23 @@ def _times_problems(config: Config) -> Iterator[str]:
     steps = [math.ceil(1000 * t - 1e-3) for t in student.times]
     if config.model.family == "sdxl" and len(set(steps)) < len(steps):
         yield f"student.times: {_listed(student.times)}; SDXL has 1000 steps, and two of these are one of them"
+
+
+def _sampler_problems(config: Config) -> Iterator[str]:
+    """Of ``student.sampler``."""
+    sampler = config.student.sampler
+    if sampler == "renoise":
+        return
+    if config.model.family == "sdxl":
+        yield (
+            f"student.sampler: {sampler} is a step of flow matching and SDXL predicts eps on another path; set it to "
+            "renoise"
+        )
+    if config.student.rollout == "same_step":
+        yield (
+            f"student.rollout: same_step trains on fresh noise, which student.sampler {sampler} does not sample with; "
+            "set it to backward_simulation, or the sampler to renoise"
+        )
 
 
 def _listed(values: Any) -> str:

@@ -35,6 +35,7 @@ def recipe_of(config: Config, model: Model) -> Recipe:
         generator_steps=config.train.generator_steps,
         fake_updates=config.train.fake_updates,
         rollout_variant=config.student.rollout,
+        eta=config.student.fresh_noise,
         rollout_reuse=config.train.rollout_reuse,
         stop_step_per=config.rollout.stop_step_per,
         real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
@@ -95,7 +96,8 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
     stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     lines = [
-        f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
+        f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}, "
+        f"sampler {config.student.sampler}" + (f" with eta {recipe.eta:g}" if config.student.sampler == "cps" else ""),
         f"images     {_size_words(config)}",
         f"teacher    {_guidance_words(recipe.dmd)}",
         f"roles      {config.sharing}; parameters trained / all: "
