@@ -52,6 +52,10 @@ def problems(config: Config) -> Iterator[str]:
             "compute.cuda_graphs: z_image runs each prompt at its own length, and every length would be a graph; set "
             "it to false"
         )
+    if config.dmd.decoupled and not config.uses_cfg:
+        yield (
+            "dmd.decoupled: without guidance there is one part alone; set teacher.cfg_scale, or dmd.decoupled to false"
+        )
     yield from _sharing_problems(config)
     yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:
@@ -186,6 +190,8 @@ def _rl_problems(config: Config) -> Iterator[str]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         yield f"reward.terms: two rewards are called {twice!r}; give each a name of its own"
+    if rl.regularizer == "dm" and not config.uses_cfg:
+        yield "rl.regularizer: dm is dmd without guidance, and there is none (teacher.cfg_scale); set it to dmd"
     if rl.regularizer == "kl" and not rl.kl_weight:
         yield "rl.kl_weight: 0 with rl.regularizer kl; set it above 0, or rl.regularizer to none"
     if rl.reference == "lora_off" and not config.student.lora.rank:
