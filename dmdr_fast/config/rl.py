@@ -64,8 +64,10 @@ class RL(Section):
     """How rewards reach the generator, and what holds it near the teacher."""
 
     method: str = "refl"  # of METHODS
-    regularizer: Literal["dmd", "kl", "none"] = key("dmd", "Beside RL: the DMD gradient, a KL to a reference, nothing.")
-    kl_weight: NonNegative = key(0.0, "Weight of the KL to the reference; with regularizer dmd it comes on top.")
+    regularizer: Literal["dmd", "dm", "kl", "none"] = key(
+        "dmd", "Beside RL: the DMD gradient, that without the teacher's guidance, a KL to a reference, nothing."
+    )
+    kl_weight: NonNegative = key(0.0, "Weight of the KL to the reference; with regularizer dmd or dm it comes on top.")
     reference: Literal["auto", "lora_off", "frozen"] = key(
         "auto", "lora_off: the generator without its LoRA; frozen: a copy of it as RL starts; auto: whichever fits."
     )

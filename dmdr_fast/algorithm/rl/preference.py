@@ -85,7 +85,15 @@ def collect(method: DPO, update: Update) -> Preferences:
         def noise(i: int, shard: Shard = shard) -> Tensor:
             return streams.noise("rl_rollout", step, i, shape=shape, shard=shard, device=device)
 
-        x0 = sample(generator, noise, batch.condition, recipe.grid, kind=recipe.prediction, path=recipe.path)
+        x0 = sample(
+            generator,
+            noise,
+            batch.condition,
+            recipe.grid,
+            eta=recipe.eta,
+            kind=recipe.prediction,
+            path=recipe.path,
+        )
         parts.append(scored(update, batch, shard, x0))
     winners, losers, gap = best_and_worst(update.gather([p.rewards for p in parts]), method.group_size)
     x0, pairs = update.gather([p.x0 for p in parts]), []
