@@ -35,17 +35,18 @@ def check(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
-    name, group = config.rl.method, config.rl.chosen.compared
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    if group is not None and batch % group:
-        raise UserError(
-            f"rl.{name}.group_size: {group} does not divide the global batch of {batch} "
-            "(train.micro_batch_size x train.gradient_accumulation x ranks); change one of them"
-        )
+    for name in (config.rl.method, *config.rl.chosen.parts):
+        group = config.rl.options(name).compared
+        if group is not None and batch % group:
+            raise UserError(
+                f"rl.{name}.group_size: {group} does not divide the global batch of {batch} "
+                "(train.micro_batch_size x train.gradient_accumulation x ranks); change one of them"
+            )
 
 
 def _check_rewards(config: Config) -> dict[str, str]:
-    """Whether every reward exists, takes what it is given, and is differentiable for ReFL.
+    """Whether every reward exists, takes what it is given, and is differentiable where the method needs its gradient.
 
     A user's file is read, no weights are loaded. Returns what the built-in ones will load, by key.
     """
@@ -55,12 +56,8 @@ def _check_rewards(config: Config) -> dict[str, str]:
     for where, terms in (("reward.terms", config.reward.terms), ("reward.held_out", config.reward.held_out)):
         names |= check_terms(where, terms, config.num_classes)
         for term in terms:
-            if config.rl.chosen.needs_gradient and where == "reward.terms" and not is_differentiable(term.kind):
-                others = " or ".join(n for n, m in METHODS.items() if m.uses_reward and not m.needs_gradient)
-                raise UserError(
-                    f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method "
-                    f"{config.rl.method} needs; set rl.method to {others}, or take a differentiable reward"
-                )
+            if where == "reward.terms" and not is_differentiable(term.kind):
+                _check_gradient(config, term.name or term.kind)
     return names
 
 
@@ -84,6 +81,17 @@ def check_terms(where: str, terms: Iterable[RewardTerm], num_classes: int | None
             found = weights_of_reward(*made)
             names |= {f"{where}: {term.name or term.kind}: {name}": value for name, value in found.items()}
     return names
+
+
+def _check_gradient(config: Config, reward: str) -> None:
+    """Whether no method needs the gradient that a reward does not have."""
+    rl, others = config.rl, " or ".join(n for n, m in METHODS.items() if m.uses_reward and not m.needs_gradient)
+    for key, name, remedy in (("rl.tilt.method", rl.tilt.method, "none"), ("rl.method", rl.method, others)):
+        if rl.options(name).needs_gradient:
+            raise UserError(
+                f"reward.terms: {reward} gives scores without a gradient, which {key} {name} needs; set {key} to "
+                f"{remedy}, or take a differentiable reward"
+            )
 
 
 def _check_places(config: Config, rewards: dict[str, str]) -> None:

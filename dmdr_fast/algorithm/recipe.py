@@ -86,11 +86,11 @@ class Recipe:
 
     prediction: what generator, fake and real score predict on ``path``. eta: how much of the noise of the student's
     steps is fresh, see ``rollout.next_input``. rollout_reuse: fake updates in a row that train on one rollout, renoised
-    anew. stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. method: how rewards reach the generator
-    once the cold start has ended. regularizer: what then holds it near the teacher, the DMD gradient (``dm``: without
-    guidance), a KL to the reference or nothing; kl_weight: that of the KL, which comes on top of ``dmd`` and ``dm``.
-    saturation: |x0| beyond which a value counts as saturated. more_shapes: latents of other sizes than
-    ``latent_shape``, see ``sizes``.
+    anew. stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. tilt: how rewards reach the generator
+    in the cold start, by a method that acts on x0 alone, ``step.leaf_gradient``. method: how they do once it has ended.
+    regularizer: what then holds it near the teacher, the DMD gradient (``dm``: without guidance), a KL to the reference
+    or nothing; kl_weight: that of the KL, which comes on top of ``dmd`` and ``dm``. saturation: |x0| beyond which a
+    value counts as saturated. more_shapes: latents of other sizes than ``latent_shape``, see ``sizes``.
     """
 
     grid: tuple[float, ...]
@@ -108,6 +108,8 @@ class Recipe:
     dynamic_guidance_step: int = 0
     renoise: RenoiseLaw = field(default_factory=RenoiseLaw)
     dmd: DMDOptions = field(default_factory=DMDOptions)
+    tilt: Method = field(default_factory=Method)
+    tilt_weight: float = 0.0
     method: Method = field(default_factory=ReFL)
     regularizer: Regularizer = "dmd"
     kl_weight: float = 0.0
@@ -135,8 +137,16 @@ class Recipe:
         weighs = self.reward_weight != 0.0 or (self.reward_final_weight or 0.0) != 0.0
         return step >= self.cold_start_steps and self.method.uses_reward and weighs
 
+    def method_at(self, step: int) -> Method:
+        """What brings rewards to the generator at this step; the method none where nothing does."""
+        if step < self.cold_start_steps:
+            return self.tilt
+        return self.method if self.rl_active(step) else Method()
+
     def rl_weight(self, step: int) -> float:
-        """Weight of the RL gradient: up from 0 over the warm-up, then linearly to the final weight."""
+        """Weight of the reward: the tilt's, then up from 0 over the warm-up, then linearly to the final weight."""
+        if step < self.cold_start_steps:
+            return self.tilt_weight
         since = step - self.cold_start_steps
         last = max(1, self.generator_steps - 1 - self.cold_start_steps)
         final = self.reward_weight if self.reward_final_weight is None else self.reward_final_weight

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.recipe import Batch, Recipe
-from dmdr_fast.algorithm.rollout import Rollout, truncated_rollout
+from dmdr_fast.algorithm.rollout import Network, Rollout, truncated_rollout
 from dmdr_fast.algorithm.streams import Shard
 from dmdr_fast.algorithm.update import Update
 
@@ -67,3 +70,10 @@ def stop_places(recipe: Recipe, shards: Sequence[Shard], group: int = 1) -> Sequ
     if recipe.stop_step_per == "rank":
         return [shard.start // shard.size for shard in shards]
     return range(len(shards))
+
+
+def one_step(network: Network, sample: Simulated, recipe: Recipe) -> Tensor:
+    """x0 by ``network`` from (x_in, t_in) of a rollout, with grad where grad is enabled."""
+    r = sample.rollout
+    prediction = network(r.x_in, r.t_in, sample.batch.condition)
+    return clean_sample(r.x_in, r.t_in, prediction, recipe.prediction, recipe.path)

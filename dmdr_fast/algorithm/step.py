@@ -4,9 +4,9 @@
         x0 <- G's truncated rollout                      no grad; rollout_reuse updates share one
         F  <- F - lr grad  |F(renoise(x0), t) - target|^2
     g   <- DMD gradient at renoise(x0)                   one score pass, no grad; decoupled: its parts at two
-    g   <- g + w_rl * reward gradient at x0              after the cold start: ReFL
+    g   <- g + w_rl * reward gradient at x0              ReFL; in the cold start too where it is tilted
     G   <- G - lr g^T dx0/dG                             one graded forward, the leaf gradient goes in
-           - lr w_rl grad of the GRPO or DPO loss        after the cold start: GRPO, DPO
+           - lr w_rl grad of the method's own losses     after the cold start: GRPO, DPO, hybrid, NFT
 
 The rollout of the last fake update serves the generator update too: G has not moved since. Gradients are assembled on
 the leaf x0, so the peak is the largest of three graphs (score pass, reward, generator), not their sum, and they are
@@ -25,14 +25,13 @@ from torch import Tensor
 
 from dmdr_fast.algorithm.dmd import Renoising, dmd_leaf_gradient, fake_loss
 from dmdr_fast.algorithm.monitors import OutputGradient, diversity, saturation
-from dmdr_fast.algorithm.paths import clean_sample
 from dmdr_fast.algorithm.recipe import Recipe, Trained
 from dmdr_fast.algorithm.rl.experience import Experience
 from dmdr_fast.algorithm.rl.kl import kl_leaf_gradient
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.schedules import UNIFORM
-from dmdr_fast.algorithm.simulation import Simulated, simulate_all
+from dmdr_fast.algorithm.simulation import Simulated, one_step, simulate_all
 from dmdr_fast.algorithm.update import Update
 
 
@@ -46,19 +45,19 @@ class Outcome:
 
 def dmdr_update(update: Update) -> Outcome:
     """R fake updates, then one generator update."""
-    recipe, step, method = update.recipe, update.step, update.recipe.method
+    recipe, step, method = update.recipe, update.step, update.method
     metrics, skipped, samples = Metrics(), list[str](), list[Simulated]()
     for r in range(recipe.fake_updates if update.uses_dmd else 0):
         if r % recipe.rollout_reuse == 0:
             last = r + recipe.rollout_reuse >= recipe.fake_updates
-            samples = simulate_all(update, (step, r), method.rollout_group if update.rl and last else 1)
+            samples = simulate_all(update, (step, r), method.rollout_group if last else 1)
         fake_metrics, applied = fake_update(update, samples, (step, r))
         metrics |= fake_metrics
         if not applied:
             skipped.append("fake")
     if not update.uses_dmd and (method.needs_rollout or (recipe.kl_weight and method.kl_on_x0)):
         samples = simulate_all(update, (step, 0))
-    experience = method.collect(update) if update.rl else None
+    experience = method.collect(update)
     if experience is not None:
         metrics |= experience.metrics()
     generator_metrics, applied = generator_update(update, samples, experience)
@@ -85,10 +84,8 @@ def generator_update(
     update: Update, samples: Sequence[Simulated], experience: Experience | None = None
 ) -> tuple[Metrics, bool]:
     """The generator's part of one update; a method may take several steps on one batch of its own samples."""
-    method, metrics, applied = update.recipe.method, Metrics(), True
-    guidance: Sequence[Tensor | None] = [None] * len(samples)
-    if update.rl:
-        guidance, metrics = method.guidance(update, samples)
+    method, applied = update.method, True
+    guidance, metrics = method.guidance(update, samples)
     for epoch in range(1 if experience is None else method.generator_steps):
         now = replace(update, epoch=epoch)
         leaf_losses = [leaf_loss(now, sample, own) for sample, own in zip(samples, guidance, strict=True)]
@@ -129,21 +126,17 @@ def leaf_loss(update: Update, sample: Simulated, guidance: Tensor | None) -> Los
     return build
 
 
-def one_step(network: Network, sample: Simulated, recipe: Recipe) -> Tensor:
-    """x0 by ``network`` from (x_in, t_in) of a rollout, with grad where grad is enabled."""
-    r = sample.rollout
-    prediction = network(r.x_in, r.t_in, sample.batch.condition)
-    return clean_sample(r.x_in, r.t_in, prediction, recipe.prediction, recipe.path)
-
-
 def leaf_gradient(update: Update, sample: Simulated, x0: Tensor, guidance: Tensor | None) -> tuple[Tensor, Metrics]:
-    """g = d(DMD loss)/d(x0) + w_rl d(-mean R)/d(x0) + d(KL)/d(x0) on the leaf x0, with the metrics of each part."""
-    recipe, method = update.recipe, update.recipe.method
+    """g = d(DMD loss)/d(x0) + w d(-mean R)/d(x0) + d(KL)/d(x0) on the leaf x0, with the metrics of each part.
+
+    In the cold start w is the tilt's weight. The KL of the generator to the teacher tilted by a reward, p*(x) ~ p(x)
+    exp(R(x) / beta), has the gradient of the KL to p, which is DMD's, minus dR/dx0 / beta: w is 1 / beta, in units of
+    the DMD gradient, which its normaliser and the mean over x0's elements scale. Source: DMDR (arXiv 2511.13649, v4).
+    """
+    recipe, method = update.recipe, update.method
     g, metrics = torch.zeros_like(x0), Metrics()
     if update.uses_dmd:
         g, metrics["dmd_loss"] = dmd_part(update, sample, x0, guidance)
-    if not update.rl:
-        return g, metrics
     found = method.leaf(update, sample, x0)
     if found is not None:
         g_reward, named = found
@@ -152,7 +145,7 @@ def leaf_gradient(update: Update, sample: Simulated, x0: Tensor, guidance: Tenso
         if update.uses_dmd:
             metrics["rl_grad_ratio"] = weight * g_reward.norm() / g.norm()
         g = g + weight * g_reward
-    if recipe.kl_weight and method.kl_on_x0:
+    if update.rl and recipe.kl_weight and method.kl_on_x0:
         assert update.networks.reference is not None  # a run with a KL has one
         x0_ref = one_step(update.networks.reference, sample, recipe)
         g_kl, metrics["kl"] = kl_leaf_gradient(x0, x0_ref, recipe.kl_weight)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.recipe import Data, Networks, Recipe, RewardModel
+from dmdr_fast.algorithm.rl.method import Method
 from dmdr_fast.algorithm.streams import Shard, Streams
 
 # One equal-shaped part per micro-batch of this rank -> the whole global batch in its own order.
@@ -39,8 +40,13 @@ class Update:
     epoch: int = 0
 
     @property
+    def method(self) -> Method:
+        """What brings rewards to the generator in this update: the tilt in the cold start, then RL's, or none."""
+        return Method() if self.reward is None else self.recipe.method_at(self.step)
+
+    @property
     def rl(self) -> bool:
-        """Whether rewards reach the generator in this update."""
+        """Whether this update is one of reinforcement learning, after the cold start."""
         return self.reward is not None and self.recipe.rl_active(self.step)
 
     @property

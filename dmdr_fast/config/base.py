@@ -57,6 +57,8 @@ def section_of(options: type) -> type[Section]:
     """The section of a dataclass of ``dmdr_fast.algorithm.rl.method.option``: its keys, defaults, bounds and help."""
     types, keys = get_type_hints(options), dict[str, Any]()
     for field in fields(options):
+        if not field.metadata:  # a part, which has a section of its own
+            continue
         kind, bounds = types[field.name], dict[str, Any](field.metadata["bounds"])
         number = next((t for t in (int, float) if t in (kind, *get_args(kind))), None)
         if number is not None:

@@ -181,15 +181,17 @@ def _reward_kinds(config: Config) -> list[tuple[str, str]]:
 
 
 def _rl_problems(config: Config) -> Iterator[str]:
-    rl, reward = config.rl, config.reward
-    if not rl.chosen.uses_reward or config.train.cold_start_steps == config.train.generator_steps:
+    rl, train = config.rl, config.train
+    if rl.tilting.uses_reward:
+        if not train.cold_start_steps:
+            yield (
+                f"rl.tilt.method: {rl.tilt.method} acts in the cold start, and train.cold_start_steps is 0; raise it, "
+                "or set the method to none"
+            )
+        yield from _terms_problems(config, "rl.tilt.method", rl.tilt.method)
+    if not rl.chosen.uses_reward or train.cold_start_steps == train.generator_steps:
         return
-    if not reward.terms:
-        yield f"reward.terms: missing; rl.method {rl.method} needs a reward, or set rl.method to none"
-    names = [term.name or term.kind for term in (*reward.terms, *reward.held_out)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        yield f"reward.terms: two rewards are called {twice!r}; give each a name of its own"
+    yield from _terms_problems(config, "rl.method", rl.method)
     if rl.regularizer == "dm" and not config.uses_cfg:
         yield "rl.regularizer: dm is dmd without guidance, and there is none (teacher.cfg_scale); set it to dmd"
     if rl.regularizer == "kl" and not rl.kl_weight:
@@ -206,6 +208,17 @@ def _rl_problems(config: Config) -> Iterator[str]:
         PREDICTIONS.get(config.model.family, "flow"),
     )
     yield from rl.chosen.problems(setting)
+
+
+def _terms_problems(config: Config, key: str, method: str) -> Iterator[str]:
+    """Of the rewards that a method needs."""
+    reward = config.reward
+    if not reward.terms:
+        yield f"reward.terms: missing; {key} {method} needs a reward, or set {key} to none"
+    names = [term.name or term.kind for term in (*reward.terms, *reward.held_out)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        yield f"reward.terms: two rewards are called {twice!r}; give each a name of its own"
 
 
 def _auto_weight_problems(config: Config) -> Iterator[str]:

@@ -60,6 +60,13 @@ class Reward(Section):
         return values
 
 
+class Tilt(Section):
+    """The reward in the cold start: DMD towards the teacher's distribution times exp(reward / beta)."""
+
+    method: str = "none"  # of METHODS
+    weight: PositiveFloat = key(0.05, "1 / beta: weight of the reward's gradient beside the DMD gradient.")
+
+
 class RL(Section):
     """How rewards reach the generator, and what holds it near the teacher."""
 
@@ -71,16 +78,23 @@ class RL(Section):
     reference: Literal["auto", "lora_off", "frozen"] = key(
         "auto", "lora_off: the generator without its LoRA; frozen: a copy of it as RL starts; auto: whichever fits."
     )
+    tilt: Tilt = Tilt()
 
     def options(self, name: str) -> Method:
-        """Method ``name`` with the options of its section."""
+        """Method ``name`` with the options of its section, its parts with those of theirs."""
         section = getattr(self, name, None)
-        return method_of(name, **({} if section is None else section.model_dump()))
+        parts = {part: self.options(part) for part in METHODS[name].parts}
+        return method_of(name, **({} if section is None else section.model_dump()), **parts)
 
     @property
     def chosen(self) -> Method:
         """The method."""
         return self.options(self.method)
+
+    @property
+    def tilting(self) -> Method:
+        """The method of the cold start."""
+        return self.options(self.tilt.method)
 
     @property
     def refl_options(self) -> ReFL:
@@ -97,6 +111,10 @@ def _with_methods(base: type[Section]) -> type[Section]:
     keys: dict[str, Any] = {
         "method": (Literal[tuple(METHODS)], key("refl", f"{graded} needs differentiable rewards; {scored} do not."))
     }
+    tilts = tuple(name for name, method in METHODS.items() if method.needs_rollout or not method.uses_reward)
+    tilt_method: Any = (Literal[tilts], key("none", "How the reward acts: refl, with the options of rl.refl, or none."))
+    tilt = create_model("Tilt", __base__=Tilt, __doc__=Tilt.__doc__, method=tilt_method)
+    keys["tilt"] = (tilt, key(tilt(), "The reward in the cold start."))
     for name, method in METHODS.items():
         if fields(method):
             section = section_of(method)

@@ -47,6 +47,8 @@ def recipe_of(config: Config, model: Model) -> Recipe:
             **config.renoise.model_dump(),
         ),
         dmd=dmd_options(config, model.prediction, model.token),
+        tilt=config.rl.tilting,
+        tilt_weight=config.rl.tilt.weight,
         method=config.rl.chosen,
         regularizer=config.rl.regularizer,
         kl_weight=0.0 if config.rl.regularizer == "none" else config.rl.kl_weight,
@@ -105,8 +107,8 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         + ", ".join(f"{n} {t:,} / {c:,}" for n, t, c in _sizes(roles)),
         f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
         f"renoise    {renoise}",
-        f"updates    {config.train.cold_start_steps} cold start, then to {config.train.generator_steps} with "
-        f"{_rl_words(config)}; R = {recipe.fake_updates}, batch {batch}",
+        f"updates    {config.train.cold_start_steps} cold start{_tilt_words(config)}, then to "
+        f"{config.train.generator_steps} with {_rl_words(config)}; R = {recipe.fake_updates}, batch {batch}",
         _rollout_words(recipe, config.train.gradient_accumulation, ranks.world_size),
         f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
         f"on {ranks.device.type}",
@@ -157,7 +159,6 @@ def _rl_words(config: Config) -> str:
     rl, reward = config.rl, config.reward
     if not rl.chosen.uses_reward:
         return "DMD alone"
-    names = " + ".join(f"{term.weight:g} {term.name or term.kind}" for term in reward.terms)
     weight = reward.weight if reward.weight == "auto" else f"{reward.weight:g}"
     final = "" if reward.final_weight is None else f" to {reward.final_weight:g}"
     holds = {
@@ -166,7 +167,18 @@ def _rl_words(config: Config) -> str:
         "kl": f"with KL x {rl.kl_weight:g} to {rl.reference} reference",
         "none": "alone",
     }
-    return f"{rl.method} on {names} x {weight}{final}, {holds[rl.regularizer]}"
+    return f"{rl.method} on {_reward_words(config)} x {weight}{final}, {holds[rl.regularizer]}"
+
+
+def _tilt_words(config: Config) -> str:
+    tilt = config.rl.tilt
+    if not config.rl.tilting.uses_reward:
+        return ""
+    return f" tilted by {tilt.method} on {_reward_words(config)} x {tilt.weight:g}"
+
+
+def _reward_words(config: Config) -> str:
+    return " + ".join(f"{term.weight:g} {term.name or term.kind}" for term in config.reward.terms)
 
 
 def table_text(table: dict[str, dict[str, float | None]]) -> str:

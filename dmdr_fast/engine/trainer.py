@@ -219,7 +219,7 @@ class Run:
             overflow = take_overflow(self.roles.scorers)
             if overflow is not None:
                 outcome.metrics["score_overflow"] = overflow
-            if self.rewards is not None and self.recipe.rl_active(self.step):
+            if self.rewards is not None and self.recipe.method_at(self.step).uses_reward:
                 self.rewards.end_update(ranks.sum)
             self.step += 1
             self._account(outcome)
@@ -429,7 +429,7 @@ class Run:
             values["score_rounding"] = self._rounding().error
         values |= self.telemetry.sample(self.samples_seen // self.ranks.world_size)
         phase = "dmdr" if self.recipe.rl_active(self.step - 1) else "cold_start"
-        if phase == "dmdr":
+        if self.recipe.method_at(self.step - 1).uses_reward:
             values["reward_weight"] = self.recipe.rl_weight(self.step - 1)
         self.log.log(self.step - 1, phase, {n: v for n, v in values.items() if math.isfinite(v)})
         self.pending.clear()

@@ -74,11 +74,11 @@ def _shape(config: Config) -> Shape:
 
 def _reward(config: Config) -> RewardPass:
     """Decoder and rewards: a run holds them, and those that are only watched, with or without RL."""
-    reward, method, refl = config.reward, config.rl.chosen, config.rl.refl_options
-    ends_cold = config.train.cold_start_steps == config.train.generator_steps
+    reward, rl, refl, train = config.reward, config.rl, config.rl.refl_options, config.train
+    methods = [rl.tilting] if train.cold_start_steps == train.generator_steps else [rl.tilting, rl.chosen]
     return RewardPass(
-        scores=method.uses_reward and bool(reward.terms) and not ends_cold,
-        graded=method.needs_gradient,
+        scores=any(method.uses_reward for method in methods) and bool(reward.terms),
+        graded=any(method.needs_gradient for method in methods),
         chunk=refl.chunk,
         models=tuple(
             RewardNet(term.kind, term.path, json.dumps(term.options, default=str), config.num_classes)

@@ -55,6 +55,8 @@ class RewardNet:
 class RewardPass:
     """Decode ``chunk`` samples at a time and score them; ``graded`` (ReFL) goes back to x0 through both.
 
+    Of the cold start's pass, where it is tilted, and RL's the one that needs more.
+
     tiling, recompute and dtype are the keys of ``decoder``, checkpoint that of ``rl.refl``. Reward models are fp32
     unless their options say otherwise. ``scores``: an update runs them; a run without RL only holds their weights.
     ``stated``: bytes of rewards that cannot be counted.
@@ -98,7 +100,7 @@ class Workload:
     ema: bool = True
     keep_gathered: bool = False
     reward: RewardPass | None = field(default_factory=RewardPass)
-    policy_steps: int = 0  # graded generator forwards that GRPO or DPO add to an update
+    policy_steps: int = 0  # graded generator forwards that the method's own losses add to an update
     reference: Literal[None, "lora_off", "frozen"] = None  # what a KL or DPO holds the generator to
     zero: Zero = Zero()
 

@@ -9,6 +9,7 @@ import torch
 from dmdr_fast import ops
 from dmdr_fast.algorithm.dmd import DMDOptions, score_matching_loss
 from dmdr_fast.algorithm.recipe import Networks
+from dmdr_fast.algorithm.rl.method import Method
 from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.schedules import RenoiseLaw
 from dmdr_fast.algorithm.score_pass import scores_at, separate_scores, shared_scores
@@ -38,6 +39,7 @@ def reward_score(images, labels):
 
 
 REWARD = reward_model(decode, reward_score)
+WEIGHT = 0.7
 
 
 def joint_gradients(generator, fake, real, numbers, sample, step):
@@ -58,7 +60,7 @@ def joint_gradients(generator, fake, real, numbers, sample, step):
         p_fake = x0 - (x_t - sigma * fake(x_t, t, y))
         g = (p_real - p_fake) / (p_real.abs().mean(dim=(1, 2, 3), keepdim=True) + 1e-8)
     loss = 0.5 * torch.nn.functional.mse_loss(x0, (x0 - g).detach())
-    loss = loss - numbers.reward_weight * reward_score(decode(x0), y).mean()
+    loss = loss - WEIGHT * reward_score(decode(x0), y).mean()
     return torch.autograd.grad(loss, list(generator.parameters()))
 
 
@@ -82,9 +84,13 @@ class Captured:
 
 @pytest.mark.parametrize("chunk", [2, 6])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_leaf_gradients_equal_the_joint_loss(steps, chunk, monkeypatch):
+@pytest.mark.parametrize("phase", ["cold start, tilted", "RL"])
+def test_leaf_gradients_equal_the_joint_loss(phase, steps, chunk, monkeypatch):
     nets, generator, fake, real = networks()
-    numbers = recipe(steps, dmd=DMDOptions(cfg_scale=3.0), reward_weight=0.7, method=refl(chunk))
+    weighed = {"method": refl(chunk), "reward_weight": WEIGHT}
+    if phase != "RL":
+        weighed = {"tilt": refl(chunk), "tilt_weight": WEIGHT, "cold_start_steps": 50, "reward_weight": 0.1}
+    numbers = recipe(steps, dmd=DMDOptions(cfg_scale=3.0), **weighed)
     captured = Captured(nets.generator)
     nets = type(nets)(captured, nets.fake, nets.score)
     noise = Streams.noise
@@ -181,11 +187,15 @@ def test_a_rollout_serves_as_many_fake_updates_as_it_is_reused(monkeypatch):
     assert nets.generator.forwards == 3 * 2 + 1 and nets.fake.forwards == 5 + 1
 
 
-def test_rl_begins_when_the_cold_start_ends():
+@pytest.mark.parametrize("tilt", [Method(), ReFL()])
+def test_rl_begins_when_the_cold_start_ends(tilt):
     nets, *_ = networks()
-    numbers = recipe(1, cold_start_steps=2, reward_weight=0.5)
+    numbers = recipe(1, cold_start_steps=2, reward_weight=0.5, tilt=tilt, tilt_weight=0.2)
     steps = [update(nets, numbers, STREAMS, [SHARD], step, reward=REWARD) for step in range(4)]
-    assert ["reward" in dmdr_update(now).metrics for now in steps] == [False, False, True, True]
+    tilted = tilt.uses_reward
+    assert ["reward" in dmdr_update(now).metrics for now in steps] == [tilted, tilted, True, True]
+    assert [now.rl for now in steps] == [False, False, True, True]
+    assert [numbers.rl_weight(step) for step in range(4)] == [0.2, 0.2, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

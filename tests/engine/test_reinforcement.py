@@ -21,6 +21,9 @@ METHODS = {
     "grpo, groups over ranks": [*GRPO, "--rl.grpo.group_size", "8", "--student.steps", "2"],
     "dpo": [*DPO, "--rl.dpo.group_size", "4"],
     "dpo, groups over ranks": [*DPO, "--rl.dpo.group_size", "8", "--student.steps", "2"],
+    "hybrid": ["--rl.method", "hybrid", "--rl.grpo.group_size", "8", "--student.steps", "2"],
+    "tilt": ["--rl.tilt.method", "refl", "--rl.tilt.weight", "0.5", "--train.cold_start_steps", "3"],
+    "nft": ["--rl.method", "nft", "--rl.nft.group_size", "8", "--student.steps", "2"],
 }
 FINAL = "final/generator.safetensors"
 
@@ -57,7 +60,18 @@ def one_rank(run, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("method", "stage"),
-    sampled([("grpo, groups over ranks", "3"), ("dpo", "0"), ("grpo", "0"), ("dpo, groups over ranks", "3")], 2),
+    sampled(
+        [
+            ("grpo, groups over ranks", "3"),
+            ("dpo", "0"),
+            ("grpo", "0"),
+            ("dpo, groups over ranks", "3"),
+            ("hybrid", "3"),
+            ("nft", "3"),
+            ("tilt", "3"),
+        ],
+        2,
+    ),
 )
 def test_two_ranks_equal_one_rank(run, one_rank, tmp_path, method, stage):
     log, weights = one_rank(method)
@@ -86,6 +100,9 @@ RESUMED = {
         *("--teacher.cfg_scale", "3", "--dmd.decoupled", "true", "--student.steps", "2", "--student.sampler", "ode"),
         *("--rl.method", "grpo", "--rl.grpo.group_size", "4", "--rl.grpo.mode", "advantage_weighted_dmd"),
     ],
+    "hybrid": METHODS["hybrid"],
+    "nft": METHODS["nft"],
+    "tilt": METHODS["tilt"],
     "refl, normalised": ["--reward.terms", json.dumps([{"kind": "digits", "normalize": "running"}])],
 }
 
@@ -93,7 +110,7 @@ RESUMED = {
 @pytest.mark.parametrize("method", sampled(RESUMED, 2))
 def test_killed_and_resumed_is_uninterrupted_to_the_byte(run, launch, tmp_path, method):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = [*RESUMED[method], "--train.cold_start_steps", "1", "--checkpoint.every", "1"]
+    options = ["--train.cold_start_steps", "1", *RESUMED[method], "--checkpoint.every", "1"]
     code, _, err = run([*options, "--train.generator_steps", "24", "--run_dir", whole])
     assert code == 0, err
     process = launch([*options, "--train.generator_steps", "24", "--run_dir", broken])
@@ -147,6 +164,14 @@ def test_a_reward_that_fails_on_one_rank_ends_both(run, tmp_path):
         (["--rl.method", "grpo"], ["rl.grpo: no step of a 1-step student is stochastic", "noisy_last_step"]),
         ([*GRPO, "--rl.grpo.group_size", "1"], ["rl.grpo.group_size: 1"]),
         ([*GRPO, "--rl.grpo.group_size", "3"], ["rl.grpo.group_size: 3", "8"]),
+        (["--rl.method", "hybrid", "--student.steps", "2", "--reward.terms", own("Ink")], ["without a gradient"]),
+        (["--rl.method", "hybrid"], ["student.steps: 1", "hybrid"]),
+        (
+            ["--rl.method", "dpo", "--rl.tilt.method", "refl", "--reward.terms", own("Ink")],
+            ["without a gradient", "rl.tilt.method refl", "to none"],
+        ),
+        (["--rl.tilt.method", "refl", "--train.cold_start_steps", "0"], ["train.cold_start_steps is 0"]),
+        (["--rl.method", "hybrid", "--student.steps", "2", "--rl.grpo.group_size", "3"], ["rl.grpo.group_size: 3"]),
         (["--rl.method", "dpo", "--rl.reference", "lora_off"], ["rl.reference", "student.lora.rank"]),
         ([*GRPO, "--rl.grpo.mode", "advantage_weighted_dmd"], ["teacher.cfg_scale", "no guidance"]),
     ],

@@ -132,10 +132,14 @@ def test_auto_in_a_deepspeed_json_is_what_the_trainer_sets(tmp_path):
     assert workload(given, small).zero.reduce_bucket == 7_000_000
 
 
+TILT = ["--rl.tilt.method", "refl"]
+
+
 def test_weights_of_rewards_that_no_update_runs():
     """A run without RL holds them all the same, for the evaluation."""
     argv = ["--config", str(CONFIGS / "flux_dev.yaml"), "--model.resolution", "256", "--rl.method"]
-    off = workload(parse([*argv, "none"])[0], measured.SHAPES["flux"])
+    off, tilted = (workload(parse([*argv, "none", *more])[0], measured.SHAPES["flux"]) for more in ([], TILT))
+    assert not off.reward.scores and tilted.reward.scores and tilted.reward.graded
     off = replace(off, blocks="eager", reward=replace(off.reward, models=off.reward.models[-1:]))
     phases = phase_bytes(off, GPUS)
     assert "reward" not in phases and phases["rollout"]["decoder and reward"] > 3.9e9  # PickScore in fp32

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.rl.experience import Experience, scored
+from dmdr_fast.algorithm.rl.grouped import Grouped
 from dmdr_fast.algorithm.rl.grpo import GRPOOptions
 from dmdr_fast.algorithm.rl.method import Metrics
 from dmdr_fast.algorithm.simulation import Simulated
 from dmdr_fast.algorithm.update import Update
 
 
-def group_advantages(rewards: Tensor, options: GRPOOptions) -> tuple[Tensor, Tensor]:
+def group_advantages(rewards: Tensor, options: Grouped) -> tuple[Tensor, Tensor]:
     """A = (R - mean of its group) / (std + eps), in rewards' dtype [B], and which samples are trained, bool [B].
 
     std ``group``: of the sample's group; ``global``: of all B rewards; ``none``: A = R - mean. It divides by n, with

@@ -7,13 +7,14 @@ spread over several does not matter: statistics are taken of the gathered reward
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.recipe import Batch
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
+from dmdr_fast.algorithm.rollout import sample
 from dmdr_fast.algorithm.streams import Shard
 from dmdr_fast.algorithm.update import Update
 
@@ -27,6 +28,10 @@ class Scored:
     x0: Tensor
     rewards: Tensor
     named: dict[str, Tensor]
+
+    def means(self) -> Metrics:
+        """The mean of each reward."""
+        return {name: values.mean() for name, values in ({"reward": self.rewards} | self.named).items()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Experience:
 
     def metrics(self) -> Metrics:
         """Mean rewards over the micro-batches, and the share of samples whose group says something."""
-        parts = [{n: v.mean() for n, v in ({"reward": s.rewards} | s.named).items()} for s in self.scored]
+        parts = [s.means() for s in self.scored]
         metrics = {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]}
         return metrics | {"kept": self.kept.float().mean()}
 
@@ -69,3 +74,40 @@ def scored(update: Update, batch: Batch, shard: Shard, x0: Tensor) -> Scored:
 def rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     """The reward inputs of some rows."""
     return {k: v[rows] for k, v in inputs.items()}
+
+
+def rl_index(update: Update) -> tuple[int, int]:
+    """The draw of conditions of the methods' own samples: the one after the fake updates'."""
+    return (update.step, update.recipe.fake_updates)
+
+
+def sampled_groups(update: Update, group_size: int) -> list[Scored]:
+    """Groups of the student's own samples by the generator as it is, with their rewards, for each micro-batch."""
+    recipe, streams, index, parts = update.recipe, update.streams, rl_index(update), []
+    shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: they are compared, and may be gathered
+    for shard in update.shards:
+        batch = update.data(index, shard, group_size)
+
+        def noise(i: int, shard: Shard = shard) -> Tensor:
+            return streams.noise("rl_rollout", update.step, i, shape=shape, shard=shard, device=update.device)
+
+        x0 = sample(
+            update.networks.generator,
+            noise,
+            batch.condition,
+            recipe.grid,
+            eta=recipe.eta,
+            kind=recipe.prediction,
+            path=recipe.path,
+        )
+        parts.append(scored(update, batch, shard, x0))
+    return parts
+
+
+def denoising_times(update: Update, purpose: str, shard: Shard, law: Literal["grid", "renoise"]) -> Tensor:
+    """Times fp32 [shard.size] of samples that are denoised: points of the student's grid, or of the renoise law."""
+    recipe, streams, draw = update.recipe, update.streams, update.counters
+    if law == "renoise":
+        return streams.times(recipe.renoise, purpose, *draw, step=update.step, shard=shard, device=update.device)
+    points = streams.rng(purpose, *draw).integers(len(recipe.grid) - 1, size=shard.total)
+    return torch.tensor([recipe.grid[i] for i in points[shard.rows]], device=update.device)

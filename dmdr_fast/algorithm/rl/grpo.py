@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dmdr_fast.algorithm.rl.method import Method, Setting, option
+from dmdr_fast.algorithm.rl.grouped import Grouped
+from dmdr_fast.algorithm.rl.method import Setting, option
 
 if TYPE_CHECKING:
     from dmdr_fast.algorithm.rl.experience import Experience
@@ -14,23 +15,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GRPOOptions(Method):
+class GRPOOptions(Grouped):
     """GRPO: policy gradient over groups of samples of one condition."""
 
     name = "grpo"
-    uses_reward = True
     kl_on_x0 = False
 
     mode: Literal["policy", "advantage_weighted_dmd"] = option(
         "policy", "policy: clipped ratios; advantage_weighted_dmd: advantages weight the guidance in the DMD gradient."
     )
-    group_size: int = option(8, "K, samples per prompt or class; divides the global micro-batch.", gt=0)
     sde: Literal["flow_grpo", "dance", "cps"] = option("flow_grpo", "Form of the stochastic step.")
     eta: float = option(0.7, "Its noise: 0.7 for flow_grpo, 0.3 for dance.", gt=0)
-    std: Literal["group", "global", "none"] = option("group", "What advantages are divided by.")
-    unbiased: bool = option(False, "Standard deviation over n - 1 (DanceGRPO) instead of n (Flow-GRPO).")
-    eps: float = option(1e-4, "Added to the standard deviation.", ge=0)
-    drop_zero_variance: bool = option(True, "Leave out groups whose rewards are all alike.")
     clip_low: float = option(1e-4, "Ratio bound below, 1 - clip_low.", ge=0)
     clip_high: float = option(1e-4, "Ratio bound above, 1 + clip_high.", ge=0)
     adv_clip: float = option(5.0, "Largest |advantage|.", gt=0)

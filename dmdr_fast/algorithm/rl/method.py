@@ -47,6 +47,7 @@ class Method:
     """The method ``none``, DMD alone; its subclasses are the others."""
 
     name: ClassVar[str] = "none"
+    parts: ClassVar[tuple[str, ...]] = ()  # methods that it is made of, each a field of that name
     uses_reward: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False  # of the reward; scores alone will not do
     needs_reference: ClassVar[bool] = False  # without a KL too

@@ -22,13 +22,17 @@ from torch import Tensor
 
 from dmdr_fast import ops
 from dmdr_fast.algorithm.paths import clean_sample
+from dmdr_fast.algorithm.recipe import Batch
 from dmdr_fast.algorithm.rl.advantages import group_advantages
-from dmdr_fast.algorithm.rl.experience import Experience, scored
+from dmdr_fast.algorithm.rl.experience import Experience, Scored, rl_index, scored
 from dmdr_fast.algorithm.rl.grpo import GRPO
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network, whole_weights
+from dmdr_fast.algorithm.streams import Shard
 from dmdr_fast.algorithm.update import Update
 from dmdr_fast.ops.dmd import Prediction
+
+Score = Callable[[Update, Batch, Shard, Tensor], Scored]
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,10 @@ class Trajectories(Experience):
         return loss / steps, stats
 
 
-def collect(method: GRPO, update: Update) -> Trajectories:
-    """Sample groups by the SDE with the generator as it is, and score them."""
+def collect(method: GRPO, update: Update, score: Score = scored) -> Trajectories:
+    """Sample groups by the SDE with the generator as it is, and score them by ``score``."""
     recipe, streams, step, device = update.recipe, update.streams, update.step, update.device
-    index, parts, trajectories = (step, recipe.fake_updates), [], []
+    index, parts, trajectories = rl_index(update), [], []
     shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their rewards are compared
     for shard in update.shards:
         batch = update.data(index, shard, method.group_size)
@@ -89,7 +93,7 @@ def collect(method: GRPO, update: Update) -> Trajectories:
             offset=shard.start * math.prod(shape),
             kind=recipe.prediction,
         )
-        parts.append(scored(update, batch, shard, trajectory.x[-1]))
+        parts.append(score(update, batch, shard, trajectory.x[-1]))
         trajectories.append(trajectory)
     advantages, kept = group_advantages(update.gather([p.rewards for p in parts]), method)
     return Trajectories(parts, kept, trajectories, advantages, method)

@@ -18,9 +18,9 @@ from dmdr_fast.algorithm.paths import FLOW, Path, target
 from dmdr_fast.algorithm.recipe import Batch
 from dmdr_fast.algorithm.rl.advantages import best_and_worst
 from dmdr_fast.algorithm.rl.dpo import DPO
-from dmdr_fast.algorithm.rl.experience import Experience, scored
+from dmdr_fast.algorithm.rl.experience import Experience, denoising_times, rl_index, sampled_groups
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
-from dmdr_fast.algorithm.rollout import Network, sample
+from dmdr_fast.algorithm.rollout import Network
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.algorithm.streams import Shard
 from dmdr_fast.algorithm.update import Update
@@ -53,17 +53,12 @@ class Preferences(Experience):
         recipe, streams, shard, device = update.recipe, update.streams, pairs.shard, update.device
         draw, shape = update.counters, pairs.winner.shape[1:]
         assert update.networks.reference is not None  # a run with DPO has one
-        if self.method.times == "grid":
-            points = streams.rng("dpo_t", *draw).integers(len(recipe.grid) - 1, size=shard.total)
-            t = torch.tensor([recipe.grid[i] for i in points[shard.rows]], device=device)
-        else:
-            t = streams.times(recipe.renoise, "dpo_t", *draw, step=update.step, shard=shard, device=device)
         loss, stats = dpo_loss(
             generator,
             update.networks.reference,
             pairs.winner,
             pairs.loser,
-            t,
+            denoising_times(update, "dpo_t", shard, self.method.times),
             streams.noise("dpo_noise", *draw, shape=shape, shard=shard, device=device),
             pairs.batch.condition,
             self.method,
@@ -76,25 +71,7 @@ class Preferences(Experience):
 
 def collect(method: DPO, update: Update) -> Preferences:
     """Sample groups with the generator as it is, score them and pair the best of each with the worst."""
-    recipe, streams, step, device = update.recipe, update.streams, update.step, update.device
-    index, parts, generator = (step, recipe.fake_updates), [], update.networks.generator
-    shape = recipe.shapes[recipe.sizes(streams, index, 1)[0]]  # one for all: their x0 are compared and gathered
-    for shard in update.shards:
-        batch = update.data(index, shard, method.group_size)
-
-        def noise(i: int, shard: Shard = shard) -> Tensor:
-            return streams.noise("rl_rollout", step, i, shape=shape, shard=shard, device=device)
-
-        x0 = sample(
-            generator,
-            noise,
-            batch.condition,
-            recipe.grid,
-            eta=recipe.eta,
-            kind=recipe.prediction,
-            path=recipe.path,
-        )
-        parts.append(scored(update, batch, shard, x0))
+    device, parts = update.device, sampled_groups(update, method.group_size)
     winners, losers, gap = best_and_worst(update.gather([p.rewards for p in parts]), method.group_size)
     x0, pairs = update.gather([p.x0 for p in parts]), []
     for whole in update.shards:
@@ -102,7 +79,7 @@ def collect(method: DPO, update: Update) -> Preferences:
         mine = shard.rows
         # A NaN reward must not pass for a tie: it makes the weight, and so the loss, NaN, and the update is skipped.
         weight = weight * torch.where(gap[mine].isnan(), gap[mine], (gap[mine] > 0).float())
-        batch = update.data(index, shard, 1)  # the groups' conditions, one for each pair
+        batch = update.data(rl_index(update), shard, 1)  # the groups' conditions, one for each pair
         pairs.append(Pairs(x0[winners[mine]], x0[losers[mine]], batch, shard, weight))
     return Preferences(parts, (gap > 0).repeat_interleave(method.group_size), pairs, method)
 

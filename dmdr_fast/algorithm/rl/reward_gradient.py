@@ -11,31 +11,38 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dmdr_fast.algorithm.recipe import Decode
-from dmdr_fast.algorithm.rl.experience import rows_of
+from dmdr_fast.algorithm.recipe import Batch, Decode
+from dmdr_fast.algorithm.rl.experience import Scored, rows_of
 from dmdr_fast.algorithm.rl.method import Metrics
 from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.simulation import Simulated
+from dmdr_fast.algorithm.streams import Shard
 from dmdr_fast.algorithm.update import Update
 
 
 def leaf(method: ReFL, update: Update, sample: Simulated, x0: Tensor) -> tuple[Tensor, Metrics]:
     """ReFL's gradient on the leaf x0 of a micro-batch, and its mean rewards."""
+    gradient, found = scored_gradient(method, update, sample.batch, sample.shard, x0)
+    return gradient, found.means()
+
+
+def scored_gradient(method: ReFL, update: Update, batch: Batch, shard: Shard, x0: Tensor) -> tuple[Tensor, Scored]:
+    """ReFL's gradient on the leaf x0, and the rewards that it was taken of."""
     named: dict[str, list[Tensor]] = {}
-    gradient, rewards = refl_leaf_gradient(x0, *_reward(update, sample, named), method)
-    return gradient, {"reward": rewards.mean()} | {n: torch.cat(v).mean() for n, v in named.items()}
+    gradient, rewards = refl_leaf_gradient(x0, *_reward(update, batch, shard, named), method)
+    return gradient, Scored(batch, shard, x0, rewards, {n: torch.cat(values) for n, values in named.items()})
 
 
 def loss_on_x0(method: ReFL, update: Update, sample: Simulated) -> Tensor:
     """ReFL's loss of a micro-batch, 0-d."""
-    return refl_loss(sample.rollout.x0, *_reward(update, sample, {}), method)
+    return refl_loss(sample.rollout.x0, *_reward(update, sample.batch, sample.shard, {}), method)
 
 
 def _reward(
-    update: Update, sample: Simulated, named: dict[str, list[Tensor]]
+    update: Update, batch: Batch, shard: Shard, named: dict[str, list[Tensor]]
 ) -> tuple[Decode, Callable[[Tensor, slice], Tensor]]:
     """The decoder, and (images, their rows) -> rewards; each one by its name is kept in ``named``."""
-    reward, inputs, name = update.reward, sample.batch.reward_inputs, update.name_of(sample.shard)
+    reward, inputs, name = update.reward, batch.reward_inputs, update.name_of(shard)
     assert reward is not None  # RL has one
 
     def score(images: Tensor, rows: slice) -> Tensor:

@@ -14,18 +14,11 @@ from dmdr_fast.algorithm.rl.policy_gradient import policy_loss, sde_rollout
 from dmdr_fast.algorithm.rl.preference import dpo_loss
 from dmdr_fast.algorithm.schedules import timestep_grid
 
+from .gaussians import Mean
+
 START = torch.tensor([0.5, -0.25])
 GOAL = torch.tensor([1.5, 0.75])
 B, K = 2048, 8
-
-
-class Mean(torch.nn.Module):
-    def __init__(self, mu=START):
-        super().__init__()
-        self.mu = torch.nn.Parameter(mu.clone())
-
-    def forward(self, x, t, condition):
-        return -self.mu.expand_as(x)
 
 
 def noise(update, purpose, rows=B):
@@ -44,7 +37,7 @@ def descend(policy, loss_of, lr, updates):
 
 def grpo(numbers, steps, *, kl_weight=0.0, lr=0.5, updates=60):
     """Where GRPO takes the policy under the reward -|x0 - goal|^2 / 2."""
-    policy, reference, none = Mean(), Mean(), torch.empty(0)
+    policy, reference, none = Mean(START), Mean(START), torch.empty(0)
     grid = timestep_grid(steps)
 
     def loss(update):
@@ -93,7 +86,7 @@ def online_pairs(x0, rewards, group_size):
 
 def test_dpo_against_itself_ends_where_the_reward_is_highest():
     """The reference follows the generator: the expected step is along E[x_w - x_l], which is 0 only at the goal."""
-    policy, t, group = Mean(), torch.ones(B // 4), 4
+    policy, t, group = Mean(START), torch.ones(B // 4), 4
 
     def loss(update):
         x0 = noise(update, 1) + policy.mu.detach()
@@ -111,7 +104,7 @@ def test_dpo_ends_at_the_optimum_of_bradley_terry(beta):
     finds the slope, and its optimum is that of E R - KL, as the paper derives it.
     """
     slope = torch.tensor([1.0, 0.5])
-    policy, reference, t = Mean(), Mean(), torch.ones(B // 2)
+    policy, reference, t = Mean(START), Mean(START), torch.ones(B // 2)
 
     def loss(update):
         x0 = noise(update, 3) + policy.mu.detach()
