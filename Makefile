@@ -9,7 +9,7 @@ export DMDR_CUDA ?= OFF
 MODULES := $(shell find dmdr_fast kernels -name '*.py' -o -name '*.j2' | LC_ALL=C sort)
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/modules
 
-.PHONY: quickstart test bench claims malformed torture gpu-wheels gpu-check lint docs install
+.PHONY: quickstart test test-all bench claims malformed torture gpu-wheels gpu-check lint docs install
 
 # On CPUs one thread suits the digits model best (a teacher step: 35 ms, 42 with two).
 quickstart: install  ## train a digits teacher, distil it, draw the report: runs/digits/report.html
@@ -17,6 +17,9 @@ quickstart: install  ## train a digits teacher, distil it, draw the report: runs
 
 test: install
 	$(BIN)/python -m pytest -n 3 --dist worksteal tests
+
+test-all: install  ## what `make test` leaves out too: the rest of each product of cases, and tests of minutes
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "thorough or not thorough" tests
 
 bench: install
 	$(BIN)/python -m pytest benchmarks

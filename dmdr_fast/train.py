@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     try:
         train(config)
     except RunEnded as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # In one write, as ranks speak at once; and not on the line of the first rank's progress.
+        sys.stderr.write(("" if os.environ.get("RANK", "0") == "0" else "\n") + f"error: {error}\n")
         return 1
     return 0
 

@@ -22,7 +22,7 @@ def run(*options):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_run_saves_and_comparison_fails_past_five_percent(tmp_path):
     results, picture = tmp_path / "r.json", tmp_path / "r.png"
     first = run("--bench-json", results, "--bench-plot", picture)

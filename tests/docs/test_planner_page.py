@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.nn import functional
 
@@ -12,6 +13,7 @@ from dmdr_fast.plan.__main__ import main
 PAGE = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
 
 
+@pytest.mark.thorough
 def test_the_answer_for_flux_is_the_planner_s(capsys, monkeypatch):
     """In a process, too, in which DeepSpeed has put its linear in the place of torch's."""
     shown = re.search(r"The full answer for FLUX\.1-dev:\n\n```\n(.*?)\n```", PAGE, re.S)[1]

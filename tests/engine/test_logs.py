@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -118,8 +119,18 @@ def offline(monkeypatch):
     wandb.teardown()
 
 
-def wandb_history(file):
-    """(step, values) of every logged line of an offline run: protocol buffers in LevelDB's log format."""
+def wandb_history(file, seconds=20):
+    """(step, values) of every logged line of an offline run: protocol buffers in LevelDB's log format.
+
+    wandb's own process writes them, on a busy machine a little after it said so.
+    """
+    end = time.monotonic() + seconds
+    while not (lines := wandb_lines(file)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return lines
+
+
+def wandb_lines(file):
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, lines, at, record = file.read_bytes(), [], 7, b""  # ":W&B", a magic number, a version

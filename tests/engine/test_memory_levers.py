@@ -20,6 +20,7 @@ from dmdr_fast.errors import UserError
 from dmdr_fast.models.sit import SiT
 from tests.engine.memory_worker import SIZES
 from tests.engine.test_roles import inputs, roles_of
+from tests.tiers import sampled
 from tests.two_ranks import run_two_ranks
 
 WORKER = Path(__file__).with_name("memory_worker.py")
@@ -48,7 +49,7 @@ def trained_weights(roles):
         return torch.stack([role(x, t, y) for role in (roles.generator, roles.fake)])
 
 
-@pytest.mark.parametrize("stage", ["0", "3"])
+@pytest.mark.parametrize("stage", sampled(["3", "0"]))
 def test_activation_modes_train_the_same_weights(ranks, tmp_path, stage):
     outputs = [
         trained_weights(roles_of(ranks, tmp_path, "--deepspeed.stage", stage, "--memory.activation", mode)[1])
@@ -58,7 +59,7 @@ def test_activation_modes_train_the_same_weights(ranks, tmp_path, stage):
     torch.testing.assert_close(outputs[2], outputs[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "mode", "frozen"), [("2", "selective", "native"), ("3", "offload", "int8")])
+@pytest.mark.parametrize(("stage", "mode", "frozen"), sampled([("2", "selective", "native"), ("3", "offload", "int8")]))
 def test_compiled_blocks_train_the_same_weights(ranks, tmp_path, monkeypatch, stage, mode, frozen):
     """A LoRA on a frozen base, captured as it is compiled and run as it is."""
     monkeypatch.setattr(compute, "BACKEND", "eager")
@@ -93,7 +94,7 @@ def test_two_ranks_read_their_parts_and_gather_once(tmp_path):
     run_two_ranks(WORKER, tmp_path / "store", tmp_path / "sit.safetensors")
 
 
-@pytest.mark.parametrize("sharing", ["separate", "shared_score"])
+@pytest.mark.parametrize("sharing", sampled(["shared_score", "separate"]))
 def test_int8_base_says_how_far_the_gradient_moves(ranks, tmp_path, sharing):
     flags = ["--sharing", sharing, "--deepspeed.stage", "3", "--teacher.cfg_scale", "2"]
     teacher, roles = roles_of(ranks, tmp_path, *flags, "--memory.frozen", "int8")

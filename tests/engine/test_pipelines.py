@@ -22,13 +22,15 @@ from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.pipeline_model import is_lora, lora_scale
 from dmdr_fast.export import export_run
 from dmdr_fast.models.families import TextEncoder
-from tests.families import PIPELINES, PROMPTS
+from tests.families import PROMPTS
 from tests.models.families.test_export import assert_same_images
 from tests.rewards.conftest import small_clip  # noqa: F401, a fixture
+from tests.tiers import sampled
 
 from .pipeline_runs import BRIGHTNESS, SIZE, opened, words
 
 FINAL = "final/generator.safetensors"
+FAMILIES = sampled(["sd3", "qwen_image", "flux", "flux2", "sdxl", "z_image"], 2)
 LORA = {"student__lora__rank": 2}
 # How each family runs: together they see every sharing, whole and LoRA generators, with CFG and without.
 RUNS = {
@@ -91,7 +93,7 @@ def finished(launch, run, folder, changes, tmp_path_factory):
     return result
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_exported_pipeline_draws_the_images_of_the_trainer(finished, tmp_path, family):
     run_dir = finished(family)
     assert [("reward" in record, "dmd_loss" in record) for record in records(run_dir)] == [
@@ -115,7 +117,7 @@ def test_exported_pipeline_draws_the_images_of_the_trainer(finished, tmp_path, f
     assert_same_images(case, tmp_path / "out", network.transformer, (1.0, 0.5, 0.0), model.family.guidance)
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_final_weights_have_the_networks_names_and_the_asked_dtype(finished, family):
     run_dir = finished(family)
     config, model = vars(opened(run_dir)).values()
@@ -132,7 +134,7 @@ def test_final_weights_have_the_networks_names_and_the_asked_dtype(finished, fam
             assert {name: t.shape for name, t in weights.items()} == own
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_two_ranks_is_the_generator(finished, tmp_path, family):
     """The last one is the final file, to the bit; an earlier one is another."""
     run_dir = finished(family)
@@ -208,7 +210,7 @@ def test_exporting_and_sampling_a_checkpoint(finished, tmp_path, capsys):
     assert "ema.00000.safetensors is not in its manifest.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("family", "stage"), [("flux", 3), ("flux2", 2)])
+@pytest.mark.parametrize(("family", "stage"), sampled([("flux", 3), ("flux2", 2)]))
 def test_a_checkpoint_without_an_average(run, folder, changes, tmp_path, family, stage):
     """A whole generator and a LoRA, out of the optimizers of two ranks."""
     settings = {"deepspeed__stage": stage, "student__ema": "null", "train__generator_steps": 1}
@@ -242,7 +244,7 @@ def test_sampling_a_run_and_its_pipeline(finished, tmp_path):
     assert run_user_command(sample.main, [*arguments, "--step", "2"]) == 2  # a pipeline has one generator
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("family", sampled(["sd3", "flux"]))
 def test_two_zero3_ranks_equal_one_rank(finished, run, folder, changes, tmp_path, family):
     """shared_score (FLUX.1) and shared_all (SD3), with a kill in between on the two ranks."""
     code, _, err = run(words(family, folder, tmp_path, **changes(family)), small=False)

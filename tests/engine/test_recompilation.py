@@ -9,6 +9,7 @@ import torch
 
 from dmdr_fast import cli
 from dmdr_fast.engine import compute, trainer
+from tests.tiers import sampled
 
 from .conftest import SMALL
 
@@ -21,7 +22,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sampled(METHODS))
 def test_nothing_is_compiled_after_a_phase_s_first_update(monkeypatch, tmp_path, method):
     monkeypatch.setattr(compute, "BACKEND", "eager")  # captured whole, run as they are
     monkeypatch.setattr(torch._logging._internal.trace_log, "propagate", False)  # pytest would keep megabytes of it

@@ -16,6 +16,7 @@ from dmdr_fast.engine.memory import Probe
 from dmdr_fast.engine.score import ScoreRole, score_rounding
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.sit import SIT_CONFIGS, SiT
+from tests.tiers import sampled
 
 SCRIPT = Path(__file__).with_name("fp16_on_cpu.py")
 SIX = ["--train.cold_start_steps", "3", "--train.generator_steps", "6", "--checkpoint.every", "3"]
@@ -112,7 +113,7 @@ def in_fp32(run, tmp_path_factory):
     return log
 
 
-@pytest.mark.parametrize("engine", ["stage 0", "stage 3", "shared_all"])
+@pytest.mark.parametrize("engine", sampled(["stage 3", "stage 0", "shared_all"]))
 def test_fp16_follows_fp32(run, in_fp32, tmp_path, engine):
     """Losses and the norms of the gradients before clipping, which no loss scale is left in."""
     half = ["--deepspeed.dtype", "fp16", *ENGINES[engine]]
@@ -126,7 +127,7 @@ def test_fp16_follows_fp32(run, in_fp32, tmp_path, engine):
     assert a["generator_grad_norm"] == pytest.approx(b["generator_grad_norm"], rel=2e-2)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", sampled(ENGINES))
 def test_an_overflow_halves_the_loss_scale_is_counted_and_survives_a_resume(run, tmp_path, engine):
     """The scale starts at 2^24, where the fake score's gradients overflow."""
     (tmp_path / "scale.json").write_text(json.dumps({"fp16": {"initial_scale_power": 24}}))

@@ -15,6 +15,7 @@ from dmdr_fast.engine.starts import read_starts
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.lora_export import diffusers_lora
+from tests.tiers import sampled
 
 from .conftest import SMALL
 from .pipeline_runs import config_of
@@ -38,7 +39,9 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=0, atol=1e-12) for n in a)
 
 
-@pytest.mark.parametrize("place", ["", "cold_start", "cold_start/generator.safetensors", "checkpoints/step_00000002"])
+@pytest.mark.parametrize(
+    "place", sampled(["checkpoints/step_00000002", "", "cold_start", "cold_start/generator.safetensors"])
+)
 def test_a_run_starts_from_another_run(run, other, tmp_path, place):
     checkpoint = other / "checkpoints" / ("step_00000003" if place == "" else "step_00000002")
     starts = ["--student.weights", other / place, "--fake.weights", checkpoint]

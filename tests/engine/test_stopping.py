@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tiers import sampled
+
 from .conftest import SMALL
 from .processes import free_port
 from .test_resume import FINAL, wait_for_step
@@ -89,7 +91,7 @@ def test_what_dmdr_train_makes_of_signals_and_exit_codes(ranks, signals, code):
     assert process.wait(timeout=10) == code
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", sampled([2, 0]))
 def test_a_stop_in_the_final_evaluation_acts_at_once(launch, run, tmp_path, ranks):
     batch = ["--train.micro_batch_size", "4"]
     process = launch([*FOUR, *MANY, *batch, "--run_dir", tmp_path], ranks=ranks)
@@ -123,7 +125,7 @@ def test_a_stop_in_an_evaluation_while_training_writes_the_checkpoint_and_does_t
     assert rows == [2, 4]
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", sampled([2, 0]))
 def test_a_second_signal_ends_the_run_at_once_wherever_it_is(launch, tmp_path, ranks):
     (tmp_path / "slow.py").write_text(SLOW)
     terms = f"[{{kind: '{tmp_path}/slow.py:Slow'}}]"

@@ -41,6 +41,7 @@ def test_digits_features_order_degradations_and_see_a_missing_class(digits_featu
     assert frechet_distance(real, real[labels != 3]) > halves
 
 
+@pytest.mark.thorough
 def test_images_made_to_please_the_reward_do_not_please_the_evaluation(digits_features):
     """Noise driven up the reward's gradient beats real digits in reward, and is far from them."""
     reward = DigitsReward()

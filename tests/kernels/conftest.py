@@ -10,6 +10,7 @@ from tests.interpreted import make_repeatable
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     make_repeatable()
+ONLY_ON_GPU = pytest.mark.thorough if INTERPRETED else ()  # but for `make test-all`
 _ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 

@@ -74,7 +74,6 @@ def _within(taken: dict, op: str) -> bool:
     return all(taken[what] <= _SLACK * limit for what, limit in zip(("forward", "both"), CALLS[op].limit, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_host_time_of_every_op(measured):
     from dmdr_fast import ops

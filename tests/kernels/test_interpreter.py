@@ -16,13 +16,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("tests", "least"), [("tests/kernels/test_kernels.py", 30), ("tests/ops/test_sweep.py", 10)])
-def test_kernels_in_the_interpreter(tests, least):
+def test_kernels_in_the_interpreter(pytestconfig, tests, least):
     pytest.importorskip("triton")
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", pytestconfig.option.markexpr]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests],
+        [sys.executable, "-m", "pytest", *options, tests],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,

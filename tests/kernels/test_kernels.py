@@ -10,6 +10,7 @@ from torch.library import opcheck
 from dmdr_fast import ops
 from dmdr_fast.ops._library import RAW
 from tests.cases import SEED, Call, calls, small_calls
+from tests.kernels.conftest import ONLY_ON_GPU
 from tests.kernels.truth import check, moved
 from tests.raw import RawFunctions, as_tuple
 
@@ -23,11 +24,12 @@ def kernels(device):
     return RawFunctions(BACKEND)
 
 
+# The interpreter takes a minute and a half for each.
 CASES = [
     pytest.param(torch.float32, False, id="fp32"),
-    pytest.param(torch.bfloat16, True, id="bf16-strided"),
-    pytest.param(torch.float16, False, id="fp16"),
     pytest.param(None, True, id="mixed-strided"),
+    pytest.param(torch.bfloat16, True, id="bf16-strided", marks=ONLY_ON_GPU),
+    pytest.param(torch.float16, False, id="fp16", marks=ONLY_ON_GPU),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from dmdr_fast.models.lora import LoraLinear, add_lora
 from dmdr_fast.models.recompute import MODES, set_recompute
 from dmdr_fast.models.sit import SiT
+from tests.tiers import sampled
 
 SMALL = {
     "input_size": 8,
@@ -164,7 +165,7 @@ def test_checkpointed_gradients_are_those_of_the_forwards_scale(form):
 
 
 @pytest.mark.parametrize("form", ["standard", "post_projection"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", sampled(["none", "selective", "full"]))
 def test_compiles_without_a_graph_break_for_any_scale(form, mode):
     torch.compiler.reset()
     model, adapter = sit_with_lora("fake", form=form, depth=1)

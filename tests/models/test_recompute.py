@@ -13,6 +13,7 @@ from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.recompute import MODES, set_recompute
 from tests.algorithm.memory import PeakMemory
 from tests.patch.families import FAMILIES, backward, cast, randomised, run
+from tests.tiers import sampled
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def fixed_draws():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, params=["torch", "deepspeed"])
+@pytest.fixture(autouse=True, params=sampled(["torch", "deepspeed"]))
 def linear(request, monkeypatch):
     """torch's own linear, and the one that ZeRO-3 puts in its place: it adds the bias in place."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap

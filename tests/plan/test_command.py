@@ -71,6 +71,7 @@ def test_no_gpu_library_and_no_hub_is_asked():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+@pytest.mark.thorough
 def test_the_cheapest_change_fits_and_keeps_what_is_trained(work):
     plan = make_plan(work, GPUS)
     tight = replace(GPUS, memory=0.8 * plan.peak)
