@@ -196,11 +196,16 @@ def _assign(values: dict, path: str, text: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{section}: expected a group of keys, got {values!r}")
+    values[last] = read_value(text)
+
+
+def read_value(text: str) -> Any:
+    """A value of the command line as YAML reads it; the text itself where that is none."""
     text = os.fsencode(text).decode("utf-8", "surrogateescape")  # another locale has taken it for its own
     try:
-        values[last] = yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        values[last] = text
+        return text
 
 
 def _validated(values: dict, source: Path) -> Config:

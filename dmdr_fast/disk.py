@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -26,6 +27,13 @@ def refusal(error: BaseException) -> str | None:
         return None
     file = getattr(error, "filename", None)
     return os.strerror(code) if file is None else f"{os.strerror(code)}: {file}"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, whenever the process ends."""
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(content)
+    aside.rename(path)
 
 
 class Writes:

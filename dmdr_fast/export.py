@@ -12,7 +12,7 @@ from dmdr_fast.cli import Parser, load, run_user_command, user_path
 from dmdr_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from dmdr_fast.engine.pipeline_model import PipelineModel
+    from dmdr_fast.engine.model import Model
 
 FINAL = Path("final") / "generator.safetensors"
 
@@ -41,27 +41,38 @@ def add_source(parser: Parser) -> None:
 
 
 @contextmanager
-def run_weights(
-    model: PipelineModel, run_dir: Path, weights: Path | None, step: int | None, beside: Path
-) -> Iterator[Path]:
+def run_weights(model: Model, run_dir: Path, weights: Path | None, step: int | None, beside: Path) -> Iterator[Path]:
     """The generator's file of a run: of the checkpoint of ``step``, ``weights``, or the final one.
 
     Raises:
         UserError: it is not there, or damaged.
     """
-    from dmdr_fast.engine.checkpoint_weights import checkpoint_weights, steps_in_words
+    from dmdr_fast.engine.checkpoint_weights import checkpoint_weights
 
-    if step is not None:
-        with checkpoint_weights(run_dir, step, model, beside) as file:
-            yield file
+    if step is None:
+        yield weights_file(run_dir, weights, step)
         return
+    with checkpoint_weights(run_dir, step, model, beside) as file:
+        yield file
+
+
+def weights_file(run_dir: Path, weights: Path | None, step: int | None) -> Path:
+    """The file by which a run's generator is known: the manifest of the checkpoint of ``step``, or its weights.
+
+    Raises:
+        UserError: it is not there.
+    """
+    from dmdr_fast.engine.checkpoint_weights import checkpoint_folder, steps_in_words
+
     file = weights or run_dir / FINAL
+    if step is not None:
+        file = checkpoint_folder(run_dir, step) / "manifest.json"
     if not file.is_file():
         raise UserError(
             f"no weights at {file}; let the run finish, take a checkpoint with --step ({steps_in_words(run_dir)}), or "
             "give those of a phase with --weights"
         )
-    yield file
+    return file
 
 
 def export_run(

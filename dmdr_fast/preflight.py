@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dmdr_fast.algorithm.rl.methods import METHODS
-from dmdr_fast.config import Config
+from dmdr_fast.config import Config, RewardTerm
 from dmdr_fast.deepspeed_json import read_deepspeed_json
 from dmdr_fast.errors import UserError
 from dmdr_fast.hub import check_hub, is_hub_id
@@ -24,7 +25,7 @@ def check(config: Config) -> None:
             unknown, takes other arguments, or is not of the kind that the RL method needs.
     """
     _check_packages(config)
-    _check_run_dir(config.run_dir)
+    check_writable("run_dir", config.run_dir)
     _check_weights(config.teacher.weights)
     _check_prompts(config)
     read_deepspeed_json(config)
@@ -48,25 +49,40 @@ def _check_rewards(config: Config) -> dict[str, str]:
 
     A user's file is read, no weights are loaded. Returns what the built-in ones will load, by key.
     """
-    from dmdr_fast.rewards.registry import KINDS, is_differentiable, prepare_reward, weights_of_reward
+    from dmdr_fast.rewards.registry import is_differentiable
 
     names: dict[str, str] = {}
     for where, terms in (("reward.terms", config.reward.terms), ("reward.held_out", config.reward.held_out)):
+        names |= check_terms(where, terms, config.num_classes)
         for term in terms:
-            try:
-                graded = is_differentiable(term.kind)
-                made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=config.num_classes)
-            except (ValueError, FileNotFoundError) as error:
-                raise UserError(str(error).replace("reward.terms", where)) from None
-            if config.rl.chosen.needs_gradient and where == "reward.terms" and not graded:
+            if config.rl.chosen.needs_gradient and where == "reward.terms" and not is_differentiable(term.kind):
                 others = " or ".join(n for n, m in METHODS.items() if m.uses_reward and not m.needs_gradient)
                 raise UserError(
                     f"reward.terms: {term.name or term.kind} gives scores without a gradient, which rl.method "
                     f"{config.rl.method} needs; set rl.method to {others}, or take a differentiable reward"
                 )
-            if term.kind in KINDS:
-                found = weights_of_reward(*made)
-                names |= {f"{where}: {term.name or term.kind}: {name}": value for name, value in found.items()}
+    return names
+
+
+def check_terms(where: str, terms: Iterable[RewardTerm], num_classes: int | None) -> dict[str, str]:
+    """Whether every reward exists and takes what it is given. A user's file is read, no weights are loaded.
+
+    Returns what the built-in ones will load, by key: ``where``, the word that an error names the rewards by, in front.
+
+    Raises:
+        UserError: one does not.
+    """
+    from dmdr_fast.rewards.registry import KINDS, prepare_reward, weights_of_reward
+
+    names: dict[str, str] = {}
+    for term in terms:
+        try:
+            made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=num_classes)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error).replace("reward.terms", where)) from None
+        if term.kind in KINDS:
+            found = weights_of_reward(*made)
+            names |= {f"{where}: {term.name or term.kind}: {name}": value for name, value in found.items()}
     return names
 
 
@@ -85,6 +101,15 @@ def _check_places(config: Config, rewards: dict[str, str]) -> None:
         names["teacher.pipeline"] = (teacher.pipeline, teacher.revision)
     elif teacher.weights is not None and teacher.weights.startswith(HUB_PREFIX):
         names["teacher.weights"] = ("/".join(teacher.weights.removeprefix(HUB_PREFIX).split("/")[:2]), None)
+    check_names(names)
+
+
+def check_names(names: Mapping[str, tuple[str, str | None]]) -> None:
+    """Whether each (folder or hub id, revision), by the key that names it, is there, or the hub has it.
+
+    Raises:
+        UserError: one is not.
+    """
     asked = {}
     for key, (name, revision) in names.items():
         try:
@@ -132,7 +157,12 @@ def _check_packages(config: Config) -> None:
         raise UserError("log.wandb: wandb is not installed; pip install wandb, or leave log.wandb out")
 
 
-def _check_run_dir(path: Path) -> None:
+def check_writable(key: str, path: Path) -> None:
+    """Whether ``path``, the folder that ``key`` names, is there or can be made, and can be written in.
+
+    Raises:
+        UserError: it cannot.
+    """
     probe = path / f".writable.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -140,7 +170,7 @@ def _check_run_dir(path: Path) -> None:
         probe.unlink()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"run_dir: {path} cannot be written ({reason}); name another folder") from None
+        raise UserError(f"{key}: {path} cannot be written ({reason}); name another folder") from None
 
 
 def _check_weights(weights: str | None) -> None:
@@ -159,18 +189,28 @@ def _check_prompts(config: Config) -> None:
     if config.model.family == "sit":
         return
     from dmdr_fast.data.prompts import load_prompts
-    from dmdr_fast.scenes.captions import parse
 
-    kinds = [term.kind for term in (*config.reward.terms, *config.reward.held_out)]
-    scenes = next((kind for kind in kinds if kind.startswith("scenes")), None)
+    terms = (*config.reward.terms, *config.reward.held_out)
     for name, path in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
         if path is not None:
             try:
                 prompts = load_prompts(path, config.data.key)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-            try:
-                for prompt in prompts if scenes else ():
-                    parse(prompt.text)
-            except ValueError as error:
-                raise UserError(f"{name}: {path}: {error}, which the reward {scenes} reads") from None
+            check_captions(f"{name}: {path}", [prompt.text for prompt in prompts], terms)
+
+
+def check_captions(where: str, prompts: Iterable[str], terms: Iterable[RewardTerm]) -> None:
+    """Whether the rewards of scenes, if there are any among ``terms``, can read the prompts.
+
+    Raises:
+        UserError: one cannot, with ``where`` in front.
+    """
+    from dmdr_fast.scenes.captions import parse
+
+    scenes = next((term.kind for term in terms if term.kind.startswith("scenes")), None)
+    try:
+        for prompt in prompts if scenes else ():
+            parse(prompt)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}, which the reward {scenes} reads") from None

@@ -20,7 +20,7 @@ ALLOWED = {
     "rewards": {"ops", "data", "scenes", "errors"},
     "scenes": {"algorithm", "cli", "commit", "data", "errors"},
     "data": {"cache", "errors", "locks"},
-    "eval": {"algorithm", "commit", "data", "ops", "errors"},
+    "eval": {"algorithm", "commit", "data", "disk", "ops", "errors"},
     "patch": {"ops", "models", "errors"},
     "preflight.py": {"algorithm", "config", "data", "deepspeed_json", "errors", "hub", "rewards", "scenes"},
     "deepspeed_json.py": {"cli", "config", "errors"},

@@ -24,21 +24,31 @@ def load_image_folder(path: str | Path, size: tuple[int, int]) -> Tensor:
     Raises:
         UserError: the folder is missing or holds no image, or a file cannot be read as one.
     """
-    folder = Path(path)
     if min(size) < 1:
         raise UserError(f"image size: expected at least 1 pixel, got {size[0]} x {size[1]}")
+    files = image_files(path)
+    images = np.empty((len(files), 3, *size), dtype=np.float32)
+    for index, file in enumerate(files):
+        images[index] = read_cropped(file, *size).transpose(2, 0, 1)
+    return torch.from_numpy(images).div_(127.5).sub_(1)
+
+
+def image_files(path: str | Path) -> list[Path]:
+    """Every image file under ``path``, in the order of their path relative to it.
+
+    Raises:
+        UserError: the folder is missing or holds no image.
+    """
+    folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"image folder {folder}: no such directory; give a directory of image files")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise UserError(f"image folder {folder}: no image in it; expected files ending in {', '.join(SUFFIXES)}")
-    images = np.empty((len(files), 3, *size), dtype=np.float32)
-    for index, file in enumerate(files):
-        images[index] = _read_cropped(file, *size).transpose(2, 0, 1)
-    return torch.from_numpy(images).div_(127.5).sub_(1)
+    return files
 
 
-def _read_cropped(file: Path, height: int, width: int) -> np.ndarray:
+def read_cropped(file: Path, height: int, width: int) -> np.ndarray:
     """One image as uint8 [height, width, 3]: resized to cover it, the middle kept."""
     from PIL import Image
 

@@ -15,21 +15,19 @@ from torch import Tensor
 from dmdr_fast.config import Config
 from dmdr_fast.engine.checkpoint import NAME, fault, stored_role
 from dmdr_fast.engine.engines import DTYPES
-from dmdr_fast.engine.pipeline_model import PipelineModel
+from dmdr_fast.engine.model import Model
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import Denoiser
 
 
 @contextmanager
-def checkpoint_weights(run_dir: Path, step: int, model: PipelineModel, beside: Path) -> Iterator[Path]:
+def checkpoint_weights(run_dir: Path, step: int, model: Model, beside: Path) -> Iterator[Path]:
     """A file as ``final/generator.safetensors``, of the checkpoint of ``step``; in a temporary folder in ``beside``.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    if not folder.is_dir():
-        raise UserError(f"--step {step}: no such checkpoint in {run_dir}; {steps_in_words(run_dir)}")
+    folder = checkpoint_folder(run_dir, step)
     try:
         weights = generator_weights(folder, model.config)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, UserError) as error:
@@ -46,6 +44,14 @@ def checkpoint_weights(run_dir: Path, step: int, model: PipelineModel, beside: P
         file = Path(aside.name) / f"step_{step:08d}.safetensors"
         save_file({n.removeprefix(Denoiser.prefix): t.contiguous() for n, t in weights.items()}, file, metadata)
         yield file
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """The checkpoint of ``step``; a UserError where there is none."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    if not folder.is_dir():
+        raise UserError(f"--step {step}: no such checkpoint in {run_dir}; {steps_in_words(run_dir)}")
+    return folder
 
 
 def steps_in_words(run_dir: Path) -> str:

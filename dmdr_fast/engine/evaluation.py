@@ -23,6 +23,7 @@ from dmdr_fast.algorithm.rollout import Network, ode_sample, sample
 from dmdr_fast.algorithm.score_pass import join
 from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.config import Config
+from dmdr_fast.disk import write_whole
 from dmdr_fast.engine.compute import uncompiled
 from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.inputs import EvaluationData
@@ -73,8 +74,8 @@ class Evaluator:
         """
         many, student_steps = self.config.eval.teacher_steps, self.config.student.steps
         rows = {
-            "teacher": (self._teacher(teacher, many), self._teacher_nfe(many)),
-            "teacher_n": (self._teacher(teacher, student_steps), self._teacher_nfe(student_steps)),
+            "teacher": (self._teacher(teacher, many), teacher_nfe(self.config, many)),
+            "teacher_n": (self._teacher(teacher, student_steps), teacher_nfe(self.config, student_steps)),
         }
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
@@ -90,7 +91,7 @@ class Evaluator:
                 pictures[name] = _reduced(images[: self._kept]).cpu().numpy()
         if self.runtime.is_main:
             shown = Shown(table[name], self._write_sheet(pictures[name], step))
-            _write(self.config.run_dir / "metrics.json", json.dumps(table, indent=1).encode())
+            write_whole(self.config.run_dir / "metrics.json", json.dumps(table, indent=1).encode())
             np.savez_compressed(self.config.run_dir / "samples.npz", **pictures)
         self.runtime.barrier()
         return table, shown
@@ -117,7 +118,7 @@ class Evaluator:
             before = path.read_text() if path.is_file() else ""
             row = self._measure(images, self.config.student.steps)
             shown = Shown(row, self._write_sheet(_reduced(images[: self._kept]).cpu().numpy(), step))
-            _write(path, f"{before}{json.dumps({'step': step} | row)}\n".encode())
+            write_whole(path, f"{before}{json.dumps({'step': step} | row)}\n".encode())
         self.runtime.barrier()
         return shown
 
@@ -131,27 +132,12 @@ class Evaluator:
         folder, rows = self.config.run_dir / "samples", self._rows()[: len(images)]
         sheet = captioned_sheet(images, rows, self.conditions.captions(rows))
         folder.mkdir(exist_ok=True)
-        _write(folder / SHEET.format(step), image_png(sheet))
+        write_whole(folder / SHEET.format(step), image_png(sheet))
         return sheet
 
-    def _teacher_nfe(self, steps: int) -> int:
-        return 2 * steps if self.config.guides(self.config.teacher.sample_cfg_scale) else steps
-
     def _teacher(self, network: Network, steps: int) -> Draw:
-        config, model, scale = self.config, self.model, self.config.teacher.sample_cfg_scale
-
-        def guided(uncond: Any) -> Network:
-            assert scale is not None  # which guides
-            return guided_network(network, uncond, scale, config.cfg_mode, model.token)
-
-        return lambda noise, batch, start: ode_sample(
-            guided(batch.uncond) if config.guides(scale) else network,
-            noise,
-            batch.condition,
-            steps,
-            shift=model.teacher_shift,
-            kind=self.recipe.prediction,
-            path=self.recipe.path,
+        return lambda noise, batch, start: teacher_sample(
+            network, noise, batch, steps, config=self.config, model=self.model
         )
 
     def _generator(self, weights: Path, asked: Callable[[], bool] = lambda: False) -> Draw:
@@ -221,10 +207,33 @@ def drop_evaluations_after(run_dir: Path, step: int) -> None:
     path = run_dir / "evaluations.jsonl"
     if path.is_file():
         rows = [row for row in path.read_text().splitlines() if json.loads(row)["step"] <= step]
-        _write(path, "".join(f"{row}\n" for row in rows).encode())
+        write_whole(path, "".join(f"{row}\n" for row in rows).encode())
     for sheet in (run_dir / "samples").glob("step_*.png"):
         if sheet.name > SHEET.format(step):
             sheet.unlink()
+
+
+def teacher_nfe(config: Config, steps: int) -> int:
+    """Network evaluations of one of the teacher's own samples."""
+    return 2 * steps if config.guides(config.teacher.sample_cfg_scale) else steps
+
+
+def teacher_sample(
+    network: Network, noise: Tensor, batch: Batch, steps: int, *, config: Config, model: Model
+) -> Tensor:
+    """The teacher's own samples: its ODE under ``teacher.sample_cfg_scale``, at the shift of its pipeline."""
+    scale = config.teacher.sample_cfg_scale
+    if scale is not None and config.guides(scale):
+        network = guided_network(network, batch.uncond, scale, config.cfg_mode, model.token)
+    return ode_sample(
+        network,
+        noise,
+        batch.condition,
+        steps,
+        shift=model.teacher_shift,
+        kind=model.prediction,
+        path=model.path,
+    )
 
 
 def guided_network(network: Network, uncond: Any, scale: float, mode: Mode, token: int) -> Network:
@@ -244,9 +253,3 @@ def _reduced(images: Tensor) -> Tensor:
         return images
     size = [max(1, round(side / factor)) for side in images.shape[-2:]]
     return F.interpolate(images, size, mode="area")
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(content)
-    aside.rename(path)

@@ -111,6 +111,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.thorough
 def test_tests_for_gpus_run_without_deepspeed_diffusers_and_pydantic():
     plugins = [word for name in ("cacheprovider", "xdist", "timeout") for word in ("-p", f"no:{name}")]
     done = subprocess.run(

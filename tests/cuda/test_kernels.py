@@ -19,7 +19,7 @@ CEILING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # Strided rows and mixed dtypes run in one instance of a kernel, contiguous tensors in one for each dtype.
 @pytest.mark.parametrize(
     ("dtype", "strided"),
-    sampled([(None, True), *[(dtype, False) for dtype in DTYPES], (torch.bfloat16, True)], 2),
+    sampled([(None, True), *[(dtype, False) for dtype in DTYPES], (torch.bfloat16, True)]),
     ids=["mixed-strided", "fp32", "bf16", "fp16", "bf16-strided"],
 )
 def test_agrees_with_the_formula_in_float64(kernels, dtype, strided):

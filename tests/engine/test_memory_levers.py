@@ -87,6 +87,7 @@ def test_cpu_offload_by_the_deepspeed_json_trains_the_same_weights(ranks, tmp_pa
     torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.thorough
 def test_two_ranks_read_their_parts_and_gather_once(tmp_path):
     torch.manual_seed(0)
     weights = {name: 0.1 * torch.randn(p.shape) for name, p in SiT(**SIZES).named_parameters()}

@@ -50,6 +50,7 @@ def test_sigterm_to_the_deepspeed_command_ends_its_ranks_with_a_checkpoint(launc
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
+@pytest.mark.thorough
 def test_dmdr_train_waits_for_its_ranks_however_long_they_take(environment, tmp_path):
     command = [str(Path(sys.executable).parent / "dmdr-train"), "--num_gpus", "2", "--master_port", str(free_port())]
     process = subprocess.Popen(

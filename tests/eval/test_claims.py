@@ -356,6 +356,7 @@ def test_runs_of_an_earlier_page_stand_where_their_settings_do(trainer, tmp_path
     assert len(page.read_text().splitlines()) == 2 + 16 + 2 + len(verdicts.CLAIMS) + 1  # a run a line
 
 
+@pytest.mark.thorough
 def test_a_smoke_run_with_the_real_trainer(tmp_path):
     words = ["--quick", "--work", str(tmp_path), "--only"]
     assert command.main([*words, "dmdr_grpo"]) == command.MORE  # the page waits for all runs

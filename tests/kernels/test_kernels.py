@@ -26,10 +26,10 @@ def kernels(device):
 
 # The interpreter takes a minute and a half for each.
 CASES = [
-    pytest.param(torch.float32, False, id="fp32"),
-    pytest.param(None, True, id="mixed-strided"),
+    pytest.param(torch.float32, False, id="fp32", marks=ONLY_ON_GPU),
     pytest.param(torch.bfloat16, True, id="bf16-strided", marks=ONLY_ON_GPU),
     pytest.param(torch.float16, False, id="fp16", marks=ONLY_ON_GPU),
+    pytest.param(None, True, id="mixed-strided", marks=ONLY_ON_GPU),
 ]
 
 
@@ -40,6 +40,13 @@ def test_kernels_agree_with_the_formula_in_float64(kernels, device, dtype, strid
         _run_and_check(kernels, device, call)
         seen.add(call.name)
     assert seen == set(kernels.names)
+
+
+def test_the_first_and_the_last_call_of_each(kernels, device):
+    every = list(small_calls(None, True))
+    ends = {call.name: call for call in reversed(every)}, {call.name: call for call in every}
+    for call in {str(call): call for found in ends for call in found.values()}.values():
+        _run_and_check(kernels, device, call)
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from hypothesis import strategies as st
 
-from dmdr_fast import cli, export, launch, sample
+from dmdr_fast import cli, evaluate, export, launch, sample
 from dmdr_fast.plan import __main__ as planner
 
 from . import Case, drawn, inside
@@ -55,6 +55,11 @@ OTHER = [
     (export.main, words) for words in ([], ["no"], ["no", "out", "--dtype", "int3"], ["no", "out", "--wieghts", "x"])
 ]
 OTHER += [(sample.main, words) for words in ([], ["no", "--prompts", "x"], ["no", "--prompts"], ["no", "--seed", "x"])]
+
+OTHER += [
+    (evaluate.main, [*words, "--out", "out"])
+    for words in (["no"], ["no", "--prompts"], ["no", "--prompts", "x", "--seeds", "x"], ["no", "--rewards", "{", "]"])
+]
 
 
 def start(main: Callable[[list[str]], object], words: list[str], folder: Path) -> None:

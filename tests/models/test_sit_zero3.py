@@ -23,6 +23,7 @@ SMALL = {
 }
 
 
+@pytest.mark.thorough
 def test_built_loaded_and_adapted_while_partitioned(tmp_path):
     torch.manual_seed(4)
     weights = {name: 0.3 * torch.randn_like(value) for name, value in SiT(**SMALL).state_dict().items()}

@@ -7,7 +7,8 @@ import torch
 
 import dmdr_fast.patch
 from dmdr_fast.models.recompute import set_recompute
-from tests.patch.families import backward, cast, randomised, run
+from tests.patch.families import FAMILIES, backward, cast, randomised, run
+from tests.tiers import sampled
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    "family", sampled(["sd3", "z_image", *sorted(FAMILIES.keys() - {"sd3", "z_image"})], 2), indirect=True
+)
 def test_full_graph(family):
     model = randomised(family.build(1))
     dmdr_fast.patch(model, family.ops)

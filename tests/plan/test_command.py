@@ -94,6 +94,7 @@ def test_cuda_graphs_keep_the_memory_of_a_forward_without_grad(work):
         assert sum(kinds.values()) == pytest.approx(least + pool)
 
 
+@pytest.mark.thorough
 def test_sweep(work, tmp_path):
     plans = sweep(work, GPUS, activations=("none", "full"), batches=(4,), gpus=(8, 1024))
     assert len(plans) == 12

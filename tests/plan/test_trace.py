@@ -26,6 +26,7 @@ def test_extrapolated_peaks_are_those_of_the_whole_network(activation):
     assert phases(update_peaks(work)) == pytest.approx(phases(traced_peaks(work)), rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_offloaded_inputs_are_not_counted():
     """`offload` keeps no block's input on the GPU: what is left does not grow with the depth."""
     work = workload("flux", activation="offload", zero=Zero(stage=2), fake_lora=None, sharing="separate")
