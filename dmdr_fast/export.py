@@ -106,6 +106,7 @@ def export_run(
                 model.family,
                 out,
                 grid=student_grid(config),
+                eta=config.student.fresh_noise,
                 dtype=DTYPES[dtype or config.export.dtype],
                 size=config.model.sizes[0],
                 **given,

@@ -84,11 +84,12 @@ class RewardModel:
 class Recipe:
     """The numbers of one DMDR run that the step itself reads.
 
-    prediction: what generator, fake and real score predict on ``path``. rollout_reuse: fake updates in a row that train
-    on one rollout, renoised anew. stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. tilt: how
-    rewards reach the generator in the cold start, by a method that acts on x0 alone, ``step.leaf_gradient``. method:
-    how they do once it has ended. regularizer: what then holds it near the teacher, the DMD gradient, a KL to the
-    reference or nothing; kl_weight: that of the KL, which comes on top of ``dmd``. saturation: |x0| beyond which a
+    prediction: what generator, fake and real score predict on ``path``. eta: how much of the noise of the student's
+    steps is fresh, see ``rollout.next_input``. rollout_reuse: fake updates in a row that train on one rollout, renoised
+    anew. stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. tilt: how rewards reach the generator
+    in the cold start, by a method that acts on x0 alone, ``step.leaf_gradient``. method: how they do once it has ended.
+    regularizer: what then holds it near the teacher, the DMD gradient (``dm``: without guidance), a KL to the reference
+    or nothing; kl_weight: that of the KL, which comes on top of ``dmd`` and ``dm``. saturation: |x0| beyond which a
     value counts as saturated. more_shapes: latents of other sizes than ``latent_shape``, see ``sizes``.
     """
 
@@ -98,6 +99,7 @@ class Recipe:
     generator_steps: int
     fake_updates: int = 5
     rollout_variant: Variant = "backward_simulation"
+    eta: float = 1.0
     rollout_reuse: int = 1
     stop_step_per: Literal["micro_step", "rank"] = "micro_step"
     prediction: Prediction = "flow"

@@ -1,15 +1,17 @@
 """Truncated backward simulation: the generator's own few-step sampling, run only as far as it is needed.
 
 The full N-step rollout is x_{t_0} = z, x0_i = x_{t_i} - t_i v_G(x_{t_i}, t_i), x_{t_{i+1}} = (1 - t_{i+1}) x0_i +
-t_{i+1} eps_i. A micro-batch trains the generator at one grid point, so the steps beyond it are never run: (N + 1) / 2
-forwards in expectation in place of N.
+t_{i+1} eps_i, where the sampler says what eps_i is, see :func:`next_input`. A micro-batch trains the generator at one
+grid point, so the steps beyond it are never run: (N + 1) / 2 forwards in expectation in place of N.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -53,6 +55,7 @@ def truncated_rollout(
     stop: int,
     *,
     variant: Variant = "backward_simulation",
+    eta: float = 1.0,
     kind: Prediction = "flow",
     path: Path = FLOW,
 ) -> Rollout:
@@ -62,7 +65,8 @@ def truncated_rollout(
     ``same_step`` (the DMDR reference's): x0_stop is renoised to its own time t_stop and the generator is trained
     there; the fake score still sees x0_stop. It costs one more forward, since x0 is not the graded output.
 
-    ``grid`` is t_0 .. t_N; ``noise(i)`` returns the i-th independent noise of this rollout.
+    ``grid`` is t_0 .. t_N; ``noise(i)`` returns the i-th independent noise of this rollout. ``eta``: how much of a
+    step's noise is fresh, see :func:`next_input`; where none is, ``noise`` is asked for noise 0 alone.
     """
     x = noise(0)
     with whole_weights(generator) if stop else nullcontext():
@@ -70,7 +74,7 @@ def truncated_rollout(
             t = torch.full((x.shape[0],), grid[i], device=x.device)
             x0 = clean_sample(x, t, generator(x, t, condition), kind, path)
             if i < stop:
-                x = renoised(x0, grid[i + 1], noise(i + 1), path)
+                x = next_input(x, x0, grid[i], grid[i + 1], partial(noise, i + 1), eta, path)
     if variant == "backward_simulation":
         return Rollout(x, t, x0, reuse=True)
     if variant == "same_step":
@@ -82,6 +86,28 @@ def whole_weights(generator: Network) -> AbstractContextManager:
     """The context that a role whose weights are partitioned over the ranks offers for forwards that follow each other:
     it may gather them once. Nothing for other networks."""
     return getattr(generator, "whole_weights", nullcontext)()
+
+
+def next_input(
+    x: Tensor, x0: Tensor, t: float, t_next: float, fresh: Callable[[], Tensor], eta: float = 1.0, path: Path = FLOW
+) -> Tensor:
+    """x_{t'} = alpha' x0 + sigma' n', n' = cos(eta pi / 2) n_hat + sin(eta pi / 2) n, n_hat = (x_t - alpha x0) / sigma.
+
+    eta 1 is fresh noise n alone (the sampler ``renoise``); eta 0 the noise n_hat that is in x_t, which on the flow path
+    is the Euler step x_t + (t' - t) v (``ode``); between them is coefficient-preserving sampling (``cps``, Flow-CPS,
+    arXiv 2509.05952).
+
+    x, x0 [B, ...]; ``fresh()`` draws n, x0's shape, and is called where eta is above 0.
+    """
+    if eta == 1.0:
+        return renoised(x0, t_next, fresh(), path)
+    shape = (-1, *[1] * (x.ndim - 1))
+    times = torch.full((x.shape[0],), t, device=x.device)
+    alpha, sigma = (c.to(x.dtype).view(shape) for c in path.alpha_sigma(times))
+    noise = (x - alpha * x0) / sigma
+    if eta:
+        noise = math.cos(eta * math.pi / 2) * noise + math.sin(eta * math.pi / 2) * fresh()
+    return renoised(x0, t_next, noise, path)
 
 
 def renoised(x0: Tensor, t: float, noise: Tensor, path: Path = FLOW) -> Tensor:
@@ -96,11 +122,12 @@ def sample(
     condition: Any,
     grid: tuple[float, ...],
     *,
+    eta: float = 1.0,
     kind: Prediction = "flow",
     path: Path = FLOW,
 ) -> Tensor:
     """The full N-step rollout: what the trained generator is used as."""
-    return truncated_rollout(generator, noise, condition, grid, len(grid) - 2, kind=kind, path=path).x0
+    return truncated_rollout(generator, noise, condition, grid, len(grid) - 2, eta=eta, kind=kind, path=path).x0
 
 
 @torch.no_grad()

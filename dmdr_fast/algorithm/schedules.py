@@ -42,6 +42,11 @@ def shift_time(t, shift: float):
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
+def unshift_time(t, shift: float):
+    """The inverse of :func:`shift_time`: t / (shift - (shift - 1) * t)."""
+    return t / (shift - (shift - 1.0) * t)
+
+
 def timestep_grid(steps: int, *, shift: float = 1.0, times: tuple[float, ...] | None = None) -> tuple[float, ...]:
     """The student's grid 1 = t_0 > t_1 > ... > t_N = 0: shift_time(1 - i/N), or ``times`` and 0.
 
@@ -89,3 +94,6 @@ class RenoiseLaw:
             raise ValueError(f"RenoiseLaw.kind: expected dyna_rs, uniform or logit_normal, got {self.kind!r}")
         t = shift_time(self.t_min + (self.t_max - self.t_min) * u, self.shift)
         return np.broadcast_to(t, (count,)).astype(np.float32)
+
+
+UNIFORM = RenoiseLaw(kind="uniform", t_min=0.0, t_max=1.0)

@@ -1,7 +1,7 @@
-"""The score pass: the fake score and the real score (conditional, unconditional) on the same renoised x_t, no grad.
+"""The score pass: the fake score and the real score (conditional, unconditional) on renoised x_t, no grad.
 
 Where F and T share the frozen base they are one batch [fake | real cond | real uncond] with a LoRA scale per sample,
-[s_f | s_r | s_r]: weights are read, and under ZeRO-3 gathered, once. With two networks: two passes, CFG batched.
+[s_f | s_r | s_r]: weights are read, and under ZeRO-3 gathered, once. With two networks: two passes, T's rows batched.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from torch.utils._pytree import tree_map
 from dmdr_fast.algorithm.rollout import Network
 
 
+class Rows(NamedTuple):
+    """What a network is run on: x_t [B, ...], t fp32 [B], and its condition, batch first."""
+
+    x_t: Tensor
+    t: Tensor
+    condition: Any
+
+
 class Scores(NamedTuple):
-    """Predictions of one score pass, each x_t's shape."""
+    """Predictions at one x_t, each x_t's shape."""
 
     fake: Tensor
     real: Tensor
@@ -25,12 +33,19 @@ class Scores(NamedTuple):
 
 
 class ScorePass(Protocol):
-    """What the generator update asks for: all predictions at (x_t, t).
+    """What the generator update asks for: F's prediction of ``fake`` and T's of each of ``real``, in their order.
 
-    ``uncond`` is the null condition, None without CFG; ``real_scale`` is DynaDG's s_r at this step.
+    All have one batch size. ``real_scale`` is DynaDG's s_r at this step.
     """
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, uncond: Any | None, *, real_scale: float) -> Scores: ...
+    def __call__(self, fake: Rows, *real: Rows, real_scale: float) -> tuple[Tensor, ...]: ...
+
+
+def scores_at(score: ScorePass, x_t: Tensor, t: Tensor, cond: Any, uncond: Any | None, *, real_scale: float) -> Scores:
+    """All predictions at one (x_t, t). ``uncond`` is the null condition, None without CFG."""
+    conditions = (cond,) if uncond is None else (cond, uncond)
+    fake, *real = score(Rows(x_t, t, cond), *(Rows(x_t, t, c) for c in conditions), real_scale=real_scale)
+    return Scores(fake, real[0], None if uncond is None else real[1])
 
 
 def join(*conditions: Any) -> Any:
@@ -38,36 +53,39 @@ def join(*conditions: Any) -> Any:
     return tree_map(lambda *parts: torch.cat(parts), *conditions)
 
 
+def run(network: Network, *rows: Rows) -> tuple[Tensor, ...]:
+    """The prediction of each of ``rows``, of one size, in one batch."""
+    if len(rows) == 1:
+        return (network(*rows[0]),)
+    x_t, t, conditions = zip(*rows, strict=True)
+    return network(torch.cat(x_t), torch.cat(t), join(*conditions)).chunk(len(rows))
+
+
 def shared_scores(network: Network, set_lora_scale: Callable[[Tensor], None], *, fake_scale: float) -> ScorePass:
     """F and T on one frozen base: F = base + s_f LoRA, T = base + s_r(step) LoRA (DMDR's DynaDG), one batch.
 
-    ``set_lora_scale`` takes the fp32 [3B] (or [2B]) scale per sample before the forward.
+    ``set_lora_scale`` takes the fp32 scale per sample of the batch before the forward.
     """
 
     @torch.no_grad()
-    def score(x_t: Tensor, t: Tensor, cond: Any, uncond: Any | None, *, real_scale: float) -> Scores:
-        batch, parts = x_t.shape[0], 2 if uncond is None else 3
-        scale = torch.full((parts * batch,), real_scale, device=x_t.device)
+    def score(fake: Rows, *real: Rows, real_scale: float) -> tuple[Tensor, ...]:
+        batch = fake.x_t.shape[0]
+        scale = torch.full(((1 + len(real)) * batch,), real_scale, device=fake.x_t.device)
         scale[:batch] = fake_scale
         set_lora_scale(scale)
-        conditions = join(cond, cond) if uncond is None else join(cond, cond, uncond)
-        out = network(x_t.repeat(parts, *[1] * (x_t.ndim - 1)), t.repeat(parts), conditions).chunk(parts)
-        return Scores(out[0], out[1], out[2] if parts == 3 else None)
+        return run(network, fake, *real)
 
     return score
 
 
-def separate_scores(fake: Network, real: Network) -> ScorePass:
-    """F and T as two networks: F once, T once with CFG batched. No DynaDG, which needs a shared base: s_r is 0."""
+def separate_scores(fake_network: Network, real_network: Network) -> ScorePass:
+    """F and T as two networks: T once, its rows batched, F once. No DynaDG, which needs a shared base: s_r is 0."""
 
     @torch.no_grad()
-    def score(x_t: Tensor, t: Tensor, cond: Any, uncond: Any | None, *, real_scale: float) -> Scores:
+    def score(fake: Rows, *real: Rows, real_scale: float) -> tuple[Tensor, ...]:
         if real_scale != 0.0:
             raise ValueError(f"separate_scores: real_scale must be 0 (DynaDG needs a shared base), got {real_scale}")
-        if uncond is None:
-            return Scores(fake(x_t, t, cond), real(x_t, t, cond), None)
-        twice = x_t.repeat(2, *[1] * (x_t.ndim - 1))
-        real_cond, real_uncond = real(twice, t.repeat(2), join(cond, uncond)).chunk(2)
-        return Scores(fake(x_t, t, cond), real_cond, real_uncond)
+        scores = run(real_network, *real)
+        return (*run(fake_network, fake), *scores)
 
     return score

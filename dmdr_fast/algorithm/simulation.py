@@ -41,6 +41,7 @@ def simulate(
         recipe.grid,
         streams.stop_step(len(recipe.grid) - 1, *index, *([place] if place else [])),
         variant=recipe.rollout_variant,
+        eta=recipe.eta,
         kind=recipe.prediction,
         path=recipe.path,
     )

@@ -3,7 +3,7 @@
     repeat R times                                       (fake updates)
         x0 <- G's truncated rollout                      no grad; rollout_reuse updates share one
         F  <- F - lr grad  |F(renoise(x0), t) - target|^2
-    g   <- DMD gradient at renoise(x0)                   one score pass, no grad
+    g   <- DMD gradient at renoise(x0)                   one score pass, no grad; decoupled: its parts at two
     g   <- g + w_rl * reward gradient at x0              ReFL; in the cold start too where it is tilted
     G   <- G - lr g^T dx0/dG                             one graded forward, the leaf gradient goes in
            - lr w_rl grad of the method's own losses     after the cold start: GRPO, DPO, hybrid, NFT
@@ -18,17 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr_fast.algorithm.dmd import dmd_leaf_gradient, fake_loss
+from dmdr_fast.algorithm.dmd import Renoising, dmd_leaf_gradient, fake_loss
 from dmdr_fast.algorithm.monitors import OutputGradient, diversity, saturation
 from dmdr_fast.algorithm.recipe import Recipe, Trained
 from dmdr_fast.algorithm.rl.experience import Experience
 from dmdr_fast.algorithm.rl.kl import kl_leaf_gradient
 from dmdr_fast.algorithm.rl.method import Loss, Metrics
 from dmdr_fast.algorithm.rollout import Network
+from dmdr_fast.algorithm.schedules import UNIFORM
 from dmdr_fast.algorithm.simulation import Simulated, one_step, simulate_all
 from dmdr_fast.algorithm.update import Update
 
@@ -154,19 +156,27 @@ def leaf_gradient(update: Update, sample: Simulated, x0: Tensor, guidance: Tenso
 def dmd_part(update: Update, sample: Simulated, x0: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
     """d(DMD loss)/d(x0) and the loss. ``guidance`` fp32 [B] weighs the teacher's guidance sample by sample."""
     recipe, streams, shard, batch = update.recipe, update.streams, sample.shard, sample.batch
-    t = streams.times(recipe.renoise, "dmd_t", *update.counters, step=update.step, shard=shard, device=x0.device)
+    draw: dict[str, Any] = {"step": update.step, "shard": shard, "device": x0.device}
+
+    def renoising(part: str, t: Tensor) -> Renoising:
+        seed = streams.of_size(sample.size).noise_seed(f"{part}_noise", *update.counters, device=x0.device)
+        return Renoising(t, seed, shard.start * x0[0].numel())
+
+    ca = None
+    if recipe.dmd.ca is not None and update.guided:
+        u = streams.times(UNIFORM, "ca_t", *update.counters, **draw)
+        ca = renoising("ca", recipe.dmd.ca.times(u, sample.rollout.t_in))
     return dmd_leaf_gradient(
         x0,
-        t,
-        streams.of_size(sample.size).noise_seed("dmd_noise", *update.counters, device=x0.device),
+        renoising("dmd", streams.times(recipe.renoise, "dmd_t", *update.counters, **draw)),
         batch.condition,
-        batch.uncond if recipe.dmd.uses_cfg else None,
+        batch.uncond if update.guided else None,
         update.networks.score,
         recipe.dmd,
         real_scale=recipe.real_scale(update.step),
-        noise_offset=shard.start * x0[0].numel(),
         path=recipe.path,
         guidance=guidance,
+        ca=ca,
     )
 
 

@@ -52,7 +52,12 @@ class Update:
     @property
     def uses_dmd(self) -> bool:
         """Whether the DMD gradient is part of this update; the fake score is trained only then."""
-        return not self.rl or self.recipe.regularizer == "dmd"
+        return not self.rl or self.recipe.regularizer in ("dmd", "dm")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher is guided in it; the regulariser ``dm`` is DMD without."""
+        return self.recipe.dmd.uses_cfg and not (self.rl and self.recipe.regularizer == "dm")
 
     @property
     def counters(self) -> tuple[int, ...]:

@@ -35,6 +35,14 @@ class Renoise(Section):
     per: Literal["sample", "batch"] = key("sample", "One t per sample, or one per micro-batch.")
 
 
+class CA(Section):
+    """The guidance part of decoupled DMD; its times are uniform from t_min to the generator's own, then shifted."""
+
+    t_min: Fraction = key(0.001, "Smallest t, before the shift.")
+    shift: PositiveFloat = key(1.0, "Timestep shift: of the student's grid (student.shift) for uniform on its scale.")
+    normalizer: Literal["per_sample", "global", "none"] = key("per_sample", "As dmd.normalizer, of this part.")
+
+
 class DMD(Section):
     """The DMD gradient; the table in docs names the value each public code base uses."""
 
@@ -50,3 +58,9 @@ class DMD(Section):
         "overflows at 65504; fp32 is slow and exact. Weights are cast layer by layer as they are used.",
     )
     reduction: Literal["mean", "sum"] = key("mean", "mean: gradient g / numel; sum: rCM's 2 g / batch.")
+    decoupled: bool = key(
+        False,
+        "Distribution matching (fake - cond, at renoise's times) and guidance (at dmd.ca's) with a time, a noise and a "
+        "normaliser each; four score rows. Needs teacher.cfg_scale.",
+    )
+    ca: CA = key(CA(), "The guidance part of decoupled DMD.")

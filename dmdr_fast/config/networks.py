@@ -134,8 +134,19 @@ class Student(Section):
         "backward_simulation",
         "Input of the graded step: x at t_i of the full rollout; same_step (the reference's): x0_i renoised to t_i.",
     )
+    sampler: Literal["renoise", "ode", "cps"] = key(
+        "renoise",
+        "Noise of the steps after the first, in rollouts, evaluation and export. renoise: fresh; ode: what is in x "
+        "already (deterministic Euler, as few-step pipelines); cps: of both, by eta.",
+    )
+    eta: Fraction = key(0.5, "Of cps: noise is cos(eta pi / 2) of the old and sin(eta pi / 2) of the fresh.")
     ema: Fraction | None = key(0.99, "EMA decay of the generator that is evaluated and saved; null: none.")
     lora: StudentLoRA = key(StudentLoRA(), "The generator as a LoRA.")
+
+    @property
+    def fresh_noise(self) -> float:
+        """``eta`` of the sampler: 1 for renoise, 0 for ode."""
+        return {"renoise": 1.0, "ode": 0.0, "cps": self.eta}[self.sampler]
 
     @model_validator(mode="before")
     @classmethod

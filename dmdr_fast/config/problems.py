@@ -25,6 +25,7 @@ def problems(config: Config) -> Iterator[str]:
             "set student.steps to at most student.grid_points"
         )
     yield from _times_problems(config)
+    yield from _sampler_problems(config)
     if config.train.cold_start_steps > config.train.generator_steps:
         yield (
             f"train.cold_start_steps: {config.train.cold_start_steps} is more than "
@@ -50,6 +51,10 @@ def problems(config: Config) -> Iterator[str]:
         yield (
             "compute.cuda_graphs: z_image runs each prompt at its own length, and every length would be a graph; set "
             "it to false"
+        )
+    if config.dmd.decoupled and not config.uses_cfg:
+        yield (
+            "dmd.decoupled: without guidance there is one part alone; set teacher.cfg_scale, or dmd.decoupled to false"
         )
     yield from _sharing_problems(config)
     yield from _rl_problems(config)
@@ -140,6 +145,23 @@ def _times_problems(config: Config) -> Iterator[str]:
         yield f"student.times: {_listed(student.times)}; SDXL has 1000 steps, and two of these are one of them"
 
 
+def _sampler_problems(config: Config) -> Iterator[str]:
+    """Of ``student.sampler``."""
+    sampler = config.student.sampler
+    if sampler == "renoise":
+        return
+    if config.model.family == "sdxl":
+        yield (
+            f"student.sampler: {sampler} is a step of flow matching and SDXL predicts eps on another path; set it to "
+            "renoise"
+        )
+    if config.student.rollout == "same_step":
+        yield (
+            f"student.rollout: same_step trains on fresh noise, which student.sampler {sampler} does not sample with; "
+            "set it to backward_simulation, or the sampler to renoise"
+        )
+
+
 def _listed(values: Any) -> str:
     return json.dumps(values)
 
@@ -170,6 +192,8 @@ def _rl_problems(config: Config) -> Iterator[str]:
     if not rl.chosen.uses_reward or train.cold_start_steps == train.generator_steps:
         return
     yield from _terms_problems(config, "rl.method", rl.method)
+    if rl.regularizer == "dm" and not config.uses_cfg:
+        yield "rl.regularizer: dm is dmd without guidance, and there is none (teacher.cfg_scale); set it to dmd"
     if rl.regularizer == "kl" and not rl.kl_weight:
         yield "rl.kl_weight: 0 with rl.regularizer kl; set it above 0, or rl.regularizer to none"
     if rl.reference == "lora_off" and not config.student.lora.rank:

@@ -71,8 +71,10 @@ class RL(Section):
     """How rewards reach the generator, and what holds it near the teacher."""
 
     method: str = "refl"  # of METHODS
-    regularizer: Literal["dmd", "kl", "none"] = key("dmd", "Beside RL: the DMD gradient, a KL to a reference, nothing.")
-    kl_weight: NonNegative = key(0.0, "Weight of the KL to the reference; with regularizer dmd it comes on top.")
+    regularizer: Literal["dmd", "dm", "kl", "none"] = key(
+        "dmd", "Beside RL: the DMD gradient, that without the teacher's guidance, a KL to a reference, nothing."
+    )
+    kl_weight: NonNegative = key(0.0, "Weight of the KL to the reference; with regularizer dmd or dm it comes on top.")
     reference: Literal["auto", "lora_off", "frozen"] = key(
         "auto", "lora_off: the generator without its LoRA; frozen: a copy of it as RL starts; auto: whichever fits."
     )
@@ -110,7 +112,7 @@ def _with_methods(base: type[Section]) -> type[Section]:
         "method": (Literal[tuple(METHODS)], key("refl", f"{graded} needs differentiable rewards; {scored} do not."))
     }
     tilts = tuple(name for name, method in METHODS.items() if method.needs_rollout or not method.uses_reward)
-    tilt_method = (Literal[tilts], key("none", "How the reward acts: refl, with the options of rl.refl, or none."))
+    tilt_method: Any = (Literal[tilts], key("none", "How the reward acts: refl, with the options of rl.refl, or none."))
     tilt = create_model("Tilt", __base__=Tilt, __doc__=Tilt.__doc__, method=tilt_method)
     keys["tilt"] = (tilt, key(tilt(), "The reward in the cold start."))
     for name, method in METHODS.items():

@@ -153,6 +153,7 @@ class Evaluator:
             lambda i: noise if i == 0 else self._noise(i, start),
             batch.condition,
             self.recipe.grid,
+            eta=self.recipe.eta,
             kind=self.recipe.prediction,
             path=self.recipe.path,
         )

@@ -95,6 +95,7 @@ def evaluates_anew(changes: list[str]) -> bool:
 
 def _is_identity(name: str, now: dict[str, Any]) -> bool:
     unused: tuple[str, ...] = ("lora",) if now["sharing"] == "separate" else ()
+    unused += ("student.eta",) if now["student.sampler"] != "cps" else ()
     unused += ("student.lora.targets", "student.lora.scale") if not now["student.lora.rank"] else ()
     return name in ("teacher", "optimizer (deepspeed.config)") or (_below(name, IDENTITY) and not _below(name, unused))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.dmd import Augmentation, DMDOptions
 from dmdr_fast.algorithm.passes import Schedule
 from dmdr_fast.algorithm.recipe import Recipe
 from dmdr_fast.algorithm.schedules import RenoiseLaw, timestep_grid
@@ -35,6 +35,7 @@ def recipe_of(config: Config, model: Model) -> Recipe:
         generator_steps=config.train.generator_steps,
         fake_updates=config.train.fake_updates,
         rollout_variant=config.student.rollout,
+        eta=config.student.fresh_noise,
         rollout_reuse=config.train.rollout_reuse,
         stop_step_per=config.rollout.stop_step_per,
         real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
@@ -63,8 +64,9 @@ def dmd_options(config: Config, prediction: Prediction, token: int) -> DMDOption
     guided: dict[str, Any] = {}
     if config.uses_cfg:
         guided = {"cfg_scale": config.teacher.cfg_scale, "cfg_mode": config.cfg_mode}
-    own = config.dmd.model_dump(exclude={"score_dtype"})
-    return DMDOptions(prediction=prediction, token=token, **guided, **own)
+    own = config.dmd.model_dump(exclude={"score_dtype", "decoupled", "ca"})
+    ca = Augmentation(**config.dmd.ca.model_dump()) if config.dmd.decoupled else None
+    return DMDOptions(prediction=prediction, token=token, ca=ca, **guided, **own)
 
 
 def learning_rates(
@@ -97,7 +99,8 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
     stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
     batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     lines = [
-        f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}",
+        f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}, "
+        f"sampler {config.student.sampler}" + (f" with eta {recipe.eta:g}" if config.student.sampler == "cps" else ""),
         f"images     {_size_words(config)}",
         f"teacher    {_guidance_words(recipe.dmd)}",
         f"roles      {config.sharing}; parameters trained / all: "
@@ -122,7 +125,9 @@ def _size_words(config: Config) -> str:
 
 def _guidance_words(dmd: DMDOptions) -> str:
     standard = dmd.cfg_scale + (1.0 if dmd.cfg_mode == "offset" else 0.0)
-    return f"CFG scale {standard:g} (standard form{', rescaled per token' if dmd.cfg_mode == 'per_token' else ''})"
+    decoupled = "" if dmd.ca is None else ", decoupled: at times of its own, up to the generator's"
+    rescaled = ", rescaled per token" if dmd.cfg_mode == "per_token" else ""
+    return f"CFG scale {standard:g} (standard form{rescaled}){decoupled}"
 
 
 def _rollout_words(recipe: Recipe, micro_steps: int, ranks: int) -> str:
@@ -156,7 +161,12 @@ def _rl_words(config: Config) -> str:
         return "DMD alone"
     weight = reward.weight if reward.weight == "auto" else f"{reward.weight:g}"
     final = "" if reward.final_weight is None else f" to {reward.final_weight:g}"
-    holds = {"dmd": "beside DMD", "kl": f"with KL x {rl.kl_weight:g} to {rl.reference} reference", "none": "alone"}
+    holds = {
+        "dmd": "beside DMD",
+        "dm": "beside DMD without guidance",
+        "kl": f"with KL x {rl.kl_weight:g} to {rl.reference} reference",
+        "none": "alone",
+    }
     return f"{rl.method} on {_reward_words(config)} x {weight}{final}, {holds[rl.regularizer]}"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dmdr_fast.algorithm.dmd import dmd_gradient
 from dmdr_fast.algorithm.recipe import Recipe
 from dmdr_fast.algorithm.rollout import Network, truncated_rollout
-from dmdr_fast.algorithm.score_pass import ScorePass, Scores
+from dmdr_fast.algorithm.score_pass import ScorePass, Scores, scores_at
 from dmdr_fast.config import Config
 from dmdr_fast.engine.compute import uncompiled
 from dmdr_fast.engine.engines import DTYPES
@@ -101,7 +101,8 @@ def score_rounding(
     probe = replace(probe, x0=x0)
 
     def scores() -> Scores:
-        return score(probe.x_t, probe.t, probe.condition, probe.null, real_scale=recipe.real_scale(step))
+        scale = recipe.real_scale(step)
+        return scores_at(score, probe.x_t, probe.t, probe.condition, probe.null, real_scale=scale)
 
     with ExitStack() as stack:
         stack.enter_context(uncompiled())

@@ -29,6 +29,7 @@ def export_pipeline(
     *,
     grid: tuple[float, ...],
     size: tuple[int, int],
+    eta: float = 1.0,
     weights: Mapping[str, Tensor] | None = None,
     lora: Mapping[str, Tensor] | None = None,
     lora_scale: float = 1.0,
@@ -46,6 +47,7 @@ def export_pipeline(
         out: a folder that is not there yet.
         grid: 1 >= t_0 > ... > t_N = 0.
         size: height and width of the images the student was trained on.
+        eta: of its sampler, see :func:`dmdr_fast.algorithm.rollout.next_input`.
         weights: every parameter of the network by name ("transformer." in front or not); the teacher's where None.
         lora: "LAYER.lora_A" [in, r] and "LAYER.lora_B" [r, out], merged into the network at ``lora_scale``, and written
             as ``out/pytorch_lora_weights.safetensors`` too: the teacher's own pipeline takes it by
@@ -54,12 +56,13 @@ def export_pipeline(
 
     Raises:
         FileExistsError: ``out`` is there.
-        ValueError: times that do not fall to 0, or tensors that do not fit the network.
+        ValueError: times that do not fall to 0, a sampler that the pipeline has not, or tensors that do not fit the
+            network.
     """
     out = Path(out).expanduser()
     if out.exists():
         raise FileExistsError(f"export: {out} is there already; give a new folder, or delete it")
-    scheduler = student_scheduler(family, grid)
+    scheduler = student_scheduler(family, grid, eta)
     network = family.load_transformer(dtype)
     if weights is not None:
         load_weights(network, weights)

@@ -101,7 +101,7 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
     once = {
         "rollout": plan.rollouts * plan.rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
-        "score pass": 3.0 if work.cfg else 2.0,
+        "score pass": 2.0 + work.cfg + work.decoupled,
         "generator update": work.same_step + 1 + again + generator_backward,
     }
     if work.policy_steps:

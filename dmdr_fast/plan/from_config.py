@@ -41,6 +41,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         stop_step_per_rank=config.rollout.stop_step_per == "rank",
         same_step=student.rollout == "same_step",
         cfg=config.uses_cfg,
+        decoupled=config.dmd.decoupled,
         ema=student.ema is not None,
         keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),

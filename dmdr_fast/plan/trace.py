@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.dmd import Augmentation, DMDOptions
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import ScorePass, separate_scores, shared_scores
@@ -122,7 +122,7 @@ def traced_peaks(work: Workload) -> Peaks:
         generator_steps=1,
         fake_updates=work.fake_updates,
         rollout_variant="same_step" if work.same_step else "backward_simulation",
-        dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0),
+        dmd=DMDOptions(cfg_scale=4.0 if work.cfg else 1.0, ca=Augmentation() if work.decoupled else None),
     )
     shard = Shard(0, work.batch, work.batch)
     batch = Batch(text, text, torch.empty(work.batch, dtype=torch.int64, device=META), {})

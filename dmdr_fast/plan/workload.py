@@ -96,6 +96,7 @@ class Workload:
     stop_step_per_rank: bool = False  # ranks draw their own stop steps, and wait for the longest rollout
     same_step: bool = False  # student.rollout: one forward more, x0 is renoised to its own time
     cfg: bool = True
+    decoupled: bool = False  # dmd.decoupled: four score rows
     ema: bool = True
     keep_gathered: bool = False
     reward: RewardPass | None = field(default_factory=RewardPass)

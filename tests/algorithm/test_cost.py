@@ -1,12 +1,13 @@
 """The cost of one update, counted by torch's FLOP counter, in units of one forward at the micro-batch (F-units)."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.dmd import Augmentation, DMDOptions
 from dmdr_fast.algorithm.recipe import Batch, Networks, Recipe
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.score_pass import shared_scores
@@ -41,7 +42,7 @@ def data(index, shard, group=1):
     return Batch(y, y, y, {"labels": y})
 
 
-def update_flops(stop: int, steps: int, cfg_scale: float, monkeypatch) -> tuple[int, int]:
+def update_flops(stop: int, steps: int, options: DMDOptions, monkeypatch) -> tuple[int, int]:
     """(all FLOPs, those of the LoRA's own arithmetic) of one update whose rollouts stop at ``stop``."""
     monkeypatch.setattr(Streams, "stop_step", lambda *draw: stop)
     generator, base, adapter = models()
@@ -56,7 +57,7 @@ def update_flops(stop: int, steps: int, cfg_scale: float, monkeypatch) -> tuple[
         fake_updates=5,
         real_lora_scale=0.75,
         dynamic_guidance_step=10,
-        dmd=DMDOptions(cfg_scale=cfg_scale),
+        dmd=options,
     )
     with FlopCounterMode(display=False) as counter:
         dmdr_update(update(nets, recipe, Streams(0), [Shard(0, BATCH, BATCH)], data=data, device=META))
@@ -74,12 +75,22 @@ def forward_flops() -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("steps", "cfg_scale", "bound"), [(1, 1.0, 20.0), (4, 4.0, 28.5)])
-def test_f_units_of_one_update(steps, cfg_scale, bound, monkeypatch):
-    """In expectation over the stop step: 20 at N = 1 without CFG, 28.5 at N = 4 with CFG (the reference takes 36)."""
-    costs = [update_flops(stop, steps, cfg_scale, monkeypatch) for stop in range(steps)]
+GUIDED = DMDOptions(cfg_scale=4.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "bound"),
+    [(1, DMDOptions(), 20.0), (4, GUIDED, 28.5), (1, replace(GUIDED, ca=Augmentation()), 22.0)],
+    ids=["one step", "four guided steps", "one decoupled step"],
+)
+def test_f_units_of_one_update(steps, options, bound, monkeypatch):
+    """In expectation over the stop step: 20 at N = 1 without CFG, 28.5 at N = 4 with CFG (the reference takes 36).
+
+    Decoupled DMD has four score rows in place of three: 22 at N = 1 in place of 21.
+    """
+    costs = [update_flops(stop, steps, options, monkeypatch) for stop in range(steps)]
     total, lora = (sum(part) / steps for part in zip(*costs, strict=True))
     units = (total - lora) / forward_flops()
-    print(f"N={steps}, CFG {cfg_scale:g}: {units:.2f} F-units per update, LoRA {lora / total:.2%} on top")
+    print(f"N={steps}, CFG {options.cfg_scale:g}: {units:.2f} F-units per update, LoRA {lora / total:.2%} on top")
     assert 0.97 * bound < units <= bound
     assert 0 < lora / total < 0.02

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmdr_fast.algorithm.rollout import expected_forwards, ode_sample, sample, truncated_rollout
+from dmdr_fast.algorithm.rollout import expected_forwards, next_input, ode_sample, renoised, sample, truncated_rollout
 from dmdr_fast.algorithm.schedules import timestep_grid
 from dmdr_fast.algorithm.streams import Streams
 
@@ -53,6 +53,52 @@ def test_same_step_variant_renoises_to_the_step_s_own_time(stop):
     torch.testing.assert_close(rollout.x_in, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rollout.x0, outputs[stop], rtol=1e-6, atol=1e-6)
     assert not rollout.reuse
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_samplers_by_the_formula(eta):
+    """In fp64: x' = (1 - t') x0 + t' (cos n_hat + sin n), n_hat = (x - (1 - t) x0) / t; Euler's step at eta 0."""
+    network, grid, drawn = Denoiser(0), timestep_grid(4, shift=2.0), []
+    rollout = truncated_rollout(network, lambda i: drawn.append(i) or noises(i), LABELS, grid, 3, eta=eta)
+    x = noises(0)
+    for i, (t, later) in enumerate(itertools.pairwise(grid)):
+        v = network(x, torch.full((3,), t, dtype=torch.float64), LABELS)
+        if i == 3:
+            break
+        x0 = x - t * v
+        n = np.cos(eta * np.pi / 2) * (x - (1 - t) * x0) / t + np.sin(eta * np.pi / 2) * noises(i + 1)
+        x = x + (later - t) * v if eta == 0.0 else (1 - later) * x0 + later * n
+    torch.testing.assert_close(rollout.x_in, x, rtol=1e-6, atol=1e-6)  # sigmas are fp32
+    torch.testing.assert_close(rollout.x0, x - grid[3] * v, rtol=1e-6, atol=1e-6)
+    assert drawn == ([0] if eta == 0.0 else [0, 1, 2, 3])
+
+
+def test_next_input_to_fp64_rounding_and_the_law_it_keeps():
+    """On times that fp32 has. cps keeps the noise's variance: cos^2 + sin^2 = 1."""
+    x0, old, new = (noises(i) for i in range(3))
+    t, later, eta = 0.75, 0.25, 0.4
+    x = (1 - t) * x0 + t * old
+    found = next_input(x, x0, t, later, lambda: new, eta)
+    angle = eta * np.pi / 2
+    expected = (1 - later) * x0 + later * (np.cos(angle) * old + np.sin(angle) * new)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    v = (x - x0) / t
+    torch.testing.assert_close(
+        next_input(x, x0, t, later, lambda: new, 0.0), x + (later - t) * v, rtol=1e-13, atol=1e-13
+    )
+    assert torch.equal(next_input(x, x0, t, later, lambda: new), renoised(x0, later, new))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_one_step_is_the_same_to_the_bit_under_every_sampler(eta):
+    network, grid = Denoiser(0), timestep_grid(1)
+    assert torch.equal(sample(network, noises, LABELS, grid, eta=eta), sample(network, noises, LABELS, grid))
+
+
+def test_the_euler_student_of_many_steps_is_the_teacher_s_flow():
+    network = Denoiser(0)
+    found = sample(network, noises, LABELS, timestep_grid(8, shift=2.0), eta=0.0)
+    torch.testing.assert_close(found, ode_sample(network, noises(0), LABELS, 8, shift=2.0), rtol=1e-6, atol=1e-6)
 
 
 def test_stop_step_is_uniform():

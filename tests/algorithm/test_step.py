@@ -12,7 +12,7 @@ from dmdr_fast.algorithm.recipe import Networks
 from dmdr_fast.algorithm.rl.method import Method
 from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.schedules import RenoiseLaw
-from dmdr_fast.algorithm.score_pass import separate_scores, shared_scores
+from dmdr_fast.algorithm.score_pass import scores_at, separate_scores, shared_scores
 from dmdr_fast.algorithm.simulation import simulate, stop_places
 from dmdr_fast.algorithm.step import dmdr_update, fake_update, generator_update
 from dmdr_fast.algorithm.streams import Shard, Streams
@@ -251,14 +251,14 @@ def test_shared_pass_equals_separate_calls_with_a_scale_per_sample():
     null = torch.full_like(y, CLASSES)
     shared = shared_scores(scaled, set_scale, fake_scale=2.0)
     for uncond in (None, null):
-        out = shared(x, t, y, uncond, real_scale=0.25)
+        out = scores_at(shared, x, t, y, uncond, real_scale=0.25)
         torch.testing.assert_close(out.fake, 2.0 * network(x, t, y))
         torch.testing.assert_close(out.real, 0.25 * network(x, t, y))
         if uncond is None:
             assert out.real_uncond is None
         else:
             torch.testing.assert_close(out.real_uncond, 0.25 * network(x, t, null))
-    separate = separate_scores(network, network)(x, t, y, null, real_scale=0.0)
+    separate = scores_at(separate_scores(network, network), x, t, y, null, real_scale=0.0)
     torch.testing.assert_close(separate.real_uncond, network(x, t, null))
     with pytest.raises(ValueError, match="real_scale must be 0"):
-        separate_scores(network, network)(x, t, y, null, real_scale=0.5)
+        scores_at(separate_scores(network, network), x, t, y, null, real_scale=0.5)

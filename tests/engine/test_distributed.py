@@ -28,10 +28,15 @@ def shard_all(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("sharing", sampled(["shared_score", "separate"]))
-def test_two_zero3_ranks_equal_one_rank(run, tmp_path, shard_all, sharing):
+DECOUPLED = ["--dmd.decoupled", "true", "--student.sampler", "cps"]
+
+
+@pytest.mark.parametrize(
+    ("sharing", "extra"), sampled([("shared_score", []), ("separate", []), ("shared_score", DECOUPLED)])
+)
+def test_two_zero3_ranks_equal_one_rank(run, tmp_path, shard_all, sharing, extra):
     one, two = tmp_path / "one", tmp_path / "two"
-    common = [*FIVE, "--sharing", sharing, "--student.steps", "2", "--teacher.cfg_scale", "2"]
+    common = [*FIVE, "--sharing", sharing, "--student.steps", "2", "--teacher.cfg_scale", "2", *extra]
     zero3 = ["--deepspeed.stage", "3", "--deepspeed.config", shard_all, "--rollout.keep_gathered", "true"]
     code, _, err = run([*common, "--run_dir", one])
     assert code == 0, err

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from dmdr_fast.algorithm.score_pass import scores_at
 from dmdr_fast.engine import compute, graphs, runtime
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import add_lora
@@ -51,7 +52,7 @@ def trained(roles, *, lora):
     for real_scale in (0.5, 0.25, 0.0) if lora else (0.0,) * 3:
         with torch.no_grad():
             seen.append(roles.generator(x, t, y))
-            seen += roles.networks.score(x, t, y, torch.full_like(y, 10), real_scale=real_scale)
+            seen += scores_at(roles.networks.score, x, t, y, torch.full_like(y, 10), real_scale=real_scale)
         for role in (roles.generator, roles.fake):
             role.set_lr([1e-2])
             role.backward((role(x, t, y) * x).mean(), last=True)

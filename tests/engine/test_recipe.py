@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from dmdr_fast import cli
+from dmdr_fast.algorithm.dmd import Augmentation
 from dmdr_fast.config import AdamW
 from dmdr_fast.engine.recipe import learning_rates, recipe_of, table_text
 from dmdr_fast.engine.sit_model import SiTModel
+from dmdr_fast.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -51,6 +53,22 @@ def test_the_imagenet_recipe_says_where_it_leaves_the_reference():
 def test_separate_networks_have_no_dynamic_guidance():
     config, _ = cli.parse(["--config", str(CONFIGS / "digits.yaml"), "--sharing", "separate"])
     assert recipe_of(config, SiTModel(config, Path())).real_scale(0) == 0.0
+
+
+def test_decoupled_dmd_and_the_regulariser_dm():
+    words = ["--config", str(CONFIGS / "digits.yaml"), "--student.sampler", "cps", "--student.eta", "0.3"]
+    guided = [*words, "--teacher.cfg_scale", "3", "--rl.regularizer", "dm"]
+    config, _ = cli.parse([*guided, "--dmd.decoupled", "true", "--dmd.ca.shift", "2", "--dmd.ca.normalizer", "none"])
+    recipe = recipe_of(config, SiTModel(config, Path()))
+    assert recipe.dmd.ca == Augmentation(t_min=0.001, shift=2.0, normalizer="none") and recipe.dmd.cfg_scale == 3.0
+    assert recipe.regularizer == "dm" and recipe.eta == 0.3
+    config, _ = cli.parse(guided)
+    assert recipe_of(config, SiTModel(config, Path())).dmd.ca is None
+    for scale in ([], ["--teacher.cfg_scale", "1"]):
+        with pytest.raises(UserError, match=r"dmd\.decoupled: without guidance there is one part alone; set teacher"):
+            cli.parse([*words, *scale, "--dmd.decoupled", "true"])
+        with pytest.raises(UserError, match=r"rl\.regularizer: dm is dmd without guidance, and there is none"):
+            cli.parse([*words, *scale, "--rl.regularizer", "dm"])
 
 
 def test_flags_override_the_file_and_accept_yaml_values():

@@ -96,6 +96,10 @@ def test_ratios_are_one_on_the_first_inner_epoch(one_rank):
 RESUMED = {
     "grpo with KL": [*METHODS["grpo"], "--rl.regularizer", "kl", "--rl.kl_weight", "0.1"],
     "dpo": METHODS["dpo"],
+    "weighted, decoupled": [
+        *("--teacher.cfg_scale", "3", "--dmd.decoupled", "true", "--student.steps", "2", "--student.sampler", "ode"),
+        *("--rl.method", "grpo", "--rl.grpo.group_size", "4", "--rl.grpo.mode", "advantage_weighted_dmd"),
+    ],
     "hybrid": METHODS["hybrid"],
     "nft": METHODS["nft"],
     "tilt": METHODS["tilt"],

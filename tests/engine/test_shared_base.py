@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dmdr_fast.algorithm.score_pass import scores_at
 from dmdr_fast.engine import runtime
 from dmdr_fast.engine.conditions import build_conditions
 from dmdr_fast.engine.networks import build_roles
@@ -34,7 +35,7 @@ def made(tmp_path_factory):
 @torch.no_grad()
 def test_the_batched_score_pass_is_three_passes(made):
     roles, _, _, (x, t, batch) = made
-    scores = roles.networks.score(x, t, batch.condition, batch.uncond, real_scale=0.7)
+    scores = scores_at(roles.networks.score, x, t, batch.condition, batch.uncond, real_scale=0.7)
     base, g, f = roles.fake.module, roles.generator.adapter, roles.fake.adapter
     real = Role(base, torch.float32, {g: None, f: 0.7})
     torch.testing.assert_close(scores.fake, roles.fake(x, t, batch.condition), rtol=1e-5, atol=1e-5)

@@ -120,11 +120,19 @@ def test_how_a_size_is_written(folder, tmp_path, written, sizes):
         ({"student__times": "[1.5, 1.0]"}, "student.times: expected"),
         ({"student__times": "[0.5, 0.0]"}, "student.times: expected"),
         ({"student__times": "[0.9, 0.5]", "student__shift": 3}, "student.shift: 3 beside student.times"),
+        ({"student__sampler": "euler"}, "student.sampler: expected renoise | ode | cps; got 'euler'"),
+        ({"student__sampler": "cps", "student__eta": 1.5}, "student.eta: expected"),
+        ({"student__sampler": "ode", "student__rollout": "same_step"}, "student.rollout: same_step trains on fresh"),
     ],
 )
 def test_what_cannot_be_is_one_line(folder, tmp_path, changes, said):
     with pytest.raises(UserError, match=said):
         config_of("flux", folder, tmp_path, **changes)
+
+
+def test_sdxl_has_no_sampler_of_flow_matching(folder, tmp_path):
+    with pytest.raises(UserError, match="cps is a step of flow matching and SDXL predicts eps"):
+        config_of("sdxl", folder, tmp_path, student__sampler="cps")
 
 
 def test_sit_is_square():
@@ -135,5 +143,14 @@ def test_sit_is_square():
 
 def test_a_run_is_of_its_sizes_and_times():
     before = {"sharing": "separate", "student.lora.rank": 0, "model.resolution": 16, "student.times": None}
+    before |= {"student.sampler": "renoise", "student.eta": 0.5}
     now = before | {"model.resolution": [[16, 16], [16, 24]], "student.times": [0.9, 0.5]}
     assert [line.split()[0] for line in other_run(before, now)] == ["model.resolution", "student.times"]
+
+
+def test_a_run_is_of_its_sampler():
+    before = {"sharing": "separate", "student.lora.rank": 0, "student.sampler": "ode", "student.eta": 0.5}
+    assert other_run(before, before | {"student.eta": 0.3}) == []
+    now = before | {"student.sampler": "cps"}
+    assert other_run(before, now) == ["student.sampler 'ode', this run has 'cps'"]
+    assert other_run(now, now | {"student.eta": 0.3}) == ["student.eta 0.5, this run has 0.3"]

@@ -48,6 +48,7 @@ def test_f_units_and_flops():
     assert sum(units(replace(four, rollout_reuse=5)).values()) == 28.5 - 10
     assert units(replace(four, rollout_reuse=2))["rollout"] == 7.5
     assert units(replace(four, stop_step_per_rank=True), gpus=8)["rollout"] == pytest.approx(5 * 3.8961, rel=1e-4)
+    assert sum(units(replace(one, student_steps=4, cfg=True, decoupled=True)).values()) == 29.5
     # x0 of `same_step` is the rollout's own; the generator's update runs one forward more.
     assert units(replace(four, same_step=True))["rollout"] == 12.5
     shape = one.shape

@@ -91,8 +91,15 @@ def sampled_groups(update: Update, group_size: int) -> list[Scored]:
         def noise(i: int, shard: Shard = shard) -> Tensor:
             return streams.noise("rl_rollout", update.step, i, shape=shape, shard=shard, device=update.device)
 
-        generator, grid = update.networks.generator, recipe.grid
-        x0 = sample(generator, noise, batch.condition, grid, kind=recipe.prediction, path=recipe.path)
+        x0 = sample(
+            update.networks.generator,
+            noise,
+            batch.condition,
+            recipe.grid,
+            eta=recipe.eta,
+            kind=recipe.prediction,
+            path=recipe.path,
+        )
         parts.append(scored(update, batch, shard, x0))
     return parts
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, "Tensor"]
 # A loss of the generator, built when it is called, so that one graph lives at a time.
 Loss = Callable[["Network"], tuple["Tensor", Metrics]]
-Regularizer = Literal["dmd", "kl", "none"]
+Regularizer = Literal["dmd", "dm", "kl", "none"]
 
 
 def option(default: Any, description: str, **bounds: float) -> Any:

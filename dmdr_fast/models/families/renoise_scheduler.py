@@ -6,6 +6,7 @@ The export copies this file into the pipeline's folder, where diffusers loads it
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,6 +17,9 @@ from torch import Tensor
 
 class RenoiseScheduler(FlowMatchEulerDiscreteScheduler):
     """x_{t'} = (1 - t') x0 + t' noise with x0 = x_t - t v, on the times of its config; the last step gives x0.
+
+    noise = cos(eta pi / 2) n_hat + sin(eta pi / 2) n, n fresh, n_hat = x0 + v the noise that is in x_t: fresh noise
+    alone at eta 1, the Euler step x_t + (t' - t) v at eta 0, coefficient-preserving sampling between them.
 
     ``times``, where its config has them, are the sigmas, whatever a pipeline asks for; the others follow from a shift.
 
@@ -35,6 +39,7 @@ class RenoiseScheduler(FlowMatchEulerDiscreteScheduler):
         shift_terminal: float | None = None,
         stochastic_sampling: bool = False,
         times: list[float] | None = None,
+        eta: float = 1.0,
     ) -> None:
         super().__init__(
             num_train_timesteps=num_train_timesteps,
@@ -70,7 +75,11 @@ class RenoiseScheduler(FlowMatchEulerDiscreteScheduler):
         previous = sample.float() - now * model_output
         if self.step_index < len(self.timesteps) - 1:
             noise = torch.stack([torch.randn(sample.shape[1:], generator=draw) for draw in self._draws])
-            previous = (1.0 - later) * previous + later * noise.to(previous.device)
+            noise = noise.to(previous.device)
+            if self.config.eta < 1.0:
+                angle = self.config.eta * math.pi / 2
+                noise = math.cos(angle) * (previous + model_output) + math.sin(angle) * noise
+            previous = (1.0 - later) * previous + later * noise
         self._step_index += 1
         previous = previous.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(previous) if return_dict else (previous,)

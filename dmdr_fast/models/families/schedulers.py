@@ -3,12 +3,13 @@
 A pipeline calls ``set_timesteps`` its own way: SD3's with the number of steps, which the scheduler spreads evenly from
 sigma = 1 down to 0.001; FLUX.1's, FLUX.2's, Qwen-Image's and Z-Image's with sigmas 1 - i/N and a shift exp(mu) for the
 image's size; SDXL's with the number of steps. What is saved here makes of that exactly the student's grid at
-``num_inference_steps=N``, and its steps are the student's rollout: x0, then fresh noise.
+``num_inference_steps=N``, and its steps are the student's rollout: x0, then noise as its sampler has it.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,27 +18,25 @@ from dmdr_fast.models.families.base import Family
 TRAIN_STEPS = 1000
 
 
-def student_scheduler(family: Family, grid: tuple[float, ...]) -> Any:
+def student_scheduler(family: Family, grid: tuple[float, ...], eta: float = 1.0) -> Any:
     """A scheduler whose own config makes the pipeline of ``family`` sample on ``grid`` = (1, ..., t_{N-1}, 0).
 
-    Flow matching: ``RenoiseScheduler``, x_{t'} = (1 - t') x0 + t' noise, or for one step diffusers'
-    FlowMatchEulerDiscreteScheduler, which draws later noise from the global random state. Eps (SDXL): LCMScheduler,
-    whose boundary terms timestep_scaling drives to zero. Other grids than shift_time(1 - i/N) are the times of a
-    ``RenoiseScheduler``, and of SDXL the pipeline's own argument ``timesteps``.
+    Flow matching: ``RenoiseScheduler`` with the ``eta`` of :func:`dmdr_fast.algorithm.rollout.next_input`; diffusers'
+    FlowMatchEulerDiscreteScheduler for one step, and for eta 0, whose steps are its own (with fresh noise it would draw
+    from the global random state). Eps (SDXL): LCMScheduler, whose boundary terms timestep_scaling drives to zero. Other
+    grids than shift_time(1 - i/N) are the times of a ``RenoiseScheduler``, and of SDXL the pipeline's own argument
+    ``timesteps``.
 
     Raises:
-        ValueError: times that do not fall from at most 1 to 0.
+        ValueError: times that do not fall from at most 1 to 0, or eta other than 1 for SDXL.
     """
     if len(grid) < 2 or grid[0] > 1.0 or grid[-1] != 0.0 or any(a <= b for a, b in pairwise(grid)):
         raise ValueError(f"student grid: expected 1 >= t_0 > ... > t_N = 0, got {_shown(grid)}")
     if family.prediction == "eps":
+        if eta != 1.0:
+            raise ValueError(f"student sampler: SDXL's pipeline draws fresh noise, expected eta 1, got {eta:g}")
         return _lcm(family)
-    shift = grid_shift(grid)
-    if shift is None:
-        from dmdr_fast.models.families.renoise_scheduler import RenoiseScheduler
-
-        return RenoiseScheduler(num_train_timesteps=TRAIN_STEPS, stochastic_sampling=True, times=list(grid[:-1]))
-    return _flow(shift, grid, family.passes_sigmas)
+    return _flow(grid, eta, family.passes_sigmas)
 
 
 def grid_shift(grid: tuple[float, ...]) -> float | None:
@@ -55,22 +54,25 @@ def grid_shift(grid: tuple[float, ...]) -> float | None:
     return 1.0 if abs(shift - 1.0) < 1e-9 else shift
 
 
-def _flow(shift: float, grid: tuple[float, ...], passes_sigmas: bool) -> Any:
+def _flow(grid: tuple[float, ...], eta: float, passes_sigmas: bool) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    steps = len(grid) - 1
-    settings: dict[str, Any] = {"num_train_timesteps": TRAIN_STEPS, "stochastic_sampling": True}
-    if steps == 1:
-        return FlowMatchEulerDiscreteScheduler(shift=shift, **settings)
     from dmdr_fast.models.families.renoise_scheduler import RenoiseScheduler
 
+    steps, shift = len(grid) - 1, grid_shift(grid)
+    settings: dict[str, Any] = {"num_train_timesteps": TRAIN_STEPS, "stochastic_sampling": eta > 0.0}
+    if shift is None:
+        return RenoiseScheduler(times=list(grid[:-1]), eta=eta, **settings)
+    if steps == 1:
+        return FlowMatchEulerDiscreteScheduler(shift=shift, **settings)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler if eta == 0.0 else partial(RenoiseScheduler, eta=eta)
     if passes_sigmas:
-        return RenoiseScheduler(shift=shift, **settings)
+        return scheduler(shift=shift, **settings)
     # The scheduler spreads z from 1 to 1/1000, shifts by s' and stretches the last to shift_terminal. Both that and
     # the grid are 1 - c u / (1 - k u) in u = i/(N-1), equal where k = (s-1)/s (N-1)/N = (s'-1)/s' (1 - 1/1000).
     k = (shift - 1.0) / shift * (steps - 1.0) / steps
     mu = -math.log(1.0 - k / (1.0 - 1.0 / TRAIN_STEPS))
-    return RenoiseScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu, shift_terminal=grid[-2], **settings)
+    return scheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu, shift_terminal=grid[-2], **settings)
 
 
 def _lcm(family: Family) -> Any:

@@ -8,8 +8,10 @@ import torch
 from dmdr_fast.algorithm.paths import FLOW
 from dmdr_fast.algorithm.rl.dpo import DPO
 from dmdr_fast.algorithm.rl.preference import dpo_loss
+from dmdr_fast.algorithm.rollout import ode_sample
+from dmdr_fast.algorithm.streams import Shard, Streams
 
-from ..networks import SHAPE, Denoiser
+from ..networks import SHAPE, Denoiser, networks, recipe, reward_model, update
 
 P = 4
 RNG = torch.Generator().manual_seed(6)
@@ -116,6 +118,17 @@ def test_errors_of_bf16_predictions_are_summed_in_fp32():
     assert loss.dtype is torch.float32 and (arguments.abs() > 1e-2).all()
     torch.testing.assert_close(stats["margin"].double(), arguments.mean(), rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(loss.double(), torch.nn.functional.softplus(-arguments).mean(), rtol=1e-2, atol=1e-3)
+
+
+def test_pairs_are_drawn_by_the_student_s_sampler():
+    nets, *_ = networks()
+    numbers = recipe(3, eta=0.0, method=DPO(group_size=3))
+    score = reward_model(lambda x: x, lambda images, labels: images.flatten(1).sum(1))
+    now = update(nets, numbers, Streams(2), [Shard(0, 6, 6)], reward=score)
+    (scored,) = numbers.method.collect(now).scored
+    first = now.streams.noise("rl_rollout", 0, 0, shape=numbers.latent_shape, shard=now.shards[0], device=now.device)
+    y = now.data((0, 2), now.shards[0], 3).condition
+    torch.testing.assert_close(scored.x0, ode_sample(nets.generator, first, y, 3), rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_prediction_is_refused():

@@ -1,6 +1,7 @@
 """Exported pipelines draw the student's images: diffusers' own call against our rollout, with the same noise."""
 
 import ast
+import itertools
 import json
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from dmdr_fast.models.families.renoise_scheduler import generator_of
 from dmdr_fast.models.families.schedulers import student_scheduler
 from dmdr_fast.models.lora import add_lora
 from tests.families import PROMPTS, randomised
+from tests.tiers import sampled
 
 SIZE = 16
 LORA = "pytorch_lora_weights.safetensors"
@@ -37,10 +39,10 @@ def trained_lora(case):
     return network, adapter.state_dict()
 
 
-def rollout(case, network, condition, grid, noises):
+def rollout(case, network, condition, grid, noises, eta):
     """Our own sampler; SDXL's path is the variance-preserving one."""
     if case.family.prediction == "flow":
-        return sample(network, lambda i: noises[i], condition, grid)
+        return sample(network, lambda i: noises[i], condition, grid, eta=eta)
     x = noises[0]
     for i, t in enumerate(grid[:-1]):
         alpha, sigma = case.family.alpha_sigma(torch.tensor([t]))
@@ -67,7 +69,7 @@ def drawn(pipeline, prompts=PROMPTS[:2], seeds=(3, 4), **arguments):
 
 
 @torch.no_grad()
-def assert_same_images(case, out, network, grid, guidance, size=(SIZE, SIZE)):
+def assert_same_images(case, out, network, grid, guidance, size=(SIZE, SIZE), eta=1.0):
     family = replace(case.family, guidance=guidance)
     pipeline = DiffusionPipeline.from_pretrained(out, **load_arguments(out))
     torch.manual_seed(5)
@@ -82,7 +84,7 @@ def assert_same_images(case, out, network, grid, guidance, size=(SIZE, SIZE)):
     else:
         packed = family.to_pipeline(noises[0])
         noises += [family.from_pipeline(noise, *shape[1:]) for noise in draws(pipeline.scheduler, packed)]
-    x0 = rollout(case, Denoiser(family, network), family.condition(case.entries[:2]), grid, noises)
+    x0 = rollout(case, Denoiser(family, network), family.condition(case.entries[:2]), grid, noises, eta)
     ours = (family.decode(case.pipeline.vae, x0) / 2 + 0.5).clamp(0, 1)
     assert images.std() > 0.05 and images.shape[-2:] == size
     torch.testing.assert_close(images, ours, rtol=0, atol=1e-4)
@@ -121,6 +123,29 @@ def test_given_times_of_an_image_that_is_no_square(case, tmp_path):
     assert_same_images(case, out, network, grid, case.family.guidance, size)
 
 
+GRIDS = (timestep_grid(3, shift=3.0), (0.95, 0.4, 0.15, 0.0))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+@pytest.mark.parametrize(("name", "grid"), sampled(itertools.product(("sd3", "flux"), GRIDS)))
+def test_the_ode_and_cps(cases, tmp_path, name, grid, eta):
+    """``ode`` by diffusers' own scheduler, deterministic, without code of ours where a shift makes the grid."""
+    case = cases(name)
+    network, weights = trained_weights(case)
+    settings = {"grid": grid, "eta": eta, "weights": weights, "dtype": torch.float32, "size": (SIZE, SIZE)}
+    out = export_pipeline(case.family, tmp_path / "out", **settings)
+    assert_same_images(case, out, network, grid, case.family.guidance, eta=eta)
+    scheduler = json.loads((out / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["stochastic_sampling"] is (eta > 0)
+    if eta == 0.0 and grid[0] == 1.0:
+        assert load_arguments(out) == {} and scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_sdxl_has_the_renoising_sampler_alone(cases, tmp_path):
+    with pytest.raises(ValueError, match="SDXL's pipeline draws fresh noise, expected eta 1, got 0"):
+        export_pipeline(cases("sdxl").family, tmp_path / "out", grid=(1.0, 0.5, 0.0), size=(SIZE, SIZE), eta=0.0)
+
+
 def test_a_lora_alone_gives_the_merged_pipelines_images(case, tmp_path):
     """On the teacher's own pipeline, by diffusers' ``load_lora_weights``."""
     network, lora = trained_lora(case)
@@ -154,7 +179,7 @@ def test_the_scheduler_needs_diffusers_alone(cases, tmp_path):
     tree = ast.parse((out / "scheduler/renoise_scheduler.py").read_text())
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert {name.split(".")[0] for name in imported} == {"__future__", "hashlib", "torch", "diffusers"}
+    assert {name.split(".")[0] for name in imported} == {"__future__", "hashlib", "math", "torch", "diffusers"}
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")
     assert pipeline.scheduler.config.stochastic_sampling
     drawn(pipeline, **call_arguments(out))
