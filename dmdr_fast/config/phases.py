@@ -46,7 +46,9 @@ class _Overrides(Section):
     @property
     def overrides(self) -> dict[str, Any]:
         """What it sets, by dotted path."""
-        return {path: getattr(self, path) for path in type(self).model_fields if path in self.model_fields_set - {START}}
+        return {
+            path: getattr(self, path) for path in type(self).model_fields if path in self.model_fields_set - {START}
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -70,7 +72,10 @@ def _phase() -> type[_Overrides]:
     for section, (model, keys) in CHANGEABLE.items():
         for key in keys:
             field = model.model_fields[key]
-            fields[f"{section}.{key}"] = (field.rebuild_annotation(), Field(field.default, description=field.description))
+            fields[f"{section}.{key}"] = (
+                field.rebuild_annotation(),
+                Field(field.default, description=field.description),
+            )
     return create_model("Phase", __base__=_Overrides, __doc__=_Overrides.__doc__, **fields)
 
 
