@@ -89,8 +89,8 @@ class Config(Section):
     train: Train = key(Train(), "The run.")
     phases: tuple[Phase, ...] = key(
         (),
-        "Other values from a generator step on, [{from: 2000, teacher.cfg_scale: 3, optimizer.generator.lr: 1e-6}]; each "
-        "holds until a later one sets the key again.",
+        "Other values from a generator step on, [{from: 2000, teacher.cfg_scale: 3, optimizer.generator.lr: 1e-6}]; "
+        "each holds until a later one sets the key again.",
     )
     dyna_dg: DynaDG = key(DynaDG(), "DynaDG.")
     dyna_rs: DynaRS = key(DynaRS(), "DynaRS.")
