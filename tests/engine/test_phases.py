@@ -10,7 +10,7 @@ PHASES = """[{from: 3, teacher.cfg_scale: 2.0, train.fake_updates: 1, dyna_rs.al
  {from: 6, train.fake_updates: 3, train.micro_batch_size: 12, optimizer.generator.lr: 1e-5, reward.weight: 0.2,
   fake.renoise: {kind: uniform, shift: 2.0}}]"""
 TEN = ["--train.cold_start_steps", "4", "--train.generator_steps", "10", "--checkpoint.every", "3", "--phases", PHASES]
-TEN += ["--teacher.cfg_scale", "4.5", "--optimizer.generator.rl_lr", "null", "--optimizer.fake.rl_lr", "null"]
+TEN += ["--teacher.cfg_scale", "4.5", "--optimizer.generator.rl_lr", "null", "--optimizer.generator.decay", "0"]
 
 
 @pytest.fixture(scope="module")
