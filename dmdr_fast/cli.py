@@ -222,16 +222,35 @@ def _problem(problem: ErrorDetails, source: Path) -> str:
     words = [str(w) for w in problem["loc"]]
     prefixes = [".".join(words[:n]) for n in range(len(words), 0, -1)]  # a fault inside a tuple or union is the key's
     path = next((p for p in prefixes if p in fields), ".".join(words))
-    if problem["type"] == "extra_forbidden" and path in fields:  # inside a list of groups
+    if path in fields:
+        path, fields = _innermost(words, path, fields)
+    if problem["type"] == "extra_forbidden" and path in fields:
         return f"{'.'.join(words)}: unknown key ({source}); {path} takes {accepted(fields[path])}"
     if problem["type"] == "extra_forbidden":
         return _unknown_key(".".join(words), str(source))
     if not words:  # raised by Config itself: the message names its key
         return problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "home":
+    if problem["type"] in ("home", "phase"):
         return f"{path}: {problem['msg']}"
     wanted = f"expected {accepted(fields[path])}" if path in fields else "expected a group of keys"
     return f"{path}: {wanted}; got {_SHOWN.repr(problem['input'])}"
+
+
+def _innermost(words: list[str], path: str, fields: dict[str, FieldInfo]) -> tuple[str, dict[str, FieldInfo]]:
+    """The key that a fault's place names inside ``path``, a list of groups or one that may be null, and its field."""
+    field = fields[path]
+    for n in range(path.count(".") + 1, len(words)):
+        inner = next((m.model_fields[words[n]] for m in _groups(field.annotation) if words[n] in m.model_fields), None)
+        if inner is not None:
+            path, field = ".".join(words[: n + 1]), inner
+    return path, {path: field}
+
+
+def _groups(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _groups(inner)
 
 
 _SHOWN = reprlib.Repr()  # a YAML of aliases is exponentially long written out

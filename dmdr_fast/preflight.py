@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 
 from dmdr_fast.algorithm.rl.methods import METHODS
@@ -35,8 +36,9 @@ def check(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
-    batch = config.train.micro_batch_size * config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    for name in (config.rl.method, *config.rl.chosen.parts):
+    micro_batches = config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    batches = {phase.train.micro_batch_size * micro_batches for phase in config.each_phase}
+    for name, batch in product((config.rl.method, *config.rl.chosen.parts), sorted(batches)):
         group = config.rl.options(name).compared
         if group is not None and batch % group:
             raise UserError(

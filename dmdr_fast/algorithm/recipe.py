@@ -85,7 +85,8 @@ class Recipe:
     """The numbers of one DMDR run that the step itself reads.
 
     prediction: what generator, fake and real score predict on ``path``. eta: how much of the noise of the student's
-    steps is fresh, see ``rollout.next_input``. rollout_reuse: fake updates in a row that train on one rollout, renoised
+    steps is fresh, see ``rollout.next_input``. fake_renoise: the law of the fake updates' times; None: ``renoise``,
+    that of the score pass. rollout_reuse: fake updates in a row that train on one rollout, renoised
     anew. stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. tilt: how rewards reach the generator
     in the cold start, by a method that acts on x0 alone, ``step.leaf_gradient``. method: how they do once it has ended.
     regularizer: what then holds it near the teacher, the DMD gradient (``dm``: without guidance), a KL to the reference
@@ -107,6 +108,7 @@ class Recipe:
     real_lora_scale: float = 0.0
     dynamic_guidance_step: int = 0
     renoise: RenoiseLaw = field(default_factory=RenoiseLaw)
+    fake_renoise: RenoiseLaw | None = None
     dmd: DMDOptions = field(default_factory=DMDOptions)
     tilt: Method = field(default_factory=Method)
     tilt_weight: float = 0.0

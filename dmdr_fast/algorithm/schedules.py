@@ -59,7 +59,7 @@ def timestep_grid(steps: int, *, shift: float = 1.0, times: tuple[float, ...] | 
 
 @dataclass(frozen=True)
 class RenoiseLaw:
-    """The law of the renoise time t, for the fake update and for the score pass alike.
+    """The law of the renoise time t, for the score pass and, unless it has its own, the fake update.
 
     kind: ``dyna_rs`` (Beta, moving with the step), ``uniform`` or ``logit_normal`` (sigmoid of N(mean, std^2)).
     Draws are mapped to [t_min, t_max] (t_min + (t_max - t_min) u), then shifted.

@@ -68,11 +68,12 @@ def dmdr_update(update: Update) -> Outcome:
 
 
 def fake_update(update: Update, samples: Sequence[Simulated], index: tuple[int, int]) -> tuple[Metrics, bool]:
-    """F <- F - lr grad of its denoising loss on the generator's samples, renoised by DynaRS."""
+    """F <- F - lr grad of its denoising loss on the generator's samples, renoised by DynaRS or its own law."""
     recipe, streams, fake, losses = update.recipe, update.streams, update.networks.fake, []
+    law = recipe.fake_renoise or recipe.renoise
     for sample in samples:
         x0, shard, own = sample.rollout.x0, sample.shard, streams.of_size(sample.size)
-        t = streams.times(recipe.renoise, "fake_t", *index, step=update.step, shard=shard, device=x0.device)
+        t = streams.times(law, "fake_t", *index, step=update.step, shard=shard, device=x0.device)
         noise = own.noise("fake_noise", *index, shape=x0.shape[1:], shard=shard, device=x0.device)
         loss = fake_loss(fake, x0, t, noise, sample.batch.condition, recipe.prediction, recipe.path)
         fake.backward(loss, last=sample is samples[-1])

@@ -6,6 +6,7 @@ Reading a configuration imports neither torch nor deepspeed, so a mistake is ans
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from dmdr_fast.config.networks import (
     Teacher,
     TeacherTraining,
 )
+from dmdr_fast.config.phases import Phase, at, changes, phase_problems
 from dmdr_fast.config.problems import problems
 from dmdr_fast.config.rl import RL, Monitors, Reward, RewardTerm
 from dmdr_fast.config.run import AdamW, Checkpoint, DeepSpeed, Evaluation, Export, Log, Optimizer, Train
@@ -52,6 +54,7 @@ __all__ = [
     "Model",
     "Monitors",
     "Optimizer",
+    "Phase",
     "Renoise",
     "Reward",
     "RewardTerm",
@@ -84,6 +87,11 @@ class Config(Section):
     student: Student = key(Student(), "The student.")
     fake: Fake = key(Fake(), "The fake score.")
     train: Train = key(Train(), "The run.")
+    phases: tuple[Phase, ...] = key(
+        (),
+        "Other values from a generator step on, [{from: 2000, teacher.cfg_scale: 3, optimizer.generator.lr: 1e-6}]; "
+        "each holds until a later one sets the key again.",
+    )
     dyna_dg: DynaDG = key(DynaDG(), "DynaDG.")
     dyna_rs: DynaRS = key(DynaRS(), "DynaRS.")
     renoise: Renoise = key(Renoise(), "Renoise time.")
@@ -151,8 +159,31 @@ class Config(Section):
         """Image pixels per latent pixel: 8 for the AutoencoderKL of Stable Diffusion, 1 without a decoder."""
         return 8 if self.decoder.kind == "vae" else 1
 
+    def at(self, step: int) -> Config:
+        """The configuration of generator step ``step``, which has taken in the ``phases`` that have begun."""
+        return at(self, step)
+
+    @property
+    def each_phase(self) -> tuple[Config, ...]:
+        """The configuration before any of the ``phases``, and as each of them has it."""
+        return (self.at(0), *(self.at(phase.start) for phase in self.phases))
+
+    def fake_updates_before(self, step: int) -> int:
+        """Updates of the fake score in all generator steps before ``step``."""
+        starts = [0, *(phase.start for phase in self.phases)]
+        lengths = (max(0, min(end, step) - start) for start, end in pairwise([*starts, max(step, starts[-1])]))
+        return sum(n * phase.train.fake_updates for n, phase in zip(lengths, self.each_phase, strict=True))
+
+    @property
+    def switches(self) -> dict[int, list[str]]:
+        """What changes with the ``phases``, by the step: "teacher.cfg_scale 4.5 -> 3" each."""
+        return {phase.start: changes(self, phase) for phase in self.phases}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        for problem in problems(self):
+        for problem in (*problems(self), *phase_problems(self)):
             raise ValueError(problem)
+        for number, phase in enumerate(self.phases):
+            for problem in problems(self.at(phase.start)):
+                raise ValueError(f"phases.{number} (from step {phase.start}): {problem}")
         return self

@@ -35,6 +35,10 @@ class Renoise(Section):
     per: Literal["sample", "batch"] = key("sample", "One t per sample, or one per micro-batch.")
 
 
+class FakeRenoise(Renoise, DynaRS):
+    """A law of its own for the fake update: the keys of renoise and of dyna_rs, with their defaults."""
+
+
 class CA(Section):
     """The guidance part of decoupled DMD; its times are uniform from t_min to the generator's own, then shifted."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dmdr_fast.config.base import Count, Fraction, NonNegative, Place, Positive, PositiveFloat, Section, TorchSeed, key
+from dmdr_fast.config.distillation import FakeRenoise
 
 # How the pipelines in diffusers that do not take u + w (c - u) guide: see dmdr_fast.algorithm.guidance.
 PIPELINE_CFG: dict[str, Literal["offset", "per_token"]] = {"z_image": "offset", "qwen_image": "per_token"}
@@ -161,6 +162,11 @@ class Fake(Section):
 
     weights: Place | None = key(
         None, "Where the fake score starts, as student.weights; shared_score and shared_all take an adapter."
+    )
+    renoise: FakeRenoise | None = key(
+        None,
+        "Law of the renoise time in the fake updates, {kind: uniform, shift: 3}: a group of the keys of renoise and "
+        "dyna_rs with their own defaults; null: those sections, as in the score pass.",
     )
 
 

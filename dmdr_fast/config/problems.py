@@ -31,8 +31,9 @@ def problems(config: Config) -> Iterator[str]:
             f"train.cold_start_steps: {config.train.cold_start_steps} is more than "
             f"train.generator_steps ({config.train.generator_steps}), the total"
         )
-    if config.renoise.t_min >= config.renoise.t_max:
-        yield f"renoise.t_min: {config.renoise.t_min} must be below renoise.t_max ({config.renoise.t_max})"
+    for where, law in (("renoise", config.renoise), ("fake.renoise", config.fake.renoise)):
+        if law is not None and law.t_min >= law.t_max:
+            yield f"{where}.t_min: {law.t_min} must be below {where}.t_max ({law.t_max})"
     if config.memory.frozen == "float8" and config.deepspeed.stage == 3:
         yield "memory.frozen: float8 weights cannot be partitioned; use int8, or deepspeed.stage 0 or 2"
     if config.rollout.stop_step_per == "rank" and config.deepspeed.stage == 3:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dmdr_fast import cache
+from dmdr_fast.cli import leaves
 from dmdr_fast.config import Config
 from dmdr_fast.data.prompts import prompt_files
 from dmdr_fast.deepspeed_json import read_deepspeed_json
@@ -47,7 +47,8 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     Beside the configuration: "teacher", where the teacher comes from and the SHA-256 of its weights; "ranks", "global
     batch"; "data.prompts (content)" and "optimizer (deepspeed.config)", where there are such files.
     """
-    noted = dict(_flat(config.model_dump(mode="json")))
+    values = config.model_dump(mode="json")
+    noted = {path: _value(values, path) for path, _ in leaves()}
     origin = config.teacher.weights or config.teacher.pipeline or "trained on " + str(config.teacher.train.data)
     noted["teacher"] = f"{origin} (sha256 {content_hash(model.teacher_files(), ranks)[:16]})"
     noted["ranks"] = ranks.world_size
@@ -100,6 +101,12 @@ def _is_identity(name: str, now: dict[str, Any]) -> bool:
     return name in ("teacher", "optimizer (deepspeed.config)") or (_below(name, IDENTITY) and not _below(name, unused))
 
 
+def _value(values: Any, path: str) -> Any:
+    for name in path.split("."):
+        values = values[name]
+    return values
+
+
 def _below(name: str, sections: tuple[str, ...]) -> bool:
     return any(name == section or name.startswith(section + ".") for section in sections)
 
@@ -107,11 +114,3 @@ def _below(name: str, sections: tuple[str, ...]) -> bool:
 def _content(name: str, value: Any) -> Any:
     """Of the teacher the content alone counts: a folder may move."""
     return value.rpartition("(sha256 ")[2] if name == "teacher" else value
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

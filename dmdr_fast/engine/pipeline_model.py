@@ -153,8 +153,8 @@ def _check_guidance(config: Config, family: Family) -> None:
     """
     if family.guidance is None or config.teacher.cfg_mode != "pipeline":
         return
-    for key in ("cfg_scale", "sample_cfg_scale"):
-        scale = getattr(config.teacher, key)
+    scales = [("cfg_scale", phase.teacher.cfg_scale) for phase in config.each_phase]
+    for key, scale in (*scales, ("sample_cfg_scale", config.teacher.sample_cfg_scale)):
         if config.guides(scale):
             raise UserError(
                 f"teacher.{key}: {scale:g} on top of guidance {family.guidance:g}, which is an input of this network "

@@ -40,12 +40,8 @@ def recipe_of(config: Config, model: Model) -> Recipe:
         stop_step_per=config.rollout.stop_step_per,
         real_lora_scale=config.dyna_dg.real_scale if shared else 0.0,
         dynamic_guidance_step=config.dyna_dg.dynamic_step,
-        renoise=RenoiseLaw(
-            alpha0=config.dyna_rs.alpha0,
-            beta0=config.dyna_rs.beta0,
-            dynamic_step=config.dyna_rs.dynamic_step,
-            **config.renoise.model_dump(),
-        ),
+        renoise=RenoiseLaw(**config.dyna_rs.model_dump(), **config.renoise.model_dump()),
+        fake_renoise=None if config.fake.renoise is None else RenoiseLaw(**config.fake.renoise.model_dump()),
         dmd=dmd_options(config, model.prediction, model.token),
         tilt=config.rl.tilting,
         tilt_weight=config.rl.tilt.weight,
@@ -70,30 +66,27 @@ def dmd_options(config: Config, prediction: Prediction, token: int) -> DMDOption
 
 
 def learning_rates(
-    settings: AdamW, step: int, cold_start_steps: int, generator_steps: int, updates: int = 1
+    settings: AdamW, step: int, cold_start_steps: int, generator_steps: int, updates: int = 1, before: int | None = None
 ) -> list[float]:
     """The learning rates of a role's ``updates`` optimizer steps within a generator step.
 
     Constant, then linear to a tenth over ``decay`` of the phase; times (k + 1) / ``warmup_steps``, at most 1, at the
-    role's own step k, counted from the run's start. A function of counters, so a resumed run has the same.
+    role's own step k, counted from the run's start: ``before`` of them, ``updates`` per generator step unless given. A
+    function of counters, so a resumed run has the same.
     """
     rl = step >= cold_start_steps
     start, end = (cold_start_steps, generator_steps) if rl else (0, cold_start_steps)
     peak = settings.rl_lr if rl and settings.rl_lr is not None else settings.lr
     left = (end - step) / ((end - start) * settings.decay) if settings.decay else 1.0
     rate = peak * max(0.1, min(1.0, 0.1 + 0.9 * left))
-    first = step * updates + 1
+    first = (step * updates if before is None else before) + 1
     return [rate * min(1.0, k / (settings.warmup_steps or 1)) for k in range(first, first + updates)]
 
 
-def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> str:
-    """The effective recipe in a few lines, printed once."""
-    laws = [
-        f"step {s}: Beta({a:.2f}, {b:.2f}) s_r {recipe.real_scale(s):.2f}"
-        for s in sorted({0, config.dyna_rs.dynamic_step // 2, config.dyna_rs.dynamic_step})
-        for a, b in [recipe.renoise.beta(s)]
-    ]
-    renoise = "; ".join(laws) if recipe.renoise.kind == "dyna_rs" else recipe.renoise.kind
+def describe(config: Config, step: int, recipe: Recipe, roles: Roles, ranks: Runtime) -> str:
+    """The effective recipe of generator step ``step`` in a few lines, printed once, and what ``phases`` change."""
+    phases = [f"phase      at step {start}: {', '.join(changes)}" for start, changes in config.switches.items()]
+    config = config.at(step)
     # fp32 gradients, and two moments per parameter: fp32 or 8 bits
     master = sum(roles.trained_parameters.values()) * (12 if config.optimizer.kind == "adamw" else 6)
     stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
@@ -106,15 +99,27 @@ def describe(config: Config, recipe: Recipe, roles: Roles, ranks: Runtime) -> st
         f"roles      {config.sharing}; parameters trained / all: "
         + ", ".join(f"{n} {t:,} / {c:,}" for n, t, c in _sizes(roles)),
         f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
-        f"renoise    {renoise}",
+        f"renoise    {_law_words(recipe.renoise, recipe)}",
+        *([] if recipe.fake_renoise is None else [f"fake       renoised by {_law_words(recipe.fake_renoise)}"]),
         f"updates    {config.train.cold_start_steps} cold start{_tilt_words(config)}, then to "
         f"{config.train.generator_steps} with {_rl_words(config)}; R = {recipe.fake_updates}, batch {batch}",
         _rollout_words(recipe, config.train.gradient_accumulation, ranks.world_size),
         f"engine     ZeRO stage {config.deepspeed.stage}, {config.deepspeed.dtype}, {ranks.world_size} rank(s) "
         f"on {ranks.device.type}",
         *roles.notes,
+        *phases,
     ]
     return "\n".join(lines)
+
+
+def _law_words(law: RenoiseLaw, recipe: Recipe | None = None) -> str:
+    """A law of the renoise time, DynaRS at the start, middle and end of its way; with DynaDG's s_r of ``recipe``."""
+    if law.kind != "dyna_rs":
+        return law.kind
+    steps = sorted({0, law.dynamic_step // 2, law.dynamic_step})
+    scales = ["" if recipe is None else f" s_r {recipe.real_scale(s):.2f}" for s in steps]
+    betas = [f"Beta({a:.2f}, {b:.2f})" for a, b in map(law.beta, steps)]
+    return "; ".join(f"step {s}: {beta}{scale}" for s, beta, scale in zip(steps, betas, scales, strict=True))
 
 
 def _size_words(config: Config) -> str:

@@ -58,6 +58,7 @@ def write_summary(
         "samples_per_rank": train.micro_batch_size,
         "gradient_accumulation": train.gradient_accumulation,
         "batch": ranks.world_size * train.micro_batch_size * train.gradient_accumulation,
+        "phase": {f"at step {step}": ", ".join(changes) for step, changes in config.switches.items()},
         "parameters_trained": dict(trained),
     }
     (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))

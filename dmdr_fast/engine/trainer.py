@@ -101,6 +101,7 @@ class Run:
     """One run on one rank: what it is made of, and where it stands."""
 
     config: Config
+    now: Config  # of the update that is made, or was last: ``config`` with the phases that had begun
     ranks: runtime.Runtime
     model: Model
     conditions: Conditions  # trained on
@@ -126,6 +127,7 @@ class Run:
     flushed_at: float = 0.0
     elapsed: float = 0.0  # seconds from the first update on to the last flush, those before a resume included
     samples_seen: int = 0  # by this process, over all ranks
+    samples_flushed: int = 0  # those before the last flush
 
     @classmethod
     def build(
@@ -152,13 +154,15 @@ class Run:
         weight = RewardWeight(ranks)
         weight.load_state_dict(state["counters"].pop("reward_weight", weight.state_dict()))
         checkpoints.drop_after(state["step"])
+        now = config.at(state["step"])
         run = cls(
             config=config,
+            now=now,
             ranks=ranks,
             model=model,
             conditions=conditions,
             shown=shown,
-            recipe=recipe_of(config, model),
+            recipe=recipe_of(now, model),
             weight=weight,
             streams=streams,
             roles=roles,
@@ -184,7 +188,7 @@ class Run:
             (config.run_dir / "config.yaml").write_text(dump(config))
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # that of a run that was finished
             drop_evaluations_after(config.run_dir, run.step)
-        ranks.say(describe(config, run.recipe, roles, ranks))
+        ranks.say(describe(config, run.step, run.recipe, roles, ranks))
         if can_measure(config):
             ranks.say(rounding_line(run._rounding(), config))
         return run
@@ -195,8 +199,6 @@ class Run:
         data = drawn(self.conditions, self.streams)
         chunk = config.rl.refl_options.chunk
         reward = None if self.rewards is None else RewardModel(self.decoder, self._score, chunk)
-        batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
-        shards = [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, accumulation) for m in range(accumulation)]
         self.flushed_at = time.monotonic()
         self.elapsed = self.log.elapsed_before
         self.began_at = self.flushed_at - self.elapsed
@@ -204,6 +206,7 @@ class Run:
             self._evaluate(stop)  # the run was stopped in it
         while self.step < config.train.generator_steps:
             self._begin_update()
+            shards = self._shards()
             update = Update(
                 recipe=self.recipe,
                 streams=self.streams,
@@ -222,12 +225,13 @@ class Run:
             if self.rewards is not None and self.recipe.method_at(self.step).uses_reward:
                 self.rewards.end_update(ranks.sum)
             self.step += 1
+            self.samples_seen += shards[0].total
             self._account(outcome)
             ends = (config.train.cold_start_steps, config.train.generator_steps)
             due = self.step % config.checkpoint.every == 0 or self.step in ends
             asked = ranks.any(stop.asked)
             if due or asked or self.step % config.log.every == 0:
-                self._flush(shards[0].total)
+                self._flush()
             if self._evaluation_due and not asked:
                 asked = self._evaluate(stop)
             if due or asked:
@@ -264,18 +268,30 @@ class Run:
             self.log.evaluation(self.step - 1, shown.row, shown.sheet)
 
     def _begin_update(self) -> None:
-        """What changes with the step: the cold start's end, the reference, the learning rates."""
+        """What changes with the step: the phases, the cold start's end, the reference, the learning rates."""
         self._snapshot_cold_start()
+        changes = self.config.switches.get(self.step)
+        if changes is not None:
+            self.now = self.config.at(self.step)
+            self.recipe = recipe_of(self.now, self.model)
+            self.ranks.say(f"phase at step {self.step}: {', '.join(changes)}")
         if self.roles.frozen_reference is not None and self.step >= self.config.train.cold_start_steps:
             self.roles.frozen_reference.load(self._cold_start_weights)
-        optimizer, train = self.config.optimizer, self.config.train
+        optimizer, train = self.now.optimizer, self.now.train
         lengths = self.step, train.cold_start_steps, train.generator_steps
+        before = self.config.fake_updates_before(self.step)
         self.roles.generator.set_lr(learning_rates(optimizer.generator, *lengths))
-        self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates))
+        self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates, before))
+
+    def _shards(self) -> list[Shard]:
+        """This rank's micro-batches of the global batch."""
+        train, ranks = self.now.train, self.ranks
+        batch, count = train.micro_batch_size, train.gradient_accumulation
+        return [Shard.of_rank(ranks.rank, ranks.world_size, batch, m, count) for m in range(count)]
 
     def _weighted(self, update: Update) -> Update:
         """The update at the weight of ``reward.weight: auto``, which is found once, as RL starts."""
-        if self.config.reward.weight != "auto" or not self.recipe.rl_active(self.step):
+        if self.now.reward.weight != "auto" or not self.recipe.rl_active(self.step):
             return update
         if self.weight.value is None:
             assert self.rewards is not None  # RL has some
@@ -399,15 +415,15 @@ class Run:
         self.log.close()
         raise RunEnded(f"{reason.rstrip('.')}. A checkpoint of step {self.step} was written; {remedy}")
 
-    def _flush(self, batch: int) -> None:
+    def _flush(self) -> None:
         """Fetch the metrics of the updates since the last flush and log their mean."""
         if not self.pending:
             return
         names = sorted(set().union(*self.pending))
         stacked = torch.stack([torch.stack([m[n].float() for m in self.pending if n in m]).nanmean() for n in names])
         values = dict(zip(names, self.ranks.mean(stacked).tolist(), strict=True))
-        now, samples = time.monotonic(), len(self.pending) * batch
-        self.samples_seen += samples
+        now, samples = time.monotonic(), self.samples_seen - self.samples_flushed
+        self.samples_flushed = self.samples_seen
         self.elapsed = now - self.began_at
         alpha, beta = self.recipe.renoise.beta(self.step - 1)
         values |= {

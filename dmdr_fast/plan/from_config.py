@@ -14,17 +14,19 @@ SD_VAE = find_shape("sit-xl-2").vae
 
 
 def workload(config: Config, shape: Shape | None = None) -> Workload:
-    """One update of the run. ``shape`` takes the place of the configuration's teacher.
+    """One update of the run: of ``phases`` the largest micro-batch and R, the least reuse, and guidance if any guides.
+
+    ``shape`` takes the place of the configuration's teacher.
 
     Raises:
         UserError: a DeepSpeed JSON that a run would refuse, or a teacher whose shape is not known.
     """
     shape = shape or _shape(config)
-    train, student = config.train, config.student
+    train, student, phases = config.train, config.student, config.each_phase
     return Workload(
         shape=shape,
         resolution=_largest(config.model.sizes),
-        batch=train.micro_batch_size,
+        batch=max(phase.train.micro_batch_size for phase in phases),
         accumulation=train.gradient_accumulation,
         sharing=config.sharing,
         activation=config.memory.activation,
@@ -36,11 +38,11 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         student_lora=_adapter(student.lora, shape) if student.lora.rank else None,
         fake_lora=None if config.sharing == "separate" else _adapter(config.lora, shape),
         student_steps=student.steps,
-        fake_updates=train.fake_updates,
-        rollout_reuse=train.rollout_reuse,
+        fake_updates=max(phase.train.fake_updates for phase in phases),
+        rollout_reuse=min(phase.train.rollout_reuse for phase in phases),
         stop_step_per_rank=config.rollout.stop_step_per == "rank",
         same_step=student.rollout == "same_step",
-        cfg=config.uses_cfg,
+        cfg=any(phase.uses_cfg for phase in phases),
         decoupled=config.dmd.decoupled,
         ema=student.ema is not None,
         keep_gathered=config.rollout.keep_gathered,

@@ -209,14 +209,17 @@ def test_generator_forwards_per_update(steps, monkeypatch):
         assert nets.fake.forwards == 3 + 1
 
 
-def test_fake_update_descends_the_denoising_loss():
+@pytest.mark.parametrize("own", [None, RenoiseLaw("uniform", t_min=0.1, t_max=0.2, shift=3.0)])
+def test_fake_update_descends_the_denoising_loss(own):
+    """At times of the shared law, or of its own."""
     nets, _generator, fake, _ = networks()
-    numbers = recipe(1, fake_updates=1, renoise=RenoiseLaw("uniform"))
+    numbers = recipe(1, fake_updates=1, renoise=RenoiseLaw("uniform"), fake_renoise=own)
     fake_before = [p.detach().clone() for p in fake.parameters()]
     now = update(nets, numbers, STREAMS, [SHARD])
     sample = simulate(now, (0, 0), SHARD)
     x0, y = sample.rollout.x0.double(), sample.batch.condition
-    t = STREAMS.times(numbers.renoise, "fake_t", 0, 0, step=0, shard=SHARD, device=CPU).double()
+    t = STREAMS.times(own or numbers.renoise, "fake_t", 0, 0, step=0, shard=SHARD, device=CPU).double()
+    assert own is None or (t.min() >= 0.25 and t.max() <= 3 / 7)  # 3 u / (1 + 2 u) of [0.1, 0.2]
     noise = STREAMS.noise("fake_noise", 0, 0, shape=SHAPE, shard=SHARD, device=CPU).double()
     sigma = t.view(-1, 1, 1, 1)
     loss = (fake((1 - sigma) * x0 + sigma * noise, t, y) - (noise - x0)).square().mean()

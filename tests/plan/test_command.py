@@ -53,6 +53,17 @@ def test_the_configuration_reaches_the_workload():
     assert work.reward.models == (dino,) and work.reward.graded and work.reward.scores
 
 
+def test_the_largest_phase_is_planned(capsys):
+    phases = "[{from: 9, train.micro_batch_size: 32, teacher.cfg_scale: 2}, {from: 20, train.fake_updates: 7}]"
+    digits = ["--config", str(CONFIGS / "digits.yaml"), "--train.rollout_reuse", "2"]
+    work = workload(parse([*digits, "--phases", phases])[0])
+    assert (work.batch, work.fake_updates, work.cfg, work.rollout_reuse) == (64, 7, True, 2)
+    work = workload(parse([*digits, "--phases", "[{from: 9, train.micro_batch_size: 80, train.rollout_reuse: 1}]"])[0])
+    assert (work.batch, work.fake_updates, work.cfg, work.rollout_reuse) == (80, 3, False, 1)
+    assert main([*digits, "--phases", phases]) == 0
+    assert "phases: an update with the largest micro-batch, the largest R and the guidance" in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line():
     for argv, message in (
         ([], "--config: missing"),
