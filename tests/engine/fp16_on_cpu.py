@@ -22,9 +22,9 @@ def overflowing(self, x_t, t, condition):
     return call(self, x_t * 1e6 if begun and begun[-1] in PLANTED else x_t, t, condition)
 
 
-def counted(*given):
-    begun.append(given[5])  # the step
-    return update(*given)
+def counted(now):
+    begun.append(now.step)
+    return update(now)
 
 
 type(get_accelerator()).is_fp16_supported = lambda self: True
