@@ -16,8 +16,8 @@ class Schedule:
     """What decides how often networks run: N, R, micro-steps, and what RL adds.
 
     ``rollout_reuse`` fake updates share a rollout. ``stop_ranks`` ranks draw stop steps of their own.
-    ``policy_steps`` are the graded generator forwards that GRPO or DPO add, ``reference`` whether a KL or DPO holds the
-    generator to another network or to itself without LoRA, ``one_network`` whether all roles share a base.
+    ``policy_steps`` are the graded generator forwards of a method's own losses, ``reference`` whether a KL or DPO holds
+    the generator to another network or to itself without LoRA, ``one_network`` whether all roles share a base.
     """
 
     steps: int

@@ -69,11 +69,9 @@ class RunImages:
     def student(self, weights: Path) -> Draw:
         """The generator of a file, by the rollout that it was trained with."""
         role, grid = frozen_role(self.model, self.config, self.device, weights), student_grid(self.config)
-        eta = self.config.student.fresh_noise
+        eta, kind, path = self.config.student.fresh_noise, self.model.prediction, self.model.path
         return self._decoded(
-            lambda noise, batch: sample(
-                role, noise, batch.condition, grid, eta=eta, kind=self.model.prediction, path=self.model.path
-            )
+            lambda noise, batch: sample(role, noise, batch.condition, grid, eta=eta, kind=kind, path=path)
         )
 
     def teacher(self) -> Draw:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Reward(Protocol):
-    """A score per image, higher is better. ``differentiable`` ones serve ReFL, any serves GRPO and DPO.
+    """A score per image, higher is better. ``differentiable`` ones serve every method, others those that compare.
 
     One of your own is a class in a file of your own, named in the configuration as ``path/file.py:Brightness``::
 

@@ -9,7 +9,7 @@ from dmdr_fast.algorithm.recipe import Batch, Networks
 from dmdr_fast.algorithm.rl.refl import ReFL
 from dmdr_fast.algorithm.rl.reward_gradient import refl_leaf_gradient
 from dmdr_fast.algorithm.rollout import clean_sample
-from dmdr_fast.algorithm.score_pass import shared_scores
+from dmdr_fast.algorithm.score_pass import scores_at, shared_scores
 from dmdr_fast.algorithm.simulation import simulate
 from dmdr_fast.algorithm.step import generator_update
 from dmdr_fast.algorithm.streams import Shard, Streams
@@ -60,7 +60,7 @@ def joint_update(nets, generator, reward, numbers, sample):
     loss = -numbers.reward_weight * reward.score(images, {"labels": y}, "")[0].mean()
     t = STREAMS.times(numbers.renoise, "dmd_t", 0, step=0, shard=SHARD, device=CPU)
     x_t = ops.renoise(x0, 1 - t, t, seed=STREAMS.noise_seed("dmd_noise", 0, device=CPU))
-    scores = nets.score(x_t.detach(), t, y, None, real_scale=0.0)
+    scores = scores_at(nets.score, x_t.detach(), t, y, None, real_scale=0.0)
     loss = loss + ops.dmd_loss(x0, x_t.detach(), scores.fake, scores.real, sigma=t)
     nets.generator.backward(loss, last=True)
     nets.generator.step()

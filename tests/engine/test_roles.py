@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmdr_fast import cli
+from dmdr_fast.algorithm.score_pass import scores_at
 from dmdr_fast.engine import runtime
 from dmdr_fast.engine.conditions import Labels
 from dmdr_fast.engine.networks import build_roles
@@ -57,7 +58,7 @@ def test_all_roles_start_as_the_teacher(ranks, tmp_path, sharing, stage):
         for network in (roles.generator, roles.fake, roles.teacher):
             torch.testing.assert_close(network(*inputs()), expected)
         x, t, y = inputs()
-        scores = roles.networks.score(x, t, y, torch.full_like(y, 10), real_scale=0.0)
+        scores = scores_at(roles.networks.score, x, t, y, torch.full_like(y, 10), real_scale=0.0)
         torch.testing.assert_close(scores.real, expected)
         torch.testing.assert_close(scores.real_uncond, teacher(x, t, torch.full_like(y, 10)))
 
@@ -83,7 +84,7 @@ def test_only_the_adapter_of_the_fake_score_is_trained(ranks, tmp_path):
     roles.fake.step()
     moved = roles.fake(x, t, y)
     teacher = roles.teacher(x, t, y)
-    scores = roles.networks.score(x, t, y, None, real_scale=0.0)
+    scores = scores_at(roles.networks.score, x, t, y, None, real_scale=0.0)
     torch.testing.assert_close(scores.fake, moved)
     torch.testing.assert_close(scores.real, teacher)
     assert not torch.equal(moved, teacher)

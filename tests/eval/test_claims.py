@@ -32,6 +32,13 @@ FINALS = {  # name: (fd, recall, reward, held-out reward); seeds add a spread
     "dmdr_reuse": (0.5, 0.6, -0.06, -0.1),
     "cold_reuse_time": (0.5, 0.5, -0.30, -0.4),
     "dmdr_reuse_time": (0.4, 0.7, -0.05, -0.1),
+    "dmdr_nft": (0.4, 0.7, -0.25, -0.1),
+    "cold_tilt": (0.4, 0.5, -0.20, -0.4),
+    "dmdr_tilt": (0.3, 0.7, -0.05, -0.1),
+    "cold_two": (0.5, 0.5, -0.30, -0.4),
+    "dmdr_refl_two": (0.6, 0.7, -0.05, -0.1),
+    "dmdr_grpo_two": (0.7, 0.7, -0.05, -0.1),
+    "dmdr_hybrid_two": (0.4, 0.7, -0.05, -0.1),
 }
 TEACHER = {"fd": 0.25, "precision": 0.8, "recall": 0.8, "reward": -0.06, "held_out_reward": -0.2, "diversity": 0.5}
 SHIFT = (-0.01, 0.0, 0.01)  # of seeds 0, 1, 2
@@ -157,6 +164,9 @@ def test_the_verdicts_follow_from_the_numbers():
         "teacher_fd": "does not hold",
         "any_method": "holds",
         "reuse": "cannot be told here",
+        "tilt": "holds",
+        "nft": "does not hold",
+        "hybrid": "holds",
     }
 
 
@@ -177,7 +187,7 @@ def test_the_page_holds_every_number_and_its_pictures(tmp_path):
         assert (tmp_path / "claims" / f"{verdict.claim.figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "| DMDR, ReFL | 0.400 ± 0.004 | 0.800 ± 0.000 | 0.700 ± 0.007 | −0.0500 ± 0.0005 |" in text
     assert "| DMDR, DPO | −0.0100 | 3.60 x | missed: reward by 0.0100, FD by 1.10 x the teacher's |" in text
-    assert "48 runs, 0.80 hours of one core each added up; 30 minutes on the clock, in 4 parts" in text
+    assert "69 runs, 1.15 hours of one core each added up; 30 minutes on the clock, in 4 parts" in text
     assert "smoke" not in text
     made, read = records.read_json(tmp_path / "claims.json")
     assert made == MADE
@@ -351,9 +361,9 @@ def test_runs_of_an_earlier_page_stand_where_their_settings_do(trainer, tmp_path
     now, rows = records.read_json(page)
     assert [r.name for r in rows] == [v.name for v in runs.VARIANTS]
     assert {r.name for r in rows if r.commit != "earlier"} == {"dmdr_dpo", "dmdr_reuse"}
-    assert (now["kept"], now["before"]) == (14, made)
-    assert "- 14 of the runs stand from the page before: " in (tmp_path / "claims.md").read_text()
-    assert len(page.read_text().splitlines()) == 2 + 16 + 2 + len(verdicts.CLAIMS) + 1  # a run a line
+    assert (now["kept"], now["before"]) == (21, made)
+    assert "- 21 of the runs stand from the page before: " in (tmp_path / "claims.md").read_text()
+    assert len(page.read_text().splitlines()) == 2 + 23 + 2 + len(verdicts.CLAIMS) + 1  # a run a line
 
 
 @pytest.mark.thorough

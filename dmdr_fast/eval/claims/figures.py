@@ -156,4 +156,7 @@ _FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
     "teacher": _reward_and_fd("dmdr_refl", "dmdr_grpo", "dmdr_dpo"),
     "reuse": _reward_and_fd("dmdr_refl", "dmdr_reuse", "dmdr_reuse_time"),
     "methods": _updates(_METHODS, "reward", "held_out_reward"),
+    "tilt": _reward_and_fd("dmdr_refl", "dmdr_tilt"),
+    "nft": _updates(("dmdr_nft", "dmdr_grpo", "dmd_only"), "reward", "held_out_reward"),
+    "hybrid": _reward_and_fd("dmdr_hybrid_two", "dmdr_refl_two", "dmdr_grpo_two"),
 }

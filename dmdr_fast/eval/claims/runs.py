@@ -81,6 +81,11 @@ _KL = {"rl.method": "refl", "rl.regularizer": "kl", "rl.kl_weight": 1.0}
 _ALONE = {"rl.method": "refl", "rl.regularizer": "none"}
 
 _REUSE = {"train.rollout_reuse": 3}
+_TILT = {"rl.tilt.method": "refl", "rl.tilt.weight": 0.02}
+_NFT = {"rl.method": "nft", "rl.nft.group_size": 8}
+# A student of two steps, whose first is stochastic: GRPO alone, ReFL alone, and both.
+_TWO = {"student.steps": 2}
+_GRPO_OF_TWO = {**_TWO, "rl.grpo.sde": "dance", "rl.grpo.eta": 0.2, "rl.grpo.group_size": 8}
 
 VARIANTS = (
     Variant(BASE, "Cold start", "cold_start", {"rl.method": "none"}),
@@ -119,6 +124,23 @@ VARIANTS = (
         settings={"rl.method": "refl", **_REUSE},
         after="cold_reuse_time",
         longer=REUSE_TIME,
+    ),
+    Variant("dmdr_nft", "DMDR, NFT", settings=_NFT, after=BASE),
+    Variant("cold_tilt", "Cold start, tilted", "cold_start", {"rl.method": "none", **_TILT}),
+    Variant("dmdr_tilt", "DMDR (ReFL), tilted cold start", settings={"rl.method": "refl", **_TILT}, after="cold_tilt"),
+    Variant("cold_two", "Cold start, 2 steps", "cold_start", {"rl.method": "none", **_TWO}),
+    Variant("dmdr_refl_two", "DMDR, ReFL, 2 steps", settings={"rl.method": "refl", **_TWO}, after="cold_two"),
+    Variant(
+        "dmdr_grpo_two",
+        "DMDR, GRPO, 2 steps",
+        settings={"rl.method": "grpo", **_GRPO_OF_TWO, "reward.weight": 0.15},
+        after="cold_two",
+    ),
+    Variant(
+        "dmdr_hybrid_two",
+        "DMDR, hybrid, 2 steps",
+        settings={"rl.method": "hybrid", **_GRPO_OF_TWO},
+        after="cold_two",
     ),
 )
 TITLES = {v.name: v.title for v in VARIANTS} | {"teacher": "Teacher, 50 steps", "teacher_n": "Teacher, 1 step"}

@@ -154,6 +154,40 @@ CLAIMS = (
         ("cold_start", "cold_reuse", "cold_reuse_time", "dmdr_refl", "dmdr_reuse", "dmdr_reuse_time"),
         "reuse",
     ),
+    Claim(
+        "tilt",
+        "A reward from the first update on makes a better student",
+        "The paper's fourth version: `rl.tilt` in the cold start. Its reward must be higher and its FD not higher than "
+        "without, and DMDR's (ReFL) FD after it lower than DMDR's without where that has its reward.",
+        (
+            Test("cold_tilt", "cold_start", "reward"),
+            Test("cold_tilt", "cold_start", "fd", guard=True),
+            Test("dmdr_tilt", "dmdr_refl", MATCHED_FD),
+        ),
+        ("cold_start", "cold_tilt", "dmdr_refl", "dmdr_tilt"),
+        "tilt",
+    ),
+    Claim(
+        "nft",
+        "Forward-process RL raises the reward of a student of one step",
+        "DiffusionNFT's loss inside DMDR against DMD alone for as many updates: the optimised reward must be higher, "
+        "and the held-out one not lower.",
+        (Test("dmdr_nft", "dmd_only", "reward"), Test("dmdr_nft", "dmd_only", "held_out_reward", guard=True)),
+        ("dmdr_nft", "dmdr_grpo", "dmd_only"),
+        "nft",
+    ),
+    Claim(
+        "hybrid",
+        "GRPO and the reward's gradient in one update are better than each alone",
+        "Students of two steps from the same cold start: the hybrid's FD must be lower than ReFL's and than GRPO's "
+        "where they have its reward.",
+        (
+            Test("dmdr_hybrid_two", "dmdr_refl_two", MATCHED_FD),
+            Test("dmdr_hybrid_two", "dmdr_grpo_two", MATCHED_FD),
+        ),
+        ("dmdr_hybrid_two", "dmdr_refl_two", "dmdr_grpo_two", "cold_two"),
+        "hybrid",
+    ),
 )
 
 

@@ -179,7 +179,7 @@ def test_the_scheduler_needs_diffusers_alone(cases, tmp_path):
     tree = ast.parse((out / "scheduler/renoise_scheduler.py").read_text())
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert {name.split(".")[0] for name in imported} == {"__future__", "hashlib", "torch", "diffusers"}
+    assert {name.split(".")[0] for name in imported} == {"__future__", "hashlib", "math", "torch", "diffusers"}
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")
     assert pipeline.scheduler.config.stochastic_sampling
     drawn(pipeline, **call_arguments(out))
