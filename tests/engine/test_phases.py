@@ -25,7 +25,8 @@ def test_a_switch_is_printed_and_takes_effect_at_its_step(uninterrupted):
     folder, out = uninterrupted
     first = "step 3: teacher.cfg_scale 4.5 -> 2, train.fake_updates 2 -> 1, dyna_rs.alpha0 4 -> 2\n"
     assert f"phase      at {first}" in out and f"\nphase at {first}" in out
-    assert "\nphase at step 6: train.fake_updates 1 -> 3, train.micro_batch_size 8 -> 12, " in out
+    assert "\nphase at step 6: fake.renoise null -> {" in out and "fake       renoised" not in out
+    assert "}, train.fake_updates 1 -> 3, train.micro_batch_size 8 -> 12, reward.weight 0.05 -> 0.2, optimizer." in out
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["reward_weight"] for line in log[4:]] == [0.05, 0.05, 0.2, 0.2, 0.2, 0.2]
     assert len({line["generator_lr"] for line in log[:6]}) == 1 and {line["generator_lr"] for line in log[6:]} == {1e-5}
