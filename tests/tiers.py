@@ -10,8 +10,11 @@ import pytest
 
 def sampled(cases: Iterable[Any], count: int = 1) -> list[Any]:
     """Cases to parametrize with, tuples for several names: the first ``count`` always run, the others thoroughly."""
-    marks = pytest.mark.thorough
     return [
-        case if i < count else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
-        for i, case in enumerate(cases)
+        case if i < count else thorough(*(case if isinstance(case, tuple) else (case,))) for i, case in enumerate(cases)
     ]
+
+
+def thorough(*values: Any) -> Any:
+    """One case, of a value for each name."""
+    return pytest.param(*values, marks=pytest.mark.thorough)

@@ -61,6 +61,7 @@ def test_unknown_key_in_the_file(run, tmp_path):
     assert "keys of optimizer.generator: lr, rl_lr, warmup_steps, decay" in line
 
 
+@pytest.mark.thorough
 def test_launcher_passes_the_code_on(run, tmp_path):
     code, _, err = run(["--run_dir", tmp_path, "--seed", "-1"], ranks=2, fresh=True)
     assert "error: seed: expected int >= 0; got -1" in err and "Traceback" not in err

@@ -45,6 +45,7 @@ def test_the_launchers_own_words(tmp_path, monkeypatch, words, wanted):
         assert any(word.removeprefix("--hostfile=") == str(tmp_path / "hosts") for word in got)
 
 
+@pytest.mark.thorough
 def test_the_command_under_the_deepspeed_launcher_starts_it_again(tmp_path):
     """A script in a folder with a space prints its command under the launcher; a shell runs it again."""
     folder = tmp_path / "my runs"

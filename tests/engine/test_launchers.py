@@ -50,6 +50,7 @@ def test_the_processes_of_slurm_and_mpi_are_the_ranks_of_one_run(run, tmp_path, 
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.thorough
 def test_deepspeed_s_slurm_launcher_starts_ranks_of_one_run(environment, tmp_path):
     """Shown by a mistake, which is said once, by rank 0."""
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("sinfo", "#!/bin/sh\n")):

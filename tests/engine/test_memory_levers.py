@@ -74,6 +74,7 @@ def test_compiled_blocks_train_the_same_weights(ranks, tmp_path, monkeypatch, st
     torch._dynamo.reset()
 
 
+@pytest.mark.thorough
 def test_cpu_offload_by_the_deepspeed_json_trains_the_same_weights(ranks, tmp_path):
     """Parameters and optimizer states offloaded; DeepSpeed's AdamW in torch, since its own would be compiled here."""
     optimizer = {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto"}}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.tiers import sampled
+from tests.tiers import sampled, thorough
 
 from .test_distributed import weight_difference
 from .test_resume import wait_for_step
@@ -127,10 +127,10 @@ def test_killed_and_resumed_is_uninterrupted_to_the_byte(run, launch, tmp_path, 
     ("name", "words"),
     [
         ("NaN", ["reward 'darkness'", "expected finite scores"]),
-        ("WrongShape", ["reward 'darkness'", "[8, 1]", "[8]"]),
-        ("WrongDevice", ["reward 'darkness'", "meta", "cpu"]),
-        ("Raises", ["reward 'darkness'", "the tower fell"]),
         ("Hangs", ["reward 'Hangs'", "2", "reward.timeout"]),
+        thorough("WrongShape", ["reward 'darkness'", "[8, 1]", "[8]"]),
+        thorough("WrongDevice", ["reward 'darkness'", "meta", "cpu"]),
+        thorough("Raises", ["reward 'darkness'", "the tower fell"]),
     ],
 )
 def test_a_reward_that_fails_is_one_error_and_nothing_is_lost(run, tmp_path, name, words):

@@ -11,6 +11,7 @@ from dmdr_fast.engine.conditions import Labels
 from dmdr_fast.engine.networks import build_roles
 from dmdr_fast.engine.sit_model import SiTModel, build_network
 from dmdr_fast.errors import UserError
+from tests.tiers import sampled
 
 SMALL = [
     "--rl.method",
@@ -63,7 +64,7 @@ def test_all_roles_start_as_the_teacher(ranks, tmp_path, sharing, stage):
         torch.testing.assert_close(scores.real_uncond, teacher(x, t, torch.full_like(y, 10)))
 
 
-@pytest.mark.parametrize("sharing", ["shared_score", "separate"])
+@pytest.mark.parametrize("sharing", sampled(["shared_score", "separate"]))
 def test_stage_3_shards_every_role_frozen_ones_too(ranks, tmp_path, sharing):
     _, roles = roles_of(ranks, tmp_path, "--sharing", sharing, "--deepspeed.stage", "3")
     engines = {"generator": roles.generator.engine, "fake": roles.fake.engine}

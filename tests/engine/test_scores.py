@@ -148,6 +148,7 @@ def test_an_overflow_halves_the_loss_scale_is_counted_and_survives_a_resume(run,
     assert [r["fake_loss_scale"] for r in result(tmp_path / "again")] == [r["fake_loss_scale"] for r in log]
 
 
+@pytest.mark.thorough
 def test_scores_in_fp16_under_zero_3_on_two_ranks_resume_to_the_byte(run, tmp_path):
     options = [*SIX, "--deepspeed.stage", "3", "--deepspeed.dtype", "bf16", "--dmd.score_dtype", "fp16"]
     options += ["--train.micro_batch_size", "4", "--monitors.max_score_rounding", "1e-9"]

@@ -46,6 +46,7 @@ def difference(a, b):
     return np.linalg.norm(one - two) / np.linalg.norm(one)
 
 
+@pytest.mark.thorough
 def test_two_ranks_equal_one_and_a_killed_run_ends_with_the_same_bytes(run, launch, folder, tmp_path):
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     code, out, err = run(arguments(folder, one), small=False)

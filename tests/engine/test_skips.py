@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.tiers import sampled
+
 SCRIPT = Path(__file__).with_name("nan_reward.py")
 STEPS = ["--train.cold_start_steps", "2", "--train.generator_steps", "6"]
 
@@ -21,8 +23,10 @@ def poisoned(environment, monkeypatch):
 
 @pytest.mark.parametrize(
     ("ranks", "engine"),
-    [(0, []), (2, ["--deepspeed.stage", "0"]), (2, ["--deepspeed.stage", "2"]), (2, ["--deepspeed.stage", "3"])],
-    ids=["1 rank", "stage 0", "stage 2", "stage 3"],
+    sampled(
+        [(0, []), (2, ["--deepspeed.stage", "3"]), (2, ["--deepspeed.stage", "0"]), (2, ["--deepspeed.stage", "2"])], 2
+    ),
+    ids=["1 rank", "stage 3", "stage 0", "stage 2"],
 )
 def test_one_rank_s_nan_skips_the_update_everywhere(run, poisoned, tmp_path, ranks, engine):
     poisoned(3)

@@ -2,9 +2,12 @@
 
 import random
 
+import pytest
+
 from tests.torture import COMBINATIONS, COMPARED, FINAL, PHASES, Combination, differing, phase, shares, torture
 
 
+@pytest.mark.thorough
 def test_a_killed_run_ends_with_equal_bytes(tmp_path, environment):
     outcomes = list(torture(Combination("shared_score", 0, "eager"), 1, random.Random(0), tmp_path))
     assert sum(len(outcome.kills) for outcome in outcomes) == 1

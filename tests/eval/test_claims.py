@@ -343,6 +343,7 @@ def test_the_command_says_when_there_is_more_to_do_and_writes_the_page_at_the_en
     assert not any(re.search("compare", str(p)) for p in (tmp_path / "work").glob("*-1"))
 
 
+@pytest.mark.thorough
 def test_runs_of_an_earlier_page_stand_where_their_settings_do(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "FULL", runs.Budget(2, 3, 1))
     words = ["--seeds", "1", "--out", str(tmp_path), "--work"]

@@ -42,10 +42,8 @@ def test_kernels_agree_with_the_formula_in_float64(kernels, device, dtype, strid
     assert seen == set(kernels.names)
 
 
-def test_the_first_and_the_last_call_of_each(kernels, device):
-    every = list(small_calls(None, True))
-    ends = {call.name: call for call in reversed(every)}, {call.name: call for call in every}
-    for call in {str(call): call for found in ends for call in found.values()}.values():
+def test_the_last_call_of_each(kernels, device):
+    for call in {call.name: call for call in small_calls(None, True)}.values():
         _run_and_check(kernels, device, call)
 
 

@@ -18,7 +18,6 @@ from dmdr_fast.backends.native import Library, NativeError, abi, library_path
 from dmdr_fast.backends.native.library import Calls
 from dmdr_fast.backends.views import OUTER, Strided
 from tests.raw import RawFunctions
-from tests.tiers import sampled
 
 HEADER = Path(__file__).parents[2] / "csrc" / "include" / "dmdr" / "abi.h"
 # What the header calls a field, in the terms of abi.STRUCTS.
@@ -128,7 +127,8 @@ def test_heads_that_are_too_wide_and_empty_matrices_are_refused():
     assert "A is [2, 0]" in cpu.supports("multi_lora_fwd", x, x, empty, empty.mT, torch.ones(1))
 
 
-@pytest.mark.parametrize("level", sampled(["baseline", "v3", "v4"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
 def test_lower_instruction_sets_are_as_accurate(level):
     """The kernels that older machines run: tests of accuracy again, in a process that stops at a lower level."""
     script = (

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.thorough
 def test_partitioned_weights_are_gathered(tmp_path):
     worker = Path(__file__).with_name("zero3_worker.py")
     root = str(worker.parents[2])

@@ -31,7 +31,7 @@ def biggest(work):
     return phase, sum(phases[phase].values())
 
 
-@pytest.mark.parametrize(("family", "sharing", "activation", "lora"), sampled(CASES, 3))
+@pytest.mark.parametrize(("family", "sharing", "activation", "lora"), sampled(CASES))
 def test_predicted_peak(family, sharing, activation, lora):
     adapter = Adapter(4, FAMILIES[family].lora_targets)
     work = workload(
