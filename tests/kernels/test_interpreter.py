@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import sampled
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("tests", "least"), [("tests/kernels/test_kernels.py", 30), ("tests/ops/test_sweep.py", 10)])
+@pytest.mark.parametrize(
+    ("tests", "least"), sampled([("tests/kernels/test_kernels.py", 30), ("tests/ops/test_sweep.py", 10)])
+)
 def test_kernels_in_the_interpreter(pytestconfig, tests, least):
     pytest.importorskip("triton")
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", pytestconfig.option.markexpr]

@@ -30,6 +30,7 @@ def work():
     return replace(small, fake_lora=Adapter(4, small.shape.opened().lora_targets), batch=4)
 
 
+@pytest.mark.thorough
 def test_the_answer_for_a_recipe(capsys):
     assert main(["--config", str(CONFIGS / "sit_xl_256.yaml"), "--gpus", "8", "--gpu-memory", "80"]) == 0
     said = capsys.readouterr().out

@@ -7,7 +7,6 @@ import pytest
 from dmdr_fast.plan.cost import forward_flops, units
 from dmdr_fast.plan.trace import traced_peaks, update_peaks
 from dmdr_fast.plan.workload import Adapter, Zero
-from tests.tiers import sampled
 
 from .measured import workload
 
@@ -19,7 +18,8 @@ def phases(peaks):
     return found
 
 
-@pytest.mark.parametrize("activation", sampled(["selective", "full"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("activation", ["selective", "full"])
 def test_extrapolated_peaks_are_those_of_the_whole_network(activation):
     work = workload("flux", activation=activation, zero=Zero(stage=2))
     work = replace(work, shape=work.shape.with_depths((3, 5)), fake_lora=Adapter(4, work.shape.opened().lora_targets))
