@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dmdr_fast.config import Config
-from dmdr_fast.disk import refusal
+from dmdr_fast.disk import told
 from dmdr_fast.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -276,10 +276,9 @@ def run_user_command(main: Callable[[list[str]], int | None], argv: list[str] | 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        fault = refusal(error)
-        if fault is None and not isinstance(error, UserError):
+        said = told(error)
+        if said is None:
             raise
-        said = f"a file cannot be written ({fault}); free some space" if fault else str(error)
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(said.split())}", file=sys.stderr, flush=True)
         else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+
+from dmdr_fast.errors import UserError
 
 T = TypeVar("T")
 
@@ -29,11 +32,32 @@ def refusal(error: BaseException) -> str | None:
     return os.strerror(code) if file is None else f"{os.strerror(code)}: {file}"
 
 
+def told(error: BaseException) -> str | None:
+    """What a user is told of a mistake, or of a disk that refuses a write; None of other errors."""
+    if isinstance(error, UserError):
+        return str(error)
+    fault = refusal(error)
+    return None if fault is None else f"a file cannot be written ({fault}); free some space"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file aside to write, which then takes the place of ``path``: that is there whole or as it was, whatever ends.
+
+    Where the block raises, the file aside goes.
+    """
+    aside = path.with_suffix(".tmp")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all, whenever the process ends."""
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(content)
-    aside.rename(path)
+    with whole(path) as aside:
+        aside.write_bytes(content)
 
 
 class Writes:

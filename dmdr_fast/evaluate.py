@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from dmdr_fast import placement
 from dmdr_fast.cli import Parser, load, read_value, run_user_command, user_path
 from dmdr_fast.config import Config, Reward, RewardTerm
-from dmdr_fast.disk import refusal, write_whole
+from dmdr_fast.disk import told, write_whole
 from dmdr_fast.errors import UserError
-from dmdr_fast.export import add_source, run_weights, weights_file
+from dmdr_fast.export import add_source, is_run, run_weights, weights_file
 from dmdr_fast.preflight import check_captions, check_names, check_terms, check_writable
 from dmdr_fast.sample import BATCH, prompts_of
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     """Draw what is missing of the images, score them, and write the table. Mistakes exit with 2."""
     options = _parser().parse_args(argv)
     placement.take()
-    subject = _run(options) if (options.source / "config.yaml").is_file() else _pipeline(options)
+    subject = _run(options) if is_run(options, "evaluate") else _pipeline(options)
     _check(options, subject)
     from dmdr_fast.engine import runtime  # torch and deepspeed: after all that can be told without them
     from dmdr_fast.eval.gallery import Gallery
@@ -125,11 +125,6 @@ def _run(options: argparse.Namespace) -> Subject:
 
 def _pipeline(options: argparse.Namespace) -> Subject:
     """A pipeline as it is called; there is no teacher beside it."""
-    index = options.source / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"evaluate: {options.source} is no run (config.yaml) and no pipeline (model_index.json)")
-    if options.step is not None or options.weights is not None:
-        raise UserError(f"evaluate: {options.source} is no run (config.yaml), so --step and --weights name nothing")
     stamps = "".join(sorted(_stamp(file) for file in options.source.rglob("*") if file.is_file()))
     settings = {"pipeline": f"sha256 {hashlib.sha256(stamps.encode()).hexdigest()[:16]} of its files' sizes and times"}
     return Subject(None, ("pipeline",), tuple(_prompts(options)), _rewards(options, Reward()), settings)
@@ -204,10 +199,9 @@ def _together(ranks: Runtime, work: Callable[[], Any]) -> list[Any]:
     try:
         result = work()
     except Exception as error:
-        refused = refusal(error)
-        if refused is None and not isinstance(error, UserError):
+        fault = told(error)
+        if fault is None:
             raise
-        fault = f"a file cannot be written ({refused}); free some space" if refused else str(error)
     found = ranks.gather((result, fault))
     if faults := [fault for _, fault in found if fault]:
         raise UserError(faults[0])

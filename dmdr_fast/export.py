@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,22 @@ def add_source(parser: Parser) -> None:
     source.add_argument(
         "--weights", type=user_path, help=f"Generator: a .safetensors of the run (default: RUN_DIR/{FINAL})."
     )
+
+
+def is_run(options: argparse.Namespace, command: str) -> bool:
+    """Whether the ``source`` of a command is a run, and not a pipeline, which has no checkpoints.
+
+    Raises:
+        UserError: it is neither, or a pipeline of which a checkpoint is asked for.
+    """
+    source = options.source
+    if (source / "config.yaml").is_file():
+        return True
+    if options.step is not None or options.weights is not None:
+        raise UserError(f"{command}: {source} is no run (config.yaml), so --step and --weights name nothing")
+    if not (source / "model_index.json").is_file():
+        raise UserError(f"{command}: {source} is no run (config.yaml) and no pipeline (model_index.json)")
+    return False
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dmdr_fast.cli import Parser, load, run_user_command, user_path
 from dmdr_fast.data.prompts import is_prompt_file, load_prompts
 from dmdr_fast.errors import UserError
-from dmdr_fast.export import add_source, run_weights
+from dmdr_fast.export import add_source, is_run, run_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,15 +34,11 @@ def main(argv: list[str]) -> None:
     add_source(parser)
     options = parser.parse_args(argv)
     prompts = prompts_of(options.prompts)
-    if (options.source / "config.yaml").is_file():
+    if is_run(options, "sample"):
         source = {"weights": options.weights, "step": options.step}
         images = sample_run(options.source, prompts, seed=options.seed, **source)
-    elif options.step is not None or options.weights is not None:
-        raise UserError(f"sample: {options.source} is no run (config.yaml), so --step and --weights name nothing")
-    elif (options.source / "model_index.json").is_file():
-        images = sample_pipeline(options.source, prompts, seed=options.seed)
     else:
-        raise UserError(f"sample: {options.source} is no run (config.yaml) and no pipeline (model_index.json)")
+        images = sample_pipeline(options.source, prompts, seed=options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(grid_png(images))
     print(f"{options.out}: {len(images)} images")
@@ -104,14 +100,14 @@ def grid_png(images: Tensor) -> bytes:
     """Images [N, 3, H, W] in [-1, 1] side by side in a grid as square as it can be, in their order, on white."""
     import torch
 
-    from dmdr_fast.eval.sheets import image_png
+    from dmdr_fast.eval.sheets import image_png, in_8_bits
 
     columns = math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)
     page = torch.ones(rows * columns, *images.shape[1:])
     page[: len(images)] = images
-    page = page.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    return image_png(((page.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
+    page = page.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
+    return image_png(in_8_bits(page.numpy()))
 
 
 def command() -> int:

@@ -1,5 +1,6 @@
 """``phases`` and ``fake.renoise``: what may change with the step, and what a configuration of that step is."""
 
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from dmdr_fast import cli, preflight
 from dmdr_fast.algorithm.schedules import RenoiseLaw
-from dmdr_fast.config.phases import START, Phase, value_of
+from dmdr_fast.config.phases import START, Phase
 from dmdr_fast.engine.identity import differences, other_run, run_settings
 from dmdr_fast.engine.recipe import learning_rates, recipe_of
 from dmdr_fast.engine.runtime import Runtime
@@ -67,8 +68,8 @@ def test_every_key_of_a_phase_is_one_of_the_configuration():
     keys, config = dict(cli.leaves()), parsed()
     for path in set(Phase.model_fields) - {START}:
         assert keys[path].annotation == Phase.model_fields[path].annotation
-        assert Phase.model_validate({START: 1, path: value_of(config, path)}).overrides == {
-            path: value_of(config, path)
+        assert Phase.model_validate({START: 1, path: attrgetter(path)(config)}).overrides == {
+            path: attrgetter(path)(config)
         }
 
 

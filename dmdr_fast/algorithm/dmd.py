@@ -110,9 +110,8 @@ def dmd_leaf_gradient(
         scores = scores_at(score, x_t, renoising.t, cond, uncond, real_scale=real_scale)
         g, _, loss = dmd_gradient(x0, x_t, scores, *path.alpha_sigma(renoising.t), options, guidance)
     else:
-        at = (renoising, ca)
         g = decoupled_gradient(
-            x0, *at, cond, uncond, score, options, real_scale=real_scale, path=path, guidance=guidance
+            x0, renoising, ca, cond, uncond, score, options, real_scale=real_scale, path=path, guidance=guidance
         )
         loss = 0.5 * g.square().mean()
     return g * (1.0 / x0.numel() if options.reduction == "mean" else 2.0 / x0.shape[0]), loss

@@ -86,9 +86,9 @@ class Recipe:
 
     prediction: what generator, fake and real score predict on ``path``. eta: how much of the noise of the student's
     steps is fresh, see ``rollout.next_input``. fake_renoise: the law of the fake updates' times; None: ``renoise``,
-    that of the score pass. rollout_reuse: fake updates in a row that train on one rollout, renoised
-    anew. stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. tilt: how rewards reach the generator
-    in the cold start, by a method that acts on x0 alone, ``step.leaf_gradient``. method: how they do once it has ended.
+    that of the score pass. rollout_reuse: fake updates in a row that train on one rollout, renoised anew.
+    stop_step_per: "micro_step" or "rank", see ``simulation.stop_places``. tilt: how rewards reach the generator in the
+    cold start, by a method that acts on x0 alone, ``step.leaf_gradient``. method: how they do once it has ended.
     regularizer: what then holds it near the teacher, the DMD gradient (``dm``: without guidance), a KL to the reference
     or nothing; kl_weight: that of the KL, which comes on top of ``dmd`` and ``dm``. saturation: |x0| beyond which a
     value counts as saturated. more_shapes: latents of other sizes than ``latent_shape``, see ``sizes``.

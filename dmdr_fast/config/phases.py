@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
@@ -99,18 +100,10 @@ def _with(section: Any, path: str, value: Any) -> Any:
     return section.model_copy(update={head: _with(getattr(section, head), rest, value) if rest else value})
 
 
-def value_of(config: Config, path: str) -> Any:
-    """The value of a key by its dotted path."""
-    found: Any = config
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
-
-
 def changes(config: Config, phase: _Overrides) -> list[str]:
     """What begins with a phase: "teacher.cfg_scale 4.5 -> 3.0" each."""
     before = at(config, phase.start - 1)
-    return [f"{path} {_word(value_of(before, path))} -> {_word(value)}" for path, value in phase.overrides.items()]
+    return [f"{path} {_word(attrgetter(path)(before))} -> {_word(value)}" for path, value in phase.overrides.items()]
 
 
 def _word(value: Any) -> str:
@@ -136,7 +129,7 @@ def phase_problems(config: Config) -> Iterator[str]:
         if phase.overrides.get("reward.weight") == "auto":
             yield f"{here}.reward.weight: auto is found once, as RL starts; set a number here"
         for role in ("generator", "fake"):
-            rates = value_of(at(config, phase.start), f"optimizer.{role}")
+            rates = getattr(at(config, phase.start).optimizer, role)
             lr = f"optimizer.{role}.lr"
             if lr in phase.overrides and phase.start >= train.cold_start_steps and rates.rl_lr is not None:
                 yield f"{here}.{lr}: after the cold start optimizer.{role}.rl_lr ({rates.rl_lr:g}) holds; set that"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     batch"; "data.prompts (content)" and "optimizer (deepspeed.config)", where there are such files.
     """
     values = config.model_dump(mode="json")
-    noted = {path: _value(values, path) for path, _ in leaves()}
+    noted: dict[str, Any] = {path: reduce(getitem, path.split("."), values) for path, _ in leaves()}
     origin = config.teacher.weights or config.teacher.pipeline or "trained on " + str(config.teacher.train.data)
     noted["teacher"] = f"{origin} (sha256 {content_hash(model.teacher_files(), ranks)[:16]})"
     noted["ranks"] = ranks.world_size
@@ -99,12 +101,6 @@ def _is_identity(name: str, now: dict[str, Any]) -> bool:
     unused += ("student.eta",) if now["student.sampler"] != "cps" else ()
     unused += ("student.lora.targets", "student.lora.scale") if not now["student.lora.rank"] else ()
     return name in ("teacher", "optimizer (deepspeed.config)") or (_below(name, IDENTITY) and not _below(name, unused))
-
-
-def _value(values: Any, path: str) -> Any:
-    for name in path.split("."):
-        values = values[name]
-    return values
 
 
 def _below(name: str, sections: tuple[str, ...]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dmdr_fast.disk import write_whole
 from dmdr_fast.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -158,9 +158,7 @@ def _drop_records_from(path: Path, start_step: int) -> dict:
             torn += 1
     if torn:
         log.warning("%s: %d unreadable line(s) dropped, left by a write that was cut off", path, torn)
-    aside = path.with_name(path.name + ".new")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    write_whole(path, "".join(kept).encode())
     return last
 
 

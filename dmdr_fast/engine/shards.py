@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dmdr_fast.disk import whole
 from dmdr_fast.engine.roles import AdapterRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.models.families import Denoiser
@@ -104,13 +105,9 @@ def save_generator(
         elif role.adapter is not None:
             metadata = {"lora_scale": repr(role.lora_scale)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
         named = {name.removeprefix(Denoiser.prefix): weights[name].to(dtype).contiguous() for name in sorted(weights)}
-        try:
+        with whole(path) as aside:
             save_file(named, aside, metadata=metadata)
-            aside.rename(path)
-        finally:
-            aside.unlink(missing_ok=True)
     runtime.barrier()
 
 

@@ -270,11 +270,10 @@ class Run:
     def _begin_update(self) -> None:
         """What changes with the step: the phases, the cold start's end, the reference, the learning rates."""
         self._snapshot_cold_start()
-        changes = self.config.switches.get(self.step)
-        if changes is not None:
+        if any(phase.start == self.step for phase in self.config.phases):
             self.now = self.config.at(self.step)
             self.recipe = recipe_of(self.now, self.model)
-            self.ranks.say(f"phase at step {self.step}: {', '.join(changes)}")
+            self.ranks.say(f"phase at step {self.step}: {', '.join(self.config.switches[self.step])}")
         if self.roles.frozen_reference is not None and self.step >= self.config.train.cold_start_steps:
             self.roles.frozen_reference.load(self._cold_start_weights)
         optimizer, train = self.now.optimizer, self.now.train

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmdr_fast.disk import write_whole
+from dmdr_fast.disk import whole, write_whole
 from dmdr_fast.errors import UserError
+from dmdr_fast.eval.sheets import in_8_bits
 
 SLUG = 50  # characters of a prompt in a file's name
 SETTINGS, SCORES = "settings.json", "scores.jsonl"
@@ -93,9 +94,8 @@ class Gallery:
     def draw(self, model: str, part: Part, images: Tensor) -> None:
         """Write the images [B, 1 or 3, H, W] in [-1, 1] of a part."""
         (self.folder / model).mkdir(parents=True, exist_ok=True)
-        pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for file, image in zip(self.files(model, part), pixels, strict=True):
-            buffer = io.BytesIO()
+        for file, latent in zip(self.files(model, part), images.float().cpu().numpy(), strict=True):
+            image, buffer = in_8_bits(latent), io.BytesIO()
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
             write_whole(file, buffer.getvalue())
 
@@ -119,15 +119,17 @@ class Gallery:
         That suite takes its inception score over 5,000 samples in a row, which must hold every class.
         """
         files, path = self.all_files(model), self.folder / f"{model}.npz"
-        aside = path.with_suffix(".tmp")
         height, width = self.size(model)
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
         member = zipfile.ZipInfo("arr_0.npy")  # without the time of day
-        with zipfile.ZipFile(aside, "w") as archive, archive.open(member, "w", force_zip64=True) as array:
+        with (
+            whole(path) as aside,
+            zipfile.ZipFile(aside, "w") as archive,
+            archive.open(member, "w", force_zip64=True) as array,
+        ):
             np.lib.format.write_array_header_1_0(array, header)
             for file in files:
                 array.write(np.broadcast_to(_pixels(file), (height, width, 3)).tobytes())
-        aside.rename(path)
         return path
 
     # Scores

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from dmdr_fast.disk import write_whole
 from dmdr_fast.errors import UserError
 from dmdr_fast.eval import figures
 from dmdr_fast.eval.sheets import data_uri, image_uri, rows_of, sample_order, sheet
@@ -164,12 +165,7 @@ def write_report(run_dir: str | Path) -> Path:
         config=run.config_text,
     )
     path = run.directory / "report.html"
-    aside = path.with_suffix(".tmp")  # a torn report would pass for one
-    try:
-        aside.write_text(html, encoding="utf-8")
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, html.encode())  # a torn report would pass for one
     return path
 
 

@@ -66,8 +66,13 @@ def _placed(samples: np.ndarray, order: np.ndarray, least: int, most: int, below
     return page
 
 
+def in_8_bits(image: np.ndarray) -> np.ndarray:
+    """[C, H, W] in [-1, 1] as uint8 [H, W, C]."""
+    return np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
+
+
 def _cell(image: np.ndarray, least: int, most: int) -> np.ndarray:
-    pixels = np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
+    pixels = in_8_bits(image)
     longest = max(pixels.shape[:2])
     if longest > most:
         size = [max(1, side * most // longest) for side in pixels.shape[1::-1]]
