@@ -65,34 +65,34 @@ def test_what_it_quotes_is_in_the_files():
     assert len(quoted) == 2 and all(re.sub(r"\s+", "", block) in squeezed for block in quoted)
 
 
-TOY = """
+NUDGE = """
 import sys
 from dataclasses import dataclass
 from dmdr_fast.algorithm.rl.method import Method, option
 from dmdr_fast.algorithm.rl.methods import METHODS
 
 @dataclass(frozen=True)
-class Toy(Method):
-    name = "toy"
+class Nudge(Method):
+    name = "nudge"
     uses_reward = True
     strength: float = option(1.0, "How hard it pulls.", gt=0)
     group_size: int = option(2, "Samples that are compared.", gt=0)
 
-METHODS["toy"] = Toy
+METHODS["nudge"] = Nudge
 from dmdr_fast import cli, preflight
 from dmdr_fast.errors import UserError
 
-config = cli.parse(["--rl.method", "toy", "--rl.toy.strength", "2"])[0]
-assert config.rl.chosen == Toy(2.0, 2), config.rl.chosen
+config = cli.parse(["--rl.method", "nudge", "--rl.nudge.strength", "2"])[0]
+assert config.rl.chosen == Nudge(2.0, 2), config.rl.chosen
 shown = cli.build_parser().format_help()
 assert "How hard it pulls. (float > 0; default 1.0)" in " ".join(shown.split()), shown
-for words in (["--rl.toy.strength", "0"], ["--rl.toy.group_size", "1"], ["--rl.toy.strenght", "2"]):
+for words in (["--rl.nudge.strength", "0"], ["--rl.nudge.group_size", "1"], ["--rl.nudge.strenght", "2"]):
     try:
-        cli.parse(["--rl.method", "toy", *words])
+        cli.parse(["--rl.method", "nudge", *words])
     except UserError as error:
         print(error)
 try:
-    preflight._check_groups(cli.parse(["--rl.method", "toy", "--train.micro_batch_size", "3"])[0])
+    preflight._check_groups(cli.parse(["--rl.method", "nudge", "--train.micro_batch_size", "3"])[0])
 except UserError as error:
     print(error)
 assert "torch" not in sys.modules
@@ -100,13 +100,13 @@ assert "torch" not in sys.modules
 
 
 def test_a_method_of_one_s_own_is_configured_and_checked():
-    done = subprocess.run([sys.executable, "-c", TOY], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", NUDGE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     strength, group, unknown, batch = done.stdout.splitlines()
-    assert strength == "rl.toy.strength: expected float > 0; got 0"
-    assert group == "rl.toy.group_size: 1 leaves nothing to compare; set it to 2 or more"
-    assert "rl.toy.strenght: unknown key" in unknown and "did you mean rl.toy.strength?" in unknown
-    assert batch.startswith("rl.toy.group_size: 2 does not divide the global batch of 3")
+    assert strength == "rl.nudge.strength: expected float > 0; got 0"
+    assert group == "rl.nudge.group_size: 1 leaves nothing to compare; set it to 2 or more"
+    assert "rl.nudge.strenght: unknown key" in unknown and "did you mean rl.nudge.strength?" in unknown
+    assert batch.startswith("rl.nudge.group_size: 2 does not divide the global batch of 3")
 
 
 @dataclass(frozen=True)
