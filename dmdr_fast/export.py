@@ -1,4 +1,4 @@
-"""A finished run as a diffusers pipeline: ``dmdr-export RUN_DIR OUT``."""
+"""The generator of a run as a diffusers pipeline: ``dmdr-export RUN_DIR OUT``."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ class DMDOptions:
 
     cfg_mode, token: of :func:`dmdr_fast.algorithm.guidance.guide`. ca: decoupled DMD where it is given.
 
-    reduction: ``mean`` is loss = 1/2 mean g^2 (gradient g / numel, every public DMD trainer but one); ``sum`` is
-    rCM's loss = sum g^2 per sample, averaged over the batch (gradient 2 g / B).
+    reduction: ``mean`` is loss = 1/2 mean g^2 (gradient g / numel, that of all trainers in docs/drop-in.md but
+    one); ``sum`` is rCM's loss = sum g^2 per sample, averaged over the batch (gradient 2 g / B).
     """
 
     cfg_scale: float = 1.0
@@ -63,7 +63,7 @@ class DMDOptions:
         return self.cfg_scale != (0.0 if self.cfg_mode == "offset" else 1.0)
 
     def guided_scale(self, guidance: Tensor | None) -> Tensor | float:
-        """The CFG scale, fp32 [B] where a factor per sample weighs the guidance part."""
+        """The CFG scale, fp32 [B] where a factor per sample weights the guidance part."""
         if guidance is None:
             return self.cfg_scale
         return self.cfg_scale * guidance if self.cfg_mode == "offset" else 1.0 + (self.cfg_scale - 1.0) * guidance

@@ -58,8 +58,9 @@ class Schedule:
     def fresh_passes(self) -> Passes:
         """Those of :meth:`passes` that find no weights left from the pass before, where a network is small enough.
 
-        Its weights are let go at the end of a backward pass: the generator's rollouts all find them but the first, and
-        so does the graded pass that follows. The teacher by itself has no backward pass and lets go every time.
+        A network's weights are released at the end of a backward pass: all rollouts of the generator but the first
+        find them, and so does the graded pass that follows. A teacher by itself has no backward pass: its weights are
+        released after every pass.
         """
         micro, every = self.accumulation, self.fake_updates * self.accumulation
         rolled = self.rollouts * micro

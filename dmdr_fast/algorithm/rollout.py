@@ -94,7 +94,7 @@ def next_input(
     """x_{t'} = alpha' x0 + sigma' n', n' = cos(eta pi / 2) n_hat + sin(eta pi / 2) n, n_hat = (x_t - alpha x0) / sigma.
 
     eta 1 is fresh noise n alone (the sampler ``renoise``); eta 0 the noise n_hat that is in x_t, which on the flow path
-    is the Euler step x_t + (t' - t) v (``ode``); between them is coefficient-preserving sampling (``cps``, Flow-CPS,
+    is the Euler step x_t + (t' - t) v (``ode``); between them is coefficients-preserving sampling (``cps``, Flow-CPS,
     arXiv 2509.05952).
 
     x, x0 [B, ...]; ``fresh()`` draws n, x0's shape, and is called where eta is above 0.

@@ -20,7 +20,7 @@ def cosine_decay(step: int, dynamic_step: int) -> float:
 
 
 def real_score_lora_scale(step: int, *, initial: float, dynamic_step: int) -> float:
-    """DynaDG: the scale s_r(step) = s_r0 * c(step) at which the real score wears the fake score's LoRA.
+    """DynaDG: the scale s_r(step) = s_r0 * c(step) of the fake score's LoRA in the real score.
 
     Source: DMDR (arXiv 2511.13649), dynamic distribution guidance, as in its SiT reference (s_r0 = 0.75).
     """

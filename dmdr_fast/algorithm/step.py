@@ -155,7 +155,7 @@ def leaf_gradient(update: Update, sample: Simulated, x0: Tensor, guidance: Tenso
 
 
 def dmd_part(update: Update, sample: Simulated, x0: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """d(DMD loss)/d(x0) and the loss. ``guidance`` fp32 [B] weighs the teacher's guidance sample by sample."""
+    """d(DMD loss)/d(x0) and the loss. ``guidance`` fp32 [B] weights the teacher's guidance sample by sample."""
     recipe, streams, shard, batch = update.recipe, update.streams, sample.shard, sample.batch
     draw: dict[str, Any] = {"step": update.step, "shard": shard, "device": x0.device}
 

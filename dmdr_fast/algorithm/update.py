@@ -1,4 +1,4 @@
-"""One update in the making: what all of its parts read, in one object."""
+"""One update: what all of its parts read, in one object."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Config(Section):
     rl: RL = key(RL(), "Reinforcement learning.")
     monitors: Monitors = key(Monitors(), "Collapse monitors.")
     rollout: Rollout = key(Rollout(), "Rollouts.")
-    memory: Memory = key(Memory(), "Memory levers.")
+    memory: Memory = key(Memory(), "Memory options.")
     compute: Compute = key(Compute(), "Compute path.")
     optimizer: Optimizer = key(Optimizer(), "Optimizers.")
     deepspeed: DeepSpeed = key(DeepSpeed(), "DeepSpeed.")

@@ -8,7 +8,7 @@ from dmdr_fast.config.base import Count, Fraction, NonNegative, Number, Positive
 
 
 class DynaDG(Section):
-    """Dynamic distribution guidance: the real score wears the fake score's LoRA, less and less. shared_score only."""
+    """DynaDG: the real score has the fake score's LoRA, at a falling scale. Off with ``sharing: separate``."""
 
     fake_scale: NonNegative = key(2.0, "s_f, LoRA scale of the fake score.")
     real_scale: NonNegative = key(0.75, "s_r0, LoRA scale of the real score at step 0; 0 turns DynaDG off.")
@@ -48,13 +48,15 @@ class CA(Section):
 
 
 class DMD(Section):
-    """The DMD gradient; the table in docs names the value each public code base uses."""
+    """The DMD gradient; docs/drop-in.md has the values of other code bases."""
 
     normalizer: Literal["per_sample", "global", "none"] = key("per_sample", "Over what mean|x0 - x0_real| is taken.")
     eps: NonNegative = key(1e-8, "Added to the normaliser, or its lower bound.")
     eps_mode: Literal["add", "clamp", "none"] = key("add", "What eps does.")
     nan_policy: Literal["keep", "zero", "torch", "zero_sample"] = key(
-        "keep", "Non-finite elements of g: keep lets the update be skipped; zero hides them; torch is nan_to_num."
+        "keep",
+        "Non-finite elements of g: keep lets the update be skipped; zero hides them; torch is nan_to_num; zero_sample: "
+        "such samples get no gradient.",
     )
     score_dtype: Literal["compute", "fp16", "fp32"] = key(
         "compute",

@@ -1,4 +1,4 @@
-"""Memory levers: what is kept, where, and in how many bits."""
+"""Memory options: what is kept, where, and in how many bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dmdr_fast.config.base import Section, key
 
 
 class Memory(Section):
-    """Levers that trade time for memory; none of them changes what is computed, unless it says so."""
+    """Options that trade time for memory; none of them changes what is computed, unless it says so."""
 
     activation: Literal["none", "selective", "full", "offload"] = key(
         "none",

@@ -109,7 +109,7 @@ def _with_methods(base: type[Section]) -> type[Section]:
     graded = ", ".join(name for name, method in METHODS.items() if method.needs_gradient)
     scored = ", ".join(name for name, method in METHODS.items() if method.uses_reward and not method.needs_gradient)
     keys: dict[str, Any] = {
-        "method": (Literal[tuple(METHODS)], key("refl", f"{graded} needs differentiable rewards; {scored} do not."))
+        "method": (Literal[tuple(METHODS)], key("refl", f"{graded} need differentiable rewards; {scored} do not."))
     }
     tilts = tuple(name for name, method in METHODS.items() if method.needs_rollout or not method.uses_reward)
     tilt_method: Any = (Literal[tilts], key("none", "How the reward acts: refl, with the options of rl.refl, or none."))

@@ -32,7 +32,9 @@ class AdamW(Section):
         "Updates of this role over which the learning rate rises linearly from 0, constant after; the fake score's "
         "train.fake_updates per generator update count one by one.",
     )
-    decay: Fraction = key(0.0, "Last share of each phase in which the learning rate falls linearly to a tenth.")
+    decay: Fraction = key(
+        0.0, "Last share of the cold start, and of the updates after it, in which the rate falls linearly to a tenth."
+    )
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "Moment decays.")
     weight_decay: NonNegative = key(0.0, "Decoupled weight decay.")
     eps: PositiveFloat = key(1e-8, "Denominator term.")
@@ -85,7 +87,7 @@ class Log(Section):
 
 
 class Evaluation(Section):
-    """The honest table at the end: metrics.json."""
+    """The evaluations: at the end metrics.json, while training evaluations.jsonl."""
 
     samples: Count = key(2000, "Samples per row; 0: no evaluation.")
     every: Count = key(

@@ -1,4 +1,4 @@
-"""The honest table: teacher at many steps and at N, generator after the cold start and at the end, same noise.
+"""The evaluation's table: teacher at many steps and at N, generator after the cold start and at the end, same noise.
 
 While training, the generator's row alone, with a sheet of its samples: no forward is made for the sheet.
 """

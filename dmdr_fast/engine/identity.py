@@ -83,7 +83,7 @@ def other_run(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The other keys that differ: "optimizer.generator.lr 2e-06 -> 1e-06" each. A key that is new had no say before."""
+    """The other keys that differ: "optimizer.generator.lr 2e-06 -> 1e-06" each, of those that both starts have."""
     return [
         f"{name} {json.dumps(before[name])} -> {json.dumps(now[name])}"
         for name in sorted(before.keys() & now.keys())

@@ -28,7 +28,7 @@ from dmdr_fast.ops.dmd import Prediction
 
 
 def check_levers(config: Config, device: torch.device) -> None:
-    """Raise a UserError where a lever cannot work on ``device``: before any weights are read."""
+    """Raise a UserError where an option cannot work on ``device``: before any weights are read."""
     check_device(config.optimizer.kind, device)
     if config.deepspeed.dtype == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError(f"deepspeed.dtype: fp16 does not train on this {device.type}; use bf16 or fp32")

@@ -73,7 +73,7 @@ class Roles:
     teacher: Network  # the plain teacher, without LoRA
     trained_parameters: dict[str, int]
     total_parameters: dict[str, int]
-    notes: tuple[str, ...] = ()  # what the memory levers took, and why
+    notes: tuple[str, ...] = ()  # what the memory and compute options did, and why
     graphs: Graphs | None = None  # of ``compute.cuda_graphs``
 
     @property
@@ -163,7 +163,7 @@ def _engines(
 def _shared_all(
     config: Config, model: Model, conditions: Conditions, ranks: Runtime, lora_seed: int, starts: Mapping[str, Start]
 ) -> Roles:
-    """``shared_all``: one frozen base; generator, fake score and teacher differ in the adapters that they wear.
+    """``shared_all``: one frozen base; generator, fake score and teacher differ in the adapters that act.
 
     The adapters are kept out of the base's own parameters: ZeRO-3 partitions the base alone. The base has no
     optimizer, so the module is called, not DeepSpeed's engine, which refuses a backward pass from there.

@@ -70,9 +70,9 @@ def learning_rates(
 ) -> list[float]:
     """The learning rates of a role's ``updates`` optimizer steps within a generator step.
 
-    Constant, then linear to a tenth over ``decay`` of the phase; times (k + 1) / ``warmup_steps``, at most 1, at the
-    role's own step k, counted from the run's start: ``before`` of them, ``updates`` per generator step unless given. A
-    function of counters, so a resumed run has the same.
+    Constant, then linear to a tenth over the last share ``decay`` of the cold start, or of the updates after it; times
+    (k + 1) / ``warmup_steps``, at most 1, at the role's own step k, counted from the run's start: ``before`` of them,
+    ``updates`` per generator step unless given. A function of counters, so a resumed run has the same.
     """
     rl = step >= cold_start_steps
     start, end = (cold_start_steps, generator_steps) if rl else (0, cold_start_steps)

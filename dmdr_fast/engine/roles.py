@@ -108,7 +108,7 @@ class _Trained(Role):
 class TrainedRole(_Trained):
     """A role with an engine behind it (``dmdr_fast.algorithm.recipe.Trained``).
 
-    A LoRA role passes its adapter: the graded forward wears it at ``lora_scale``.
+    A LoRA role passes its adapter, which acts in the graded forward at ``lora_scale``.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class RunningScale:
         self._pending += torch.stack([finite.sum(), values.sum(), (values * values).sum()])
 
     def factor(self) -> Tensor:
-        """1 / (sigma + 1e-6), fp32 0-d; 0 until an update has ended, so that an unmeasured reward pulls nowhere."""
+        """1 / (sigma + 1e-6), fp32 0-d; 0 until an update has ended: no effect while the spread is unknown."""
         weight, mean, square = self._state
         known = weight > 0
         per_weight = 1 / torch.where(known, weight, 1.0)

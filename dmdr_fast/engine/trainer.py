@@ -404,7 +404,7 @@ class Run:
         errors = self.ranks.gather(None if self.rewards is None else self.rewards.first_error())
         error = next((str(e) for e in errors if e is not None), None)
         if error is not None:
-            self._end(error, "mend the reward and go on with --resume auto")
+            self._end(error, "fix the reward and go on with --resume auto")
 
     def _end(self, reason: str, remedy: str) -> NoReturn:
         try:

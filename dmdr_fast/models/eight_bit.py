@@ -50,7 +50,7 @@ class Int8Product(torch.autograd.Function):
 
 
 class Int8Linear(LoraLinear):
-    """A frozen ``nn.Linear`` whose ``weight`` is int8 [out, in] beside ``weight_scale`` [out, 1]; may wear adapters.
+    """A frozen ``nn.Linear`` whose ``weight`` is int8 [out, in] beside ``weight_scale`` [out, 1]; it may have adapters.
 
     x [..., in] of the scale's dtype -> [..., out], that dtype.
     """

@@ -1,4 +1,4 @@
-"""A trained generator out of the trainer: a diffusers pipeline folder that needs no word about few steps."""
+"""A trained generator out of the trainer: a diffusers pipeline folder that samples in few steps by itself."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
     """Let ``model`` keep what ``mode`` says in its graded forwards from now on; others are not touched.
 
     Gradients are the same in every mode, those of LoRA adapters too (``dmdr_fast.models.lora``): the recomputation
-    wears the scales of its forward. Call it before or after ``add_lora`` and ``patch``, on the module that the adapters
+    uses the scales of its forward. Call it before or after ``add_lora`` and ``patch``, on the module that the adapters
     are added to: it may be the model with the blocks, or one around it. torch.compile traces none, selective and full
     in one graph; offload breaks it at every block.
 
@@ -120,7 +120,7 @@ def _kept_products() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def _selective_contexts(model: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The recomputation finds the kept outputs, and wears the adapters' scales of the forward."""
+    """The recomputation finds the kept outputs, and uses the adapters' scales of the forward."""
     keep, find = _kept_products()
     return keep, _Both(recompute_contexts(model)[1], find)
 

@@ -17,8 +17,9 @@ class Replaced:
 
     Attributes:
         op: name in ``dmdr_fast.ops``.
-        module: path in the model: the norm that is computed (``layer_norm_modulate`` and
-            ``gated_residual_layer_norm_modulate``), the branch whose output is gated (``gated_residual``),
+        module: path in the model: the norm that is computed (``layer_norm_modulate``, ``rms_norm_scale``,
+            ``gated_residual_layer_norm_modulate`` and ``gated_residual_rms_norm``), the branch whose output is gated
+            (``gated_residual``; in Z-Image's blocks the norm after it),
             the attention (``qk_norm_rope``) or the feed-forward layer (``gelu_mul``, ``silu_mul``).
     """
 

@@ -180,7 +180,7 @@ def _plan(work: Any, config: Any, options: argparse.Namespace) -> int:
         return 0
     found = cheapest_change(plan)
     if found is None:
-        print("no three of the levers together make it fit: more GPUs, a smaller model or a lower resolution would")
+        print("no three of the changes together make it fit: more GPUs, a smaller model or a lower resolution would")
     else:
         keys, better = found
         print(

@@ -18,7 +18,7 @@ FEWER: dict[Activation, tuple[Activation, ...]] = {
 
 @dataclass(frozen=True)
 class Change:
-    """One lever: the keys to set, and the workload with it. ``price`` orders changes that cost the same time.
+    """One change: the keys to set, and the workload with it. ``price`` orders changes that cost the same time.
 
     0: nothing but time. 1: rounding (8 bits). 2: what is trained, or the samples of an update.
     """
@@ -29,7 +29,7 @@ class Change:
 
 
 def changes(work: Workload) -> Iterator[Change]:
-    """Every single lever that takes less memory than ``work`` does now."""
+    """Every single change that takes less memory than ``work`` does now."""
     compiled = work.blocks == "compiled"
     if compiled and work.activation in ("none", "selective") and work.shape.opened().fused:
         keys = "compute.blocks: fused, memory.activation: selective"
@@ -75,7 +75,7 @@ def _reward_changes(work: Workload) -> Iterator[Change]:
 
 
 def _other_runs(work: Workload) -> Iterator[Change]:
-    """Levers that train something else."""
+    """Changes that train something else."""
     lora = work.fake_lora or Adapter(32, work.shape.opened().lora_targets)
     if work.sharing == "separate":
         yield Change("sharing: shared_score", replace(work, sharing="shared_score", fake_lora=lora), 2)
@@ -91,12 +91,12 @@ def fits(work: Workload, hardware: Hardware) -> bool:
 
 
 def cheapest_change(plan: Plan, most: int = 3) -> tuple[tuple[str, ...], Plan] | None:
-    """The keys to set, and the plan with them; None where no ``most`` levers together are enough.
+    """The keys to set, and the plan with them; None where no ``most`` changes together are enough.
 
-    Rather time than rounding, rather rounding than another run; then fewest levers, then the shortest update.
+    Rather time than rounding, rather rounding than another run; then fewest changes, then the shortest update.
     """
     for price in (1, 2):
-        if not fits(_all_levers(plan.work, price), plan.hardware):
+        if not fits(_all_changes(plan.work, price), plan.hardware):
             continue
         for count in range(1, most + 1):
             found = [
@@ -117,8 +117,8 @@ def _shortest(found: list[tuple[Change, ...]], hardware: Hardware) -> tuple[tupl
     return tuple(change.keys for change in combined), best
 
 
-def _all_levers(work: Workload, price: int) -> Workload:
-    """Every lever up to ``price`` at once: what does not fit then fits with none of them."""
+def _all_changes(work: Workload, price: int) -> Workload:
+    """Every change up to ``price`` at once: what does not fit then fits with none of them."""
     while True:
         possible = [c for c in changes(work) if c.price <= price]
         # Recomputing the whole decoder may take more.
@@ -129,7 +129,7 @@ def _all_levers(work: Workload, price: int) -> Workload:
 
 
 def _combined(work: Workload, count: int, price: int) -> Iterator[tuple[Change, ...]]:
-    """Sequences of ``count`` different levers up to ``price``, each applied to the result of the ones before."""
+    """Sequences of ``count`` different changes up to ``price``, each applied to the result of the ones before."""
     for names in combinations([change.keys for change in changes(work) if change.price <= price], count):
         done: list[Change] = []
         for name in names:

@@ -74,7 +74,7 @@ def _aliases(func) -> bool:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Python's cycle collector rests: what only it would free counts as alive, and the peak is the same every time."""
+    """Python's cycle collector is off: what only it would free counts as alive, and the peak is the same every time."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

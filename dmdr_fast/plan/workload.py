@@ -14,7 +14,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA: its rank and the suffixes of the layers that wear it."""
+    """A LoRA: its rank and the suffixes of the layers that have it."""
 
     rank: int
     targets: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""ImageReward: BLIP, reading the prompt with an eye on the image, fitted to human preferences."""
+"""ImageReward: BLIP, which reads the prompt with the image, fitted to human preferences."""
 
 from __future__ import annotations
 

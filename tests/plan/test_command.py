@@ -41,7 +41,7 @@ def test_the_answer_for_a_recipe(capsys):
     assert "(by convolutions 198, half of it in fp32: assumed, not measured)" in said
     assert main(["--config", str(CONFIGS / "sit_xl_256.yaml"), "--gpu-memory", "2.6"]) == 1
     said = capsys.readouterr().out
-    assert "DOES NOT FIT" in said and "no three of the levers" in said
+    assert "DOES NOT FIT" in said and "no three of the changes" in said
 
 
 def test_the_configuration_reaches_the_workload():

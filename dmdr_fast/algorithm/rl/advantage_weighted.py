@@ -1,4 +1,4 @@
-"""GRPO's second form: advantages weigh the teacher's guidance in the DMD gradient, and no policy loss is taken."""
+"""GRPO's second form: advantages weight the teacher's guidance in the DMD gradient, and no policy loss is taken."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class AdvantageWeightedDMD(GRPOOptions):
         yield from super().problems(setting)
         if setting.regularizer != "dmd":
             yield (
-                "rl.grpo.mode: advantage_weighted_dmd weighs the DMD gradient; set rl.regularizer to dmd, or the mode "
+                "rl.grpo.mode: advantage_weighted_dmd weights the DMD gradient; set rl.regularizer to dmd, or the mode "
                 "to policy"
             )
         if not setting.uses_cfg:
             scale = "null" if setting.cfg_scale is None else f"{setting.cfg_scale:g}"
             yield (
                 f"teacher.cfg_scale: {scale} is no guidance, so rl.grpo.mode advantage_weighted_dmd has nothing to "
-                "weigh; raise it, or set the mode to policy"
+                "weight; raise it, or set the mode to policy"
             )
 
     def guidance(self, update: Update, samples: Sequence[Simulated]) -> tuple[Sequence[Tensor | None], Metrics]:

@@ -57,10 +57,10 @@ def guidance(method: GRPOOptions, update: Update, samples: Sequence[Simulated]) 
 def guidance_weights(advantage: Tensor, kept: Tensor, options: GRPOOptions, weight: float) -> Tensor:
     """``advantage_weighted_dmd``: the factor f_b = max(0, 1 + weight clip(A_b, -adv_clip, adv_clip)), [B].
 
-    f weighs the guidance part of the DMD gradient, (w - 1)(cond - uncond), and leaves the rest, cond - fake, which
+    f weights the guidance part of the DMD gradient, (w - 1)(cond - uncond), and leaves the rest, cond - fake, which
     keeps the generator on the teacher's distribution: for a sample that beats its group the teacher is guided more,
     for one that lost less, down to none. That is a guidance scale per sample: 1 + (w - 1) f_b in ``standard`` mode,
-    w f_b in ``offset`` mode. Without guidance there is nothing to weigh. A sample that is not ``kept`` has f = 1.
+    w f_b in ``offset`` mode. Without guidance there is nothing to weight. A sample that is not ``kept`` has f = 1.
     """
     clipped = torch.where(kept, advantage, 0.0).clamp(-options.adv_clip, options.adv_clip)
     return (1.0 + weight * clipped).clamp_min(0.0)

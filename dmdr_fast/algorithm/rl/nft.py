@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NFT(Grouped):
-    """NFT: forward-process RL, advantages weigh a denoising loss of the generator's own samples."""
+    """NFT: forward-process RL, advantages weight a denoising loss of the generator's own samples."""
 
     name = "nft"
 

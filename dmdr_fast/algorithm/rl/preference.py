@@ -87,9 +87,9 @@ def collect(method: DPO, update: Update) -> Preferences:
 def pair_share(pairs: int, shard: Shard, device: torch.device) -> tuple[Shard, Tensor]:
     """Which of ``pairs`` pairs share number ``shard.start / shard.size`` of the global batch trains on, with weights.
 
-    Shares have one size on all ranks; where the pairs do not divide evenly, shares overlap and a pair that another
-    share has already weighs 0. The rest is scaled so that the average over shares of mean(weight * loss) is the mean
-    loss of all pairs.
+    Shares have one size on all ranks; where the pairs do not divide evenly, shares overlap and a pair that is in
+    another share already has weight 0. The other weights are such that the average over shares of mean(weight * loss)
+    is the mean loss of all pairs.
     """
     shares = shard.total // shard.size
     size = -(-pairs // shares)

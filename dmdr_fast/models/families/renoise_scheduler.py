@@ -19,7 +19,7 @@ class RenoiseScheduler(FlowMatchEulerDiscreteScheduler):
     """x_{t'} = (1 - t') x0 + t' noise with x0 = x_t - t v, on the times of its config; the last step gives x0.
 
     noise = cos(eta pi / 2) n_hat + sin(eta pi / 2) n, n fresh, n_hat = x0 + v the noise that is in x_t: fresh noise
-    alone at eta 1, the Euler step x_t + (t' - t) v at eta 0, coefficient-preserving sampling between them.
+    alone at eta 1, the Euler step x_t + (t' - t) v at eta 0, coefficients-preserving sampling between them.
 
     ``times``, where its config has them, are the sigmas, whatever a pipeline asks for; the others follow from a shift.
 
