@@ -1,9 +1,8 @@
 """Which attention kernel a model runs: torch's own, or FlashAttention where it is installed and fits.
 
 ``sdpa`` is torch's scaled_dot_product_attention, which picks among its own kernels: FlashAttention 2 first on CUDA.
-``cudnn`` is the same function with cuDNN's kernel first: on Hopper faster than FlashAttention 2, by public
-measurements (arXiv 2407.08608), which we have not repeated. Every model calls that function or can be made to, so
-every model can take it.
+``cudnn`` is the same function with cuDNN's kernel first, which others measured to be faster on Hopper; we have not.
+Every model calls that function or can be made to, so every model can take it.
 ``flash_attn`` is the flash-attn package, ``flash_attn_3`` its kernels for Hopper.
 """
 
