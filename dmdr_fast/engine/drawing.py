@@ -98,7 +98,7 @@ def pipeline_images(folder: Path, prompts: Sequence[str], device: torch.device) 
     Raises:
         UserError: it cannot be loaded.
     """
-    pipeline, arguments = _load_pipeline(folder).to(device), pipeline_arguments(folder)
+    pipeline, arguments = _load_pipeline(folder, device).to(device), pipeline_arguments(folder)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(rows: Sequence[int], seed: int) -> Tensor:
@@ -126,11 +126,12 @@ def image_seeds(rows: Sequence[int], seed: int) -> list[int]:
     return [int(Streams(seed).rng("sample", row).integers(2**63)) for row in rows]
 
 
-def _load_pipeline(folder: Path) -> DiffusionPipeline:
+def _load_pipeline(folder: Path, device: torch.device) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype="auto", **load_arguments(folder))
+        on_cpu = {"torch_dtype": torch.float32} if device.type == "cpu" else {}  # which has few half-precision kernels
+        return DiffusionPipeline.from_pretrained(folder, **load_arguments(folder) | on_cpu)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"pipeline {folder}: it cannot be loaded ({reason}); copy or export it again") from None

@@ -18,6 +18,7 @@ from dmdr_fast.models.families.loading import WEIGHTS, is_local, variant_of
 from dmdr_fast.models.families.schedulers import grid_shift, student_scheduler
 from dmdr_fast.models.lora import add_lora
 from dmdr_fast.models.lora_export import diffusers_lora, merge
+from dmdr_fast.models.stored import stored_tensors
 
 RENOISE = Path(__file__).parent / "families" / "renoise_scheduler.py"
 STUDENT = "student.json"  # the arguments of the pipeline's call
@@ -90,8 +91,15 @@ def call_arguments(folder: Path) -> dict[str, Any]:
 
 
 def load_arguments(folder: Path) -> dict[str, Any]:
-    """What ``DiffusionPipeline.from_pretrained`` needs beside the folder: a scheduler of ours is code in it."""
-    return {"trust_remote_code": True} if (folder / "scheduler" / RENOISE.name).is_file() else {}
+    """What ``DiffusionPipeline.from_pretrained`` needs beside a pipeline's folder.
+
+    torch_dtype is that of the network's files: text encoders and VAE may lie there in another, and would be loaded in
+    it. An exported pipeline's scheduler of ours is code in the folder.
+    """
+    files = [file for network in ("transformer", "unet") for file in sorted((folder / network).glob("*.safetensors"))]
+    dtype = next(iter(stored_tensors(files[0]).values())).read().dtype if files else torch.float32
+    code = {"trust_remote_code": True} if (folder / "scheduler" / RENOISE.name).is_file() else {}
+    return {"torch_dtype": dtype} | code
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -175,7 +175,8 @@ def test_exporting_and_sampling_a_checkpoint(finished, tmp_path, capsys):
     assert "--step 7: no such checkpoint" in capsys.readouterr().err
     assert not run_user_command(export.main, [*arguments, "--step", "2"])
     call = f"(prompt, num_inference_steps=2, true_cfg_scale=1, height={SIZE}, width={SIZE})"
-    assert capsys.readouterr().out.endswith(f"from_pretrained('{tmp_path / 'out'}', trust_remote_code=True){call}\n")
+    loaded = f"from_pretrained('{tmp_path / 'out'}', torch_dtype=torch.float32, trust_remote_code=True)"
+    assert capsys.readouterr().out.endswith(f"{loaded}{call}\n")
     images = sample.sample_pipeline(tmp_path / "out", prompts)
     assert torch.equal(sample.sample_pipeline(tmp_path / "out", prompts), images)
     image = sample.sample_pipeline(tmp_path / "out", prompts[:1])

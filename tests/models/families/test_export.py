@@ -138,7 +138,10 @@ def test_the_ode_and_cps(cases, tmp_path, name, grid, eta):
     scheduler = json.loads((out / "scheduler/scheduler_config.json").read_text())
     assert scheduler["stochastic_sampling"] is (eta > 0)
     if eta == 0.0 and grid[0] == 1.0:
-        assert load_arguments(out) == {} and scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+        assert (
+            load_arguments(out) == {"torch_dtype": torch.float32}
+            and scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+        )
 
 
 def test_sdxl_has_the_renoising_sampler_alone(cases, tmp_path):
@@ -264,6 +267,6 @@ def test_the_call_has_every_argument(cases, tmp_path):
         "width": 512,
         "max_sequence_length": 64,
     }
-    assert load_arguments(out) == {}  # one step has no later noise
+    assert load_arguments(out) == {"torch_dtype": torch.bfloat16}  # one step has no later noise
     config = json.loads((out / "transformer/config.json").read_text())
     assert config["guidance_embeds"] is False

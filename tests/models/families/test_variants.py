@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from dmdr_fast.models.export import export_pipeline
+from dmdr_fast.models.export import call_arguments, export_pipeline, load_arguments
 from dmdr_fast.models.families import TextEncoder, open_family
 from dmdr_fast.models.families.loading import variant_of, weights_of
 from dmdr_fast.models.stored import stored_tensors
@@ -62,6 +62,16 @@ def test_the_export_needs_no_word_about_it(pipelines, plain, tmp_path, kind):
     pipe = diffusers.DiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
     assert_equal(pipe.vae.state_dict(), plain[1].state_dict())
     assert not list(out.rglob("*fp16*"))
+
+
+def test_an_export_of_another_dtype_than_the_teachers_runs_as_it_is_said_to(pipelines, tmp_path):
+    """Text encoders and VAE lie in it as the teacher has them, in fp16."""
+    family = open_family(str(pipelines["plain"]))
+    out = export_pipeline(family, tmp_path / "out", grid=(1.0, 0.0), size=(16, 16), dtype=torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out, **load_arguments(out))
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    assert pipe("a red cat", output_type="pt", **call_arguments(out)).images.isfinite().all()
 
 
 def test_a_missing_shard_is_named(pipelines, tmp_path):
