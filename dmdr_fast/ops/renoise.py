@@ -130,7 +130,7 @@ def _formula(
     compute = compute_dtype(x0, noise)
     if noise is None:
         assert seed is not None  # the check has seen to it
-        noise = seeded_normals(x0.shape, seed, offset, compute)
+        noise = seeded_normals(list(x0.shape), seed, offset, compute)
     return per_sample(alpha, x0) * x0.to(compute) + per_sample(sigma, x0) * noise.to(compute)
 
 

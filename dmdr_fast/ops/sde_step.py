@@ -152,7 +152,8 @@ def _formula(
     mean = (per_sample(keep, x) * x.to(compute) + per_sample(move, x) * v.to(compute)).contiguous()
     if next_sample is None:
         assert seed is not None  # the check has seen to it
-        drawn = next_sample = (mean + per_sample(std, x) * seeded_normals(x.shape, seed, offset, compute)).to(x.dtype)
+        noise = seeded_normals(list(x.shape), seed, offset, compute)
+        drawn = next_sample = (mean + per_sample(std, x) * noise).to(x.dtype)
     square = (next_sample.detach().to(compute) - mean).square().flatten(1).mean(1)
     if kind == "cps":
         return drawn, -square, mean, std
