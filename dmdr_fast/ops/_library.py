@@ -181,7 +181,7 @@ class Raw:
             kind = type(arg)
             if kind in _TENSORS:
                 try:
-                    pointer, wants = arg.data_ptr(), arg.requires_grad
+                    pointer, wants = arg.data_ptr(), grads and arg.requires_grad
                 except RuntimeError:
                     return None
                 key += (arg.shape, arg.stride(), arg.dtype, arg.device, wants, pointer & 15)
@@ -197,7 +197,7 @@ class Raw:
                 key.append(arg)
         if live is not None:
             values.append(position)
-        return tuple(key), values, grads and graded
+        return tuple(key), values, graded
 
 
 class Rule(NamedTuple):
