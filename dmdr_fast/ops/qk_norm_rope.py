@@ -136,9 +136,8 @@ def _formula_bwd(
         needed = need_q_weight_or_k_weight and weight is not None
         return grad_x, (grad * normal).sum((0, 1, 2)) if needed else None
 
-    (grad_q, grad_q_weight), (grad_k, grad_k_weight) = (
-        side(grad_q_out, q, q_weight, q_rstd), side(grad_k_out, k, k_weight, k_rstd)
-    )  # fmt: skip
+    grad_q, grad_q_weight = side(grad_q_out, q, q_weight, q_rstd)
+    grad_k, grad_k_weight = side(grad_k_out, k, k_weight, k_rstd)
     return grad_q, grad_k, grad_q_weight, grad_k_weight
 
 
