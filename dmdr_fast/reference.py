@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# By the name of the raw function; `ops` fills them in. Of its arguments, a named tuple: a tensor per result, of any
-# dtype and layout, or None for one that is not needed or 0.
-FUNCTIONS: dict[str, Callable[[Any], Any]] = {}
-# Of the arguments: a named tuple of Result.
+# By the name of the raw function; `ops` fills them in. Of its arguments: a tensor per result, of any dtype and layout,
+# or None for one that is not needed or 0.
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+# Of the arguments as a named tuple: a named tuple of Result.
 RESULTS: dict[str, Callable[[Any], Any]] = {}
 
 
@@ -47,7 +47,7 @@ def run(name: str, args: tuple) -> Any:
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return run(name, args)
-    values, results, some = FUNCTIONS[name](args), RESULTS[name](args), first_tensor(args)
+    values, results, some = FUNCTIONS[name](*args), RESULTS[name](args), first_tensor(args)
     if len(results) == 1:
         return _finished(values, results[0], some)
     return tuple(_finished(value, result, some) for value, result in zip(values, results, strict=True))
@@ -68,8 +68,10 @@ def first_tensor(args: tuple) -> Tensor:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of the arithmetic and of per-sample scalars: float64 where any tensor is, else float32."""
-    fp64 = any(isinstance(tensor, Tensor) and tensor.dtype is torch.float64 for tensor in tensors)
-    return torch.float64 if fp64 else torch.float32
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def per_sample(scalar: Tensor, like: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Which kernel runs: triton, cuda, cpu or reference, and why.
 
-Every public op lowers to raw functions ``<op>_fwd`` / ``<op>_bwd`` whose arguments are one named tuple, defined in
-``ops/`` with their formulas in plain PyTorch, which ``reference`` runs. A backend (a module of this package, imported
-when an op first wants it; one that cannot load raises ImportError with the reason) has those that it registers:
+Every public op lowers to raw functions ``<op>_fwd`` / ``<op>_bwd``, defined in ``ops/`` by their formulas in plain
+PyTorch, which ``reference`` runs. A backend (a module of this package, imported when an op first wants it; one that
+cannot load raises ImportError with the reason) has those that it registers:
 
     @implements("gated_residual_fwd")
-    def gated_residual_fwd(run: Recorder, a: GatedResidual, out) -> None: ...
+    def gated_residual_fwd(run: Recorder, a, out) -> None: ...
 
-``out`` has the results by name, to be written; None in place of one that is not needed or 0.
+``a`` has the arguments by name; ``out`` the results, to be written: None in place of one that is not needed or 0.
 
 ``DMDR_FAST_BACKEND=auto|triton|cuda|cpu|reference`` picks one (default auto); ``DMDR_FAST_STRICT=1`` turns a
 fallback to the reference into an error. Without it each reason for a fallback is logged once.

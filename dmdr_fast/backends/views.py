@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -52,11 +51,6 @@ class SharedView(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[tuple[int, ...] | None, ...]
     tensors: tuple[Tensor | None, ...]
-
-    @property
-    def rows(self) -> int:
-        """Product of the outer sizes."""
-        return math.prod(self.shape[:-1])
 
     def strided(self) -> list[Strided | None]:
         return [

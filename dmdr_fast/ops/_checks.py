@@ -71,22 +71,13 @@ def per_sample(
     on_device(op, name, value, sample, sample_name)
 
 
-def values(
-    op: str,
-    name: str,
-    value: Tensor | None,
-    *,
-    minimum: float = -math.inf,
-    above: float = -math.inf,
-    maximum: float = math.inf,
-) -> None:
-    """All finite and in range; reads them."""
+def values(op: str, name: str, value: Tensor | None, **bounds: float) -> None:
+    """All finite and in the bounds of :func:`number`; reads them."""
     if value is None or not _readable(value):
         return
     low, high = (bound.item() for bound in torch.aminmax(value.detach()))
-    if not (_in_range(low, minimum, above, maximum) and _in_range(high, minimum, above, maximum)):
-        expected = _range(minimum, above, maximum)
-        raise ValueError(f"{op}: {name}: expected {expected}, got values from {low:g} to {high:g}")
+    if not (_in_range(low, **bounds) and _in_range(high, **bounds)):
+        raise ValueError(f"{op}: {name}: expected {_range(**bounds)}, got values from {low:g} to {high:g}")
 
 
 def below(op: str, name: str, value: Tensor, bound: Tensor, bound_name: str) -> None:
@@ -99,24 +90,16 @@ def below(op: str, name: str, value: Tensor, bound: Tensor, bound_name: str) -> 
         )
 
 
-def number(
-    op: str,
-    name: str,
-    value: float,
-    *,
-    minimum: float = -math.inf,
-    above: float = -math.inf,
-    maximum: float = math.inf,
-) -> float:
-    """A finite python number in [minimum, maximum] and above ``above``."""
+def number(op: str, name: str, value: float, **bounds: float) -> float:
+    """A finite python number in the bounds: at least ``minimum``, ``above`` a number, at most ``maximum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
-    if not _in_range(value, minimum, above, maximum):
-        raise ValueError(f"{op}: {name}: expected {_range(minimum, above, maximum)}, got {value}")
+    if not _in_range(value, **bounds):
+        raise ValueError(f"{op}: {name}: expected {_range(**bounds)}, got {value}")
     return value
 
 
-def _in_range(value: float, minimum: float, above: float, maximum: float) -> bool:
+def _in_range(value: float, *, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf) -> bool:
     """False for NaN and infinities too."""
     return -math.inf < value < math.inf and minimum <= value <= maximum and value > above
 
@@ -175,7 +158,7 @@ def selects_something(op: str, mask: Tensor) -> None:
         raise ValueError(f"{op}: mask: expected at least one selected element, got none")
 
 
-def _range(minimum: float, above: float, maximum: float) -> str:
+def _range(*, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf) -> str:
     if minimum == above == -math.inf:
         return "a finite number"
     lower = f"above {above:g}" if above > -math.inf else f"of at least {minimum:g}"

@@ -1,8 +1,8 @@
 """Raw functions: what a public op runs, as ``torch.ops.dmdr_fast.*`` and, in eager mode, past the dispatcher.
 
-The arguments of a raw function are one named tuple. Its annotations make the schema; the description of the results,
-the formula and every backend take the tuple itself. Fakes and the tensors that a backend writes are made from the
-description, and the rules of the derivative from names.
+The arguments of a raw function are those of its formula. Their annotations make the schema and the checks of options;
+the description of the results and every backend take them as a named tuple. Fakes and the tensors that a backend writes
+are made from the description, and the rules of the derivative from names.
 
 A call in eager mode costs what it must: one look at each argument makes the call's signature, the signature finds the
 plan (:mod:`dmdr_fast.backends.plans`), the plan allocates and launches. Checks ran when the signature was new. Whatever
@@ -14,12 +14,13 @@ reference, which PyTorch differentiates.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import types
 import typing
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +67,8 @@ class Raw:
 
     Attributes:
         name: e.g. ``renoise_fwd``.
-        arguments: the named tuple that its arguments are.
-        hints: the types of its fields.
+        arguments: makes a named tuple of them.
+        hints: their types by name.
         results: the names of the results.
         plans: by the key of a signature.
         live: number of the argument that is :class:`Live`; None without one.
@@ -77,33 +78,36 @@ class Raw:
     def __init__(
         self,
         name: str,
-        arguments: type[Any],
         results: tuple[str, ...],
-        check: Callable[[str, Any], None],
+        formula: Callable[..., Any],
+        derived: Callable[[Any], Any],
+        check: Callable[[str, Any], None] | None,
         check_values: Callable[[str, Any], None] | None,
-        formula: Callable[[Any], Any],
     ) -> None:
-        self.name, self.arguments, self.results = name, arguments, results
+        self.name, self.results = name, results
+        self.hints = typing.get_type_hints(formula)
+        self.hints.pop("return", None)
+        self.arguments = _named(name, tuple(self.hints))
         self.operator: Callable[..., Any]
-        self._check, self._check_values = check, check_values
-        self._formula = formula
+        self._derived, self._own_check, self._check_values = derived, check, check_values
+        self._choices = {name: typing.get_args(hint) for name, hint in self.hints.items() if _is_choice(hint)}
+        self._dtypes = [name for name, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
         self._function: type[torch.autograd.Function] | None = None
         self.plans: dict[tuple, Plan] = {}
-        self.hints = typing.get_type_hints(arguments)
-        self.live = next((index for index, field in enumerate(arguments._fields) if self.hints[field] is Live), None)
+        self.live = next((index for index, hint in enumerate(self.hints.values()) if hint is Live), None)
 
     def checked(self, op: str, *args: Any) -> Any:
         """As the public op ``op`` calls it: arguments of a new signature are checked, values on the CPU always."""
         if torch.compiler.is_compiling():
-            self._check(op, self.arguments(*args))
+            self._check(op, args)
             return self.operator(*args)
         if _transformed():
-            self._check(op, self.arguments(*args))
+            self._check(op, args)
             return self.formula(*args)
         signature = self.signature(args)
         plan = None if signature is None else self.plans.get(signature[0])
         if plan is None:
-            self._check(op, self.arguments(*args))
+            self._check(op, args)
         if self._check_values is not None and _checks._readable(args[0]):
             self._check_values(op, self.arguments(*args))
         return self._graded(args, signature, plan)
@@ -116,9 +120,19 @@ class Raw:
             return self.formula(*args)
         return self.eager(args, self.signature(args))
 
+    def _check(self, op: str, args: tuple) -> None:
+        a = self.arguments(*args)
+        for name, allowed in self._choices.items():
+            _checks.choice(op, name, getattr(a, name), allowed)
+        for name in self._dtypes:
+            if getattr(a, name) is not None:
+                _checks.dtype(op, name, getattr(a, name))
+        if self._own_check is not None:
+            self._own_check(op, a)
+
     def formula(self, *args: Any) -> Any:
         """The same in plain PyTorch, which differentiates it any number of times and in every mode."""
-        return self._formula(self.arguments(*args))
+        return self._derived(self.arguments(*args))
 
     def fake(self, args: tuple) -> Any:
         """The results, of unspecified contents."""
@@ -157,16 +171,17 @@ class Raw:
         if torch._C._len_torch_dispatch_stack():
             return None
         values, live = [], self.live
-        if live is not None:
-            position = args[live]
-            args = (*args[:live], (position % _LARGEST_BLOCK, position == 1, position >= 2**31), *args[live + 1 :])
         grads = torch.is_grad_enabled()
         key, graded = [grads, backends.wanted()], False
+        if live is not None:
+            position = args[live]
+            key += (position % _LARGEST_BLOCK, position == 1, position >= 2**31)
+            args = args[:live] + args[live + 1 :]
         for arg in args:
             kind = type(arg)
             if kind in _TENSORS:
                 try:
-                    pointer, wants = arg.data_ptr(), arg.requires_grad
+                    pointer, wants = arg.data_ptr(), grads and arg.requires_grad
                 except RuntimeError:
                     return None
                 key += (arg.shape, arg.stride(), arg.dtype, arg.device, wants, pointer & 15)
@@ -182,11 +197,7 @@ class Raw:
                 key.append(arg)
         if live is not None:
             values.append(position)
-        return tuple(key), values, grads and graded
-
-
-def _right(op: str, arguments: Any) -> None:
-    """The check of arguments that are known to be right."""
+        return tuple(key), values, graded
 
 
 class Rule(NamedTuple):
@@ -225,29 +236,31 @@ def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[
         needs = [field for field in fields if field.startswith("need_")]
         kept = [field for field in fields if _is_tensor(gradient.hints[field]) and not field.startswith("grad")]
         options = [field for field in fields if not _is_tensor(gradient.hints[field]) and field not in needs]
-        pool = [*incoming, *kept, *options, *needs]
-        order = [pool.index(incoming[0] if field == "grad" else field) for field in fields]
+        dtypes = [field for field in options if field not in arguments]  # x_dtype
+        options = [field for field in options if field in arguments]
+        pool = [*incoming, *kept, *options, *dtypes, *needs]
+        ordered = _picked([pool.index(incoming[0] if field == "grad" else field) for field in fields])
 
-        saved = [number(field) for field in kept]
-        dtypes = [field not in arguments for field in options]  # x_dtype
-        sources = [number(field.removesuffix("_dtype" * dtype)) for field, dtype in zip(options, dtypes, strict=True)]
+        saved, copied = (_picked([*map(number, some)]) for some in (kept, options))
+        sources = [number(field.removesuffix("_dtype")) for field in dtypes]
         groups = [[number(one) for one in field.removeprefix("need_").split("_or_")] for field in needs]
         given = [number(result.removeprefix("grad_")) for result in gradient.results]
         passed = None if through is None else arguments.index(through)
 
         def save(ctx, args, results):
-            values = (*args, *results) if isinstance(results, tuple) else (*args, results)
-            ctx.save_for_backward(*[values[index] for index in saved])
-            ctx.options = [args[i].dtype if dtype else args[i] for i, dtype in zip(sources, dtypes, strict=True)]
+            ctx.save_for_backward(*saved((*args, *results) if isinstance(results, tuple) else (*args, results)))
+            ctx.options = *copied(args), *[args[index].dtype for index in sources]
+
+        @functools.cache
+        def wanted(needed: tuple[bool, ...]) -> list[bool]:
+            return [any(map(needed.__getitem__, group)) for group in groups]
 
         def backward(ctx, needed, *grads):
             found = {}
             if passed is not None and needed[passed]:
                 found[passed] = grads[0]
             if passed is None or any(map(needed.__getitem__, given)):
-                wanted = [any(map(needed.__getitem__, group)) for group in groups]
-                values = (*grads, *ctx.saved_tensors, *ctx.options, *wanted)
-                made = gradient(*[values[index] for index in order])
+                made = gradient(*ordered((*grads, *ctx.saved_tensors, *ctx.options, *wanted(needed))))
                 for index, part in zip(given, made if isinstance(made, tuple) else (made,), strict=True):
                     # An empty one belongs to a result that got no gradient.
                     if needed[index] and part.shape != _NOTHING:
@@ -259,6 +272,13 @@ def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[
     return rule
 
 
+def _picked(places: list[int]) -> Callable[[tuple], tuple]:
+    """Of a tuple: what lies at these places."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple([values[place] for place in places])
+
+
 def written(save: Callable[[Any, Any, Any], None], backward: Callable[..., dict]) -> Callable[[Raw], Rule]:
     """A rule written out: arguments, and what is needed of them, come as their named tuple, gradients go by name."""
 
@@ -266,21 +286,20 @@ def written(save: Callable[[Any, Any, Any], None], backward: Callable[..., dict]
         made, number = raw.arguments, raw.arguments._fields.index
 
         def by_number(ctx, needed, *grads):
-            return {number(name): part for name, part in backward(ctx, made(*needed), *grads).items()}
+            return {number(name): part for name, part in backward(ctx, made._make(needed), *grads).items()}
 
-        return Rule(lambda ctx, args, results: save(ctx, made(*args), results), by_number)
+        return Rule(lambda ctx, args, results: save(ctx, made._make(args), results), by_number)
 
     return rule
 
 
 def define(
     name: str,
-    arguments: type[Any],
     results: str,
     describe: Callable[[Any], Result | tuple[Result, ...]],
-    formula: Callable[[Any], Any],
+    formula: Callable[..., Any],
     *,
-    check: Callable[[str, Any], None] = _right,
+    check: Callable[[str, Any], None] | None = None,
     check_values: Callable[[str, Any], None] | None = None,
     backward: Callable[[Raw], Rule] | None = None,
     constants: tuple[int, ...] = (),
@@ -292,10 +311,10 @@ def define(
 
     Args:
         name: of the function, e.g. ``gated_residual_fwd``.
-        arguments: a named tuple class; its annotations make the schema.
         results: the names of the results, ``"y mean rstd"``; all are tensors.
-        describe: of the arguments: a :class:`Result` for each result.
-        formula: of the arguments: the results in plain PyTorch, see :data:`dmdr_fast.reference.FUNCTIONS`.
+        describe: of the arguments as a named tuple, as all below but the formula: a :class:`Result` for each result.
+        formula: the results in plain PyTorch, see :data:`dmdr_fast.reference.FUNCTIONS`. Its parameters are the raw
+            function's, their annotations make the schema. A string is one of its Literal, a dtype one of floats.
         check: of the public op's name and the arguments: raises unless they are right; reads no values.
         check_values: likewise, and reads them; called where that costs nothing.
         backward: the rule of the derivative, see :func:`by`. Without it differentiating goes through the formula.
@@ -311,15 +330,15 @@ def define(
     FUNCTIONS[name] = formula
     if derived is None:
         derived = _formula_of(name, recompute)
-    raw = Raw(name, arguments, names, check, check_values, derived)
+    raw = Raw(name, names, formula, derived, check, check_values)
     made = _named(name, names)
     RESULTS[name] = (lambda a: made(*describe(a))) if several else (lambda a: made(describe(a)))
     returned = "(" + ", ".join(f"Tensor {result}" for result in names) + ")" if several else "Tensor"
-    schema = ", ".join(f"{_schema_type(raw.hints[field])} {field}" for field in arguments._fields)
+    schema = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in raw.hints.items())
     _LIBRARY.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
     raw.operator = getattr(torch.ops.dmdr_fast, name).default
     RAW[name] = raw
-    torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: raw.fake(arguments(*args)), lib=_LIBRARY)
+    torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: raw.fake(raw.arguments(*args)), lib=_LIBRARY)
     if backward is not None:
         raw._function = _function(raw, backward(raw), constants)
     if flops is not None:
@@ -339,11 +358,15 @@ def _is_tensor(hint: Any) -> bool:
     return hint in (Tensor, Tensor | None)
 
 
+def _is_choice(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
+
+
 def _schema_type(hint: Any) -> str:
     if isinstance(hint, types.UnionType):
         (kind,) = (part for part in typing.get_args(hint) if part is not type(None))
         return _SCHEMA[kind] + "?"
-    return _SCHEMA[hint]
+    return "str" if _is_choice(hint) else _SCHEMA[hint]
 
 
 def _transformed() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,24 +35,23 @@ def shift_and_scale(op: str, shift: Tensor, scale: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: scale: expected one per {what[0]} like shift, got one per {what[1]}")
 
 
-def norm_options(op: str, eps: float, out_dtype: torch.dtype | None) -> None:
-    check.number(op, "eps", eps, above=0)
-    if out_dtype is not None:
-        check.dtype(op, "out_dtype", out_dtype)
-
-
 def _what(depth: int, x: Tensor) -> str:
     if depth == x.dim() - 1 and depth > 1:
         return "token"
     return ("batch", "sample", "frame")[min(depth, 2)]
 
 
-def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / sqrt(var + eps)) over the last dimension, in the compute dtype."""
+class LayerNormStatistics(NamedTuple):
+    mean: Tensor
+    rstd: Tensor
+
+
+def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> LayerNormStatistics:
+    """mean and 1 / sqrt(var + eps) over the last dimension, in the compute dtype."""
     x = x.to(compute)
     mean = x.mean(-1)
     rstd = torch.rsqrt((x - mean.unsqueeze(-1)).square().mean(-1) + eps)
-    return mean, rstd
+    return LayerNormStatistics(mean, rstd)
 
 
 def rms_norm_statistic(x: Tensor, eps: float, compute: torch.dtype) -> Tensor:
@@ -87,7 +88,7 @@ def layer_norm_gradients(
     return grad_x, grad, grad * normal
 
 
-def gate_gradients(grad: Tensor, a) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``a.h`` and ``a.gate`` from that of gate h."""
-    grad_h = broadcast(a.gate, a.h).to(grad.dtype) * grad if a.need_h else None
-    return grad_h, summed(grad * a.h.to(grad.dtype), a.gate, True) if a.need_gate else None
+def gate_gradients(grad: Tensor, h: Tensor, gate: Tensor, need_h: bool, need_gate: bool):
+    """Gradients of h and gate from that of gate h; None if not needed."""
+    grad_h = broadcast(gate, h).to(grad.dtype) * grad if need_h else None
+    return grad_h, summed(grad * h.to(grad.dtype), gate, True) if need_gate else None

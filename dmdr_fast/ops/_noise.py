@@ -7,10 +7,11 @@ words is a pure function of a 128-bit counter and a 64-bit key, so any element c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from dmdr_fast.backends.plans import Live
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -62,7 +63,7 @@ def seeded_blocks(seed: Tensor, first: int, count: int) -> Tensor:
     return philox4x32(counter, torch.stack((key[0], stream[0])))
 
 
-def seeded_normals(size: Sequence[int], seed: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+def seeded_normals(size: list[int], seed: Tensor, offset: Live, dtype: torch.dtype) -> Tensor:
     """The stream's normals: Box-Muller in float64, rounded once."""
     count = math.prod(size)
     first, skip = divmod(offset, 4)

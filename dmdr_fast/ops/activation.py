@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,19 +14,6 @@ from dmdr_fast.ops._library import by, define
 from dmdr_fast.reference import Result, compute_dtype, like
 
 Approximate = Literal["none", "tanh"]
-
-
-class GatedActivation(NamedTuple):
-    packed: Tensor
-    activation: str
-    gate_first: bool
-
-
-class GatedActivationGrad(NamedTuple):
-    grad: Tensor
-    packed: Tensor
-    activation: str
-    gate_first: bool
 
 
 def gelu_mul(packed: Tensor, *, approximate: Approximate = "none", gate_first: bool = False) -> Tensor:
@@ -67,22 +54,22 @@ def silu_mul(packed: Tensor, *, gate_first: bool = False) -> Tensor:
     return _fwd.checked("silu_mul", packed, "silu", bool(gate_first))
 
 
-def _check(op: str, a: GatedActivation) -> None:
+def _check(op: str, a) -> None:
     check.floating(op, "packed", a.packed)
     if a.packed.shape[-1] % 2:
         raise ValueError(f"{op}: packed: expected an even last dimension 2F, got shape {list(a.packed.shape)}")
 
 
-def _formula(a: GatedActivation) -> Tensor:
-    value, gate = _halves(a.packed, a.gate_first)
-    return value * _activation(gate, a.activation)
+def _formula(packed: Tensor, activation: str, gate_first: bool) -> Tensor:
+    value, gate = _halves(packed, gate_first)
+    return value * _activation(gate, activation)
 
 
-def _formula_bwd(a: GatedActivationGrad) -> Tensor:
-    value, gate = _halves(a.packed, a.gate_first)
-    grad = a.grad.to(value.dtype)
-    grad_value, grad_gate = grad * _activation(gate, a.activation), grad * value * _derivative(gate, a.activation)
-    return torch.cat((grad_gate, grad_value) if a.gate_first else (grad_value, grad_gate), -1)
+def _formula_bwd(grad: Tensor, packed: Tensor, activation: str, gate_first: bool) -> Tensor:
+    value, gate = _halves(packed, gate_first)
+    grad = grad.to(value.dtype)
+    grad_value, grad_gate = grad * _activation(gate, activation), grad * value * _derivative(gate, activation)
+    return torch.cat((grad_gate, grad_value) if gate_first else (grad_value, grad_gate), -1)
 
 
 def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
@@ -108,9 +95,8 @@ def _derivative(x: Tensor, activation: str) -> Tensor:
     return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope * (1 + 3 * 0.044715 * x * x)
 
 
-_bwd = define("gated_activation_bwd", GatedActivationGrad, "grad_packed", lambda a: like(a.packed), _formula_bwd)
+_bwd = define("gated_activation_bwd", "grad_packed", lambda a: like(a.packed), _formula_bwd)
 _fwd = define(
-    "gated_activation_fwd", GatedActivation, "out",
-    lambda a: Result((*a.packed.shape[:-1], a.packed.shape[-1] // 2), a.packed.dtype), _formula,
-    check=_check, backward=by(_bwd),
+    "gated_activation_fwd", "out", lambda a: Result((*a.packed.shape[:-1], a.packed.shape[-1] // 2), a.packed.dtype),
+    _formula, check=_check, backward=by(_bwd),
 )  # fmt: skip

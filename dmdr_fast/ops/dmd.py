@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,40 +19,6 @@ Normalizer = Literal["per_sample", "global", "none"]
 EpsMode = Literal["add", "clamp", "none"]
 NaNPolicy = Literal["zero", "torch", "zero_sample", "keep"]
 Reduction = Literal["mean", "sum"]
-
-
-class DMD(NamedTuple):
-    """``mask`` is boolean; ``cfg_tensor`` [B] takes the place of ``cfg_scale``; ``scaled``: the gradient is that of the
-    loss, and loss_scale 1."""
-
-    x0: Tensor
-    x_t: Tensor
-    pred_fake: Tensor
-    pred_real: Tensor
-    pred_real_uncond: Tensor | None
-    sigma: Tensor
-    alpha: Tensor | None
-    cfg_tensor: Tensor | None
-    mask: Tensor | None
-    weight: Tensor | None
-    cfg_scale: float
-    cfg_mode: str
-    prediction: str
-    normalizer: str
-    eps: float
-    eps_mode: str
-    nan_policy: str
-    out_dtype: torch.dtype | None
-    reduction: str
-    factor: float
-    scaled: bool
-
-
-class DMDLossGrad(NamedTuple):
-    grad_loss: Tensor
-    g: Tensor
-    loss_scale: Tensor
-    dtype: torch.dtype
 
 
 class DMDGradient(NamedTuple):
@@ -230,19 +196,11 @@ def _run(op, x0, x_t, fake, real, uncond, sigma, alpha, cfg_scale, mask, weight,
     )  # fmt: skip
 
 
-def _check(op: str, a: DMD) -> None:
+def _check(op: str, a) -> None:
     for name in ("x_t", "pred_fake", "pred_real"):
         check.like(op, name, getattr(a, name), a.x0, "x0")
     if a.pred_real_uncond is not None:
         check.like(op, "pred_real_uncond", a.pred_real_uncond, a.x0, "x0")
-    check.choice(op, "cfg_mode", a.cfg_mode, get_args(CFGMode))
-    check.choice(op, "prediction", a.prediction, get_args(Prediction))
-    check.choice(op, "normalizer", a.normalizer, get_args(Normalizer))
-    check.choice(op, "eps_mode", a.eps_mode, get_args(EpsMode))
-    check.choice(op, "nan_policy", a.nan_policy, get_args(NaNPolicy))
-    check.choice(op, "reduction", a.reduction, get_args(Reduction))
-    if a.out_dtype is not None:
-        check.dtype(op, "out_dtype", a.out_dtype)
     check.number(op, "eps", a.eps, minimum=0)
     check.number(op, "factor", a.factor)
     check.number(op, "cfg_scale", a.cfg_scale)
@@ -263,7 +221,7 @@ def _check_mask(op: str, mask: Tensor, x0: Tensor) -> None:
     check.on_device(op, "mask", mask, x0, "x0")
 
 
-def _check_values(op: str, a: DMD) -> None:
+def _check_values(op: str, a) -> None:
     reads_one_minus_sigma = a.prediction in ("eps", "v") and a.alpha is None
     check.values(op, "sigma", a.sigma, minimum=0, maximum=1.0 if reads_one_minus_sigma else math.inf)
     check.values(op, "alpha", a.alpha, minimum=0)
@@ -273,13 +231,13 @@ def _check_values(op: str, a: DMD) -> None:
         check.selects_something(op, a.mask)
 
 
-def _save(ctx, a: DMD, results) -> None:
+def _save(ctx, a, results) -> None:
     grad, _, _, loss_scale = results
     ctx.save_for_backward(grad, loss_scale)
     ctx.dtype, ctx.scaled = a.x0.dtype, a.scaled
 
 
-def _backward(ctx, needed: DMD, _grad, _norm, grad_loss, _scale) -> dict:
+def _backward(ctx, needed, _grad, _norm, grad_loss, _scale) -> dict:
     grad, loss_scale = ctx.saved_tensors
     if grad_loss is None or not needed.x0:
         return {}
@@ -298,7 +256,7 @@ def _reads_last() -> bool:
     return not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _derived(a: DMD):
+def _derived(a):
     """The loss's derivative is the gradient that it injects into x0, not that of its value."""
     grad, norm, loss, loss_scale = (part.detach() for part in reference.run("dmd_gradient_fwd", a))
     slope = grad.to(loss.dtype) * loss_scale
@@ -307,42 +265,51 @@ def _derived(a: DMD):
     return grad, norm, loss + (slope * moved).sum(), loss_scale
 
 
-def _results(a: DMD):
+def _results(a):
     compute = compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
     scalar = Result((), compute)
     return like(a.x0, a.out_dtype), Result(a.x0.shape[:1], compute), scalar, scalar
 
 
-def _formula(a: DMD) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss_scale is d loss / d x0 divided by grad: 2 factor / count, or 2 factor."""
-    compute = compute_dtype(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond)
-    x0, x_t, fake, real = (tensor.to(compute) for tensor in (a.x0, a.x_t, a.pred_fake, a.pred_real))
-    if a.pred_real_uncond is not None:
-        scale = a.cfg_scale if a.cfg_tensor is None else per_sample(a.cfg_tensor, x0)
-        uncond = a.pred_real_uncond.to(compute)
-        real = (uncond if a.cfg_mode == "standard" else real) + scale * (real - uncond)
+def _formula(
+    x0: Tensor, x_t: Tensor, pred_fake: Tensor, pred_real: Tensor, pred_real_uncond: Tensor | None,
+    sigma: Tensor, alpha: Tensor | None, cfg_tensor: Tensor | None, mask: Tensor | None, weight: Tensor | None,
+    cfg_scale: float, cfg_mode: CFGMode, prediction: Prediction, normalizer: Normalizer,
+    eps: float, eps_mode: EpsMode, nan_policy: NaNPolicy, out_dtype: torch.dtype | None,
+    reduction: Reduction, factor: float, scaled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``mask`` is boolean; ``cfg_tensor`` [B] takes the place of ``cfg_scale``.
 
-    keep, gain = _denoiser(a.prediction, a.sigma, 1 - a.sigma if a.alpha is None else a.alpha)
+    loss_scale is d loss / d x0 divided by grad: 2 factor / count, or 2 factor; 1 where ``scaled``: the gradient is then
+    that of the loss.
+    """
+    compute, dtype = compute_dtype(x0, x_t, pred_fake, pred_real, pred_real_uncond), out_dtype or x0.dtype
+    x0, x_t, fake, real = (tensor.to(compute) for tensor in (x0, x_t, pred_fake, pred_real))
+    if pred_real_uncond is not None:
+        scale = cfg_scale if cfg_tensor is None else per_sample(cfg_tensor, x0)
+        uncond = pred_real_uncond.to(compute)
+        real = (uncond if cfg_mode == "standard" else real) + scale * (real - uncond)
+
+    keep, gain = _denoiser(prediction, sigma, 1 - sigma if alpha is None else alpha)
     g = per_sample(gain, x0) * (fake - real)
     # x0 and x_t are close at small sigma: their difference first, it is exact there.
     distance = x0 if keep is None else x0 - per_sample(keep, x0) * x_t
-    norm = _normalizer(distance - per_sample(gain, x0) * real, a.mask, a.normalizer, a.eps, a.eps_mode)
+    norm = _normalizer(distance - per_sample(gain, x0) * real, mask, normalizer, eps, eps_mode)
     g = g / per_sample(norm, x0)
-    if a.weight is not None:
-        g = per_sample(a.weight, x0) * g
-    g = _without_nonfinite(_select(g, a.mask), a.nan_policy, a.out_dtype or a.x0.dtype)
+    if weight is not None:
+        g = per_sample(weight, x0) * g
+    g = _without_nonfinite(_select(g, mask), nan_policy, dtype)
 
-    count = g.new_full((), g.numel()) if a.mask is None else a.mask.expand_as(g).sum().to(compute)
-    loss_scale = 2 * a.factor / count.clamp(min=1) if a.reduction == "mean" else torch.full_like(count, 2 * a.factor)
+    count = g.new_full((), g.numel()) if mask is None else mask.expand_as(g).sum().to(compute)
+    loss_scale = 2 * factor / count.clamp(min=1) if reduction == "mean" else torch.full_like(count, 2 * factor)
     loss = g.square().sum() * (0.5 * loss_scale)
-    if a.scaled:
+    if scaled:
         g, loss_scale = loss_scale * g, torch.ones_like(loss_scale)
     return g, norm, loss, loss_scale
 
 
-def _formula_bwd(a: DMDLossGrad) -> Tensor:
-    compute = a.loss_scale.dtype
-    return (a.grad_loss * a.loss_scale).to(compute) * a.g.to(compute)
+def _formula_bwd(grad_loss: Tensor, g: Tensor, loss_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (grad_loss * loss_scale).to(loss_scale.dtype) * g.to(loss_scale.dtype)
 
 
 def _denoiser(prediction: str, sigma: Tensor, alpha: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -392,8 +359,8 @@ def _without_nonfinite(g: Tensor, nan_policy: str, out_dtype: torch.dtype) -> Te
     return torch.where(finite, g, g.nan_to_num(nan=0.0).clamp(-largest, largest))
 
 
-_bwd = define("dmd_loss_bwd", DMDLossGrad, "grad_x0", lambda a: like(a.g, a.dtype), _formula_bwd)
+_bwd = define("dmd_loss_bwd", "grad_x0", lambda a: like(a.g, a.dtype), _formula_bwd)
 _fwd = define(
-    "dmd_gradient_fwd", DMD, "grad norm loss loss_scale", _results, _formula, check=_check, check_values=_check_values,
+    "dmd_gradient_fwd", "grad norm loss loss_scale", _results, _formula, check=_check, check_values=_check_values,
     backward=written(_save, _backward), constants=(0, 1, 3), derived=_derived,
 )  # fmt: skip

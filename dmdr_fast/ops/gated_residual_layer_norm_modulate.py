@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -14,37 +12,12 @@ from dmdr_fast.ops._modulation import (
     layer_norm_gradients,
     layer_norm_statistics,
     modulation,
-    norm_options,
     shift_and_scale,
     summed,
 )
-from dmdr_fast.reference import FUNCTIONS, Result, compute_dtype, like
-
-
-class GatedResidualLayerNormModulate(NamedTuple):
-    x: Tensor
-    h: Tensor
-    gate: Tensor
-    shift: Tensor
-    scale: Tensor
-    eps: float
-    out_dtype: torch.dtype | None
-
-
-class GatedResidualLayerNormModulateGrad(NamedTuple):
-    grad_residual: Tensor | None
-    grad_y: Tensor | None
-    residual: Tensor
-    h: Tensor
-    gate: Tensor
-    scale: Tensor
-    mean: Tensor
-    rstd: Tensor
-    eps: float
-    shift_dtype: torch.dtype
-    need_h: bool
-    need_gate: bool
-    need_shift_or_scale: bool
+from dmdr_fast.ops.gated_residual import formula as gated_residual_formula
+from dmdr_fast.ops.layer_norm_modulate import formula as layer_norm_modulate_formula
+from dmdr_fast.reference import Result, compute_dtype, like
 
 
 def gated_residual_layer_norm_modulate(
@@ -81,20 +54,20 @@ def gated_residual_layer_norm_modulate(
     return _fwd.checked(op, x, h, gate, shift, scale, eps, out_dtype)[:2]
 
 
-def _check(op: str, a: GatedResidualLayerNormModulate) -> None:
+def _check(op: str, a) -> None:
     check.floating(op, "x", a.x, min_dim=2)
     check.like(op, "h", a.h, a.x, "x")
     modulation(op, "gate", a.gate, a.x)
     shift_and_scale(op, a.shift, a.scale, a.x)
-    norm_options(op, a.eps, a.out_dtype)
+    check.number(op, "eps", a.eps, above=0)
 
 
-def _results(a: GatedResidualLayerNormModulate):
+def _results(a):
     statistic = Result(a.x.shape[:-1], compute_dtype(a.x, a.h, a.gate, a.shift, a.scale))
     return like(a.x), like(a.x, a.out_dtype), statistic, statistic
 
 
-def _results_bwd(a: GatedResidualLayerNormModulateGrad):
+def _results_bwd(a):
     needed, zero = a.need_shift_or_scale, a.grad_y is None
     return (
         like(a.residual), like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate),
@@ -102,33 +75,36 @@ def _results_bwd(a: GatedResidualLayerNormModulateGrad):
     )  # fmt: skip
 
 
-def _formula(a: GatedResidualLayerNormModulate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _formula(
+    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
     """The norm is of the rounded residual, as in two separate ops: the backward sees the same numbers."""
-    residual = FUNCTIONS["gated_residual_fwd"](a).to(a.x.dtype)
-    return residual, *FUNCTIONS["layer_norm_modulate_fwd"](a._replace(x=residual))
+    residual = gated_residual_formula(x, h, gate).to(x.dtype)
+    return residual, *layer_norm_modulate_formula(residual, shift, scale, eps, out_dtype)
 
 
-def _formula_bwd(a: GatedResidualLayerNormModulateGrad):
-    compute = compute_dtype(a.residual, a.h, a.gate, a.scale)
-    if a.grad_y is None:
-        assert a.grad_residual is not None  # one of the two there is
-        total = a.grad_residual.to(compute, copy=True)
-        return total, *gate_gradients(total, a), None, None
-    total, *modulation = layer_norm_gradients(a.grad_y, a.residual, a.scale, a.mean, a.rstd)
-    if a.grad_residual is not None:
-        total = total + a.grad_residual.to(compute)
-    return total, *gate_gradients(total, a), *(summed(grad, a.scale, a.need_shift_or_scale) for grad in modulation)
-
-
-def _statistics(a: GatedResidualLayerNormModulateGrad) -> dict[str, Tensor]:
-    return dict(zip(("mean", "rstd"), layer_norm_statistics(a.residual, a.eps, a.mean.dtype), strict=True))
+def _formula_bwd(
+    grad_residual: Tensor | None, grad_y: Tensor | None, residual: Tensor, h: Tensor, gate: Tensor, scale: Tensor,
+    mean: Tensor, rstd: Tensor, eps: float, shift_dtype: torch.dtype, need_h: bool, need_gate: bool,
+    need_shift_or_scale: bool,
+):  # fmt: skip
+    compute = compute_dtype(residual, h, gate, scale)
+    if grad_y is None:
+        assert grad_residual is not None  # one of the two there is
+        total = grad_residual.to(compute, copy=True)
+        return total, *gate_gradients(total, h, gate, need_h, need_gate), None, None
+    total, *vectors = layer_norm_gradients(grad_y, residual, scale, mean, rstd)
+    if grad_residual is not None:
+        total = total + grad_residual.to(compute)
+    sums = (summed(grad, scale, need_shift_or_scale) for grad in vectors)
+    return total, *gate_gradients(total, h, gate, need_h, need_gate), *sums
 
 
 _bwd = define(
-    "gated_residual_layer_norm_modulate_bwd", GatedResidualLayerNormModulateGrad,
-    "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd, _formula_bwd, recompute=_statistics,
+    "gated_residual_layer_norm_modulate_bwd", "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd,
+    _formula_bwd, recompute=lambda a: layer_norm_statistics(a.residual, a.eps, a.mean.dtype)._asdict(),
 )  # fmt: skip
 _fwd = define(
-    "gated_residual_layer_norm_modulate_fwd", GatedResidualLayerNormModulate, "residual y mean rstd", _results,
-    _formula, check=_check, backward=by(_bwd), constants=(2, 3),
+    "gated_residual_layer_norm_modulate_fwd", "residual y mean rstd", _results, _formula, check=_check,
+    backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
@@ -11,14 +9,6 @@ from dmdr_fast.ops._library import by, define
 from dmdr_fast.ops._modulation import broadcast, modulation, rms_norm_statistic, weighted
 from dmdr_fast.ops.rms_norm_scale import check_weight, rms_norm_scale_bwd
 from dmdr_fast.reference import Result, compute_dtype, like
-
-
-class GatedResidualRMSNorm(NamedTuple):
-    x: Tensor
-    h: Tensor
-    gate: Tensor
-    weight: Tensor | None
-    eps: float
 
 
 def gated_residual_rms_norm(
@@ -46,7 +36,7 @@ def gated_residual_rms_norm(
     return _fwd.checked("gated_residual_rms_norm", x, h, gate, weight, eps)[0]
 
 
-def _check(op: str, a: GatedResidualRMSNorm) -> None:
+def _check(op: str, a) -> None:
     check.floating(op, "x", a.x, min_dim=2)
     check.like(op, "h", a.h, a.x, "x")
     modulation(op, "gate", a.gate, a.x)
@@ -54,18 +44,18 @@ def _check(op: str, a: GatedResidualRMSNorm) -> None:
     check.number(op, "eps", a.eps, above=0)
 
 
-def _results(a: GatedResidualRMSNorm):
+def _results(a):
     return like(a.x), Result(a.x.shape[:-1], compute_dtype(a.x, a.h, a.gate, a.weight))
 
 
-def _formula(a: GatedResidualRMSNorm) -> tuple[Tensor, Tensor]:
-    compute = compute_dtype(a.x, a.h, a.gate, a.weight)
-    rstd = rms_norm_statistic(a.h, a.eps, compute)
-    update = weighted(a.h.to(compute) * rstd.unsqueeze(-1), a.weight) * broadcast(a.gate, a.x).to(compute)
-    return a.x.to(compute) + update, rstd
+def _formula(x: Tensor, h: Tensor, gate: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    compute = compute_dtype(x, h, gate, weight)
+    rstd = rms_norm_statistic(h, eps, compute)
+    update = weighted(h.to(compute) * rstd.unsqueeze(-1), weight) * broadcast(gate, x).to(compute)
+    return x.to(compute) + update, rstd
 
 
 _fwd = define(
-    "gated_residual_rms_norm_fwd", GatedResidualRMSNorm, "y rstd", _results, _formula, check=_check,
+    "gated_residual_rms_norm_fwd", "y rstd", _results, _formula, check=_check,
     backward=by(rms_norm_scale_bwd, through="x", x="h", scale="gate"), constants=(1,),
 )  # fmt: skip

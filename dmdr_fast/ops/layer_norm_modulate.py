@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import by, define
-from dmdr_fast.ops._modulation import (
-    broadcast,
-    layer_norm_gradients,
-    layer_norm_statistics,
-    norm_options,
-    shift_and_scale,
-    summed,
-)
+from dmdr_fast.ops._modulation import broadcast, layer_norm_gradients, layer_norm_statistics, shift_and_scale, summed
 from dmdr_fast.reference import Result, compute_dtype, like
-
-
-class LayerNormModulate(NamedTuple):
-    x: Tensor
-    shift: Tensor
-    scale: Tensor
-    eps: float
-    out_dtype: torch.dtype | None
-
-
-class LayerNormModulateGrad(NamedTuple):
-    grad_y: Tensor
-    x: Tensor
-    scale: Tensor
-    mean: Tensor
-    rstd: Tensor
-    eps: float
-    shift_dtype: torch.dtype
-    need_x: bool
-    need_shift_or_scale: bool
 
 
 def layer_norm_modulate(
@@ -65,44 +36,42 @@ def layer_norm_modulate(
     return _fwd.checked("layer_norm_modulate", x, shift, scale, eps, out_dtype)[0]
 
 
-def _check(op: str, a: LayerNormModulate) -> None:
+def _check(op: str, a) -> None:
     check.floating(op, "x", a.x, min_dim=2)
     shift_and_scale(op, a.shift, a.scale, a.x)
-    norm_options(op, a.eps, a.out_dtype)
+    check.number(op, "eps", a.eps, above=0)
 
 
-def _results(a: LayerNormModulate):
+def _results(a):
     statistic = Result(a.x.shape[:-1], compute_dtype(a.x, a.shift, a.scale))
     return like(a.x, a.out_dtype), statistic, statistic
 
 
-def _results_bwd(a: LayerNormModulateGrad):
+def _results_bwd(a):
     grad_shift, grad_scale = (like(a.scale, dtype, needed=a.need_shift_or_scale) for dtype in (a.shift_dtype, None))
     return like(a.x, needed=a.need_x), grad_shift, grad_scale
 
 
-def _formula(a: LayerNormModulate) -> tuple[Tensor, Tensor, Tensor]:
-    compute = compute_dtype(a.x, a.shift, a.scale)
-    mean, rstd = layer_norm_statistics(a.x, a.eps, compute)
-    centered = a.x.to(compute) - mean.unsqueeze(-1)
-    scale, shift = (broadcast(vector, a.x).to(compute) for vector in (a.scale, a.shift))
+def formula(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    compute = compute_dtype(x, shift, scale)
+    mean, rstd = layer_norm_statistics(x, eps, compute)
+    centered = x.to(compute) - mean.unsqueeze(-1)
+    scale, shift = (broadcast(vector, x).to(compute) for vector in (scale, shift))
     return centered * rstd.unsqueeze(-1) * (1 + scale) + shift, mean, rstd
 
 
-def _formula_bwd(a: LayerNormModulateGrad):
-    grad_x, *modulation = layer_norm_gradients(a.grad_y, a.x, a.scale, a.mean, a.rstd)
-    return grad_x, *(summed(grad, a.scale, a.need_shift_or_scale) for grad in modulation)
-
-
-def _statistics(a: LayerNormModulateGrad) -> dict[str, Tensor]:
-    return dict(zip(("mean", "rstd"), layer_norm_statistics(a.x, a.eps, a.mean.dtype), strict=True))
+def _formula_bwd(
+    grad_y: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, eps: float, shift_dtype: torch.dtype,
+    need_x: bool, need_shift_or_scale: bool,
+):  # fmt: skip
+    grad_x, *vectors = layer_norm_gradients(grad_y, x, scale, mean, rstd)
+    return grad_x, *(summed(grad, scale, need_shift_or_scale) for grad in vectors)
 
 
 _bwd = define(
-    "layer_norm_modulate_bwd", LayerNormModulateGrad, "grad_x grad_shift grad_scale", _results_bwd, _formula_bwd,
-    recompute=_statistics,
+    "layer_norm_modulate_bwd", "grad_x grad_shift grad_scale", _results_bwd, _formula_bwd,
+    recompute=lambda a: layer_norm_statistics(a.x, a.eps, a.mean.dtype)._asdict(),
 )  # fmt: skip
 _fwd = define(
-    "layer_norm_modulate_fwd", LayerNormModulate, "y mean rstd", _results, _formula,
-    check=_check, backward=by(_bwd), constants=(1, 2),
-)  # fmt: skip
+    "layer_norm_modulate_fwd", "y mean rstd", _results, formula, check=_check, backward=by(_bwd), constants=(1, 2)
+)

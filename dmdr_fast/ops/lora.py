@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,26 +10,6 @@ from torch import Tensor
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import by, define
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
-
-
-class MultiLora(NamedTuple):
-    x: Tensor
-    base_out: Tensor
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-
-
-class MultiLoraGrad(NamedTuple):
-    grad: Tensor
-    x: Tensor
-    low_rank: Tensor
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-    need_x: bool
-    need_A: bool
-    need_B: bool
 
 
 def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor | float) -> Tensor:
@@ -71,7 +50,7 @@ def multi_lora(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor 
     return _fwd.checked(op, x, base_out, A, B, scale)[0]
 
 
-def _check(op: str, a: MultiLora) -> None:
+def _check(op: str, a) -> None:
     check.floating(op, "x", a.x, min_dim=2)
     for name, value in (("A", a.A), ("B", a.B)):
         check.floating(op, name, value)
@@ -85,30 +64,33 @@ def _check(op: str, a: MultiLora) -> None:
     check.per_sample(op, "scale", a.scale, x, "x", one_for_all=True)
 
 
-def _results(a: MultiLora):
+def _results(a):
     dtype = compute_dtype(a.x, a.base_out, a.A, a.B)
     return like(a.base_out), Result((*a.x.shape[:-1], a.A.shape[1]), dtype)
 
 
-def _results_bwd(a: MultiLoraGrad):
+def _results_bwd(a):
     return like(a.x, needed=a.need_x), like(a.A, needed=a.need_A), like(a.B, needed=a.need_B)
 
 
-def _formula(a: MultiLora) -> tuple[Tensor, Tensor]:
-    compute = compute_dtype(a.x, a.base_out, a.A, a.B)
-    projected = _low_rank(a.x, a.A, a.scale, compute)
-    return a.base_out.to(compute) + projected @ a.B.to(compute), projected
+def _formula(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    compute = compute_dtype(x, base_out, A, B)
+    projected = _low_rank(x, A, scale, compute)
+    return base_out.to(compute) + projected @ B.to(compute), projected
 
 
-def _formula_bwd(a: MultiLoraGrad):
-    compute = a.low_rank.dtype
-    grad = a.grad.to(compute)
-    if a.need_x or a.need_A:
-        low_rank_grad = _scaled(grad @ a.B.to(compute).mT, a.scale)
+def _formula_bwd(
+    grad: Tensor, x: Tensor, low_rank: Tensor, A: Tensor, B: Tensor, scale: Tensor,
+    need_x: bool, need_A: bool, need_B: bool,
+):  # fmt: skip
+    compute = low_rank.dtype
+    grad = grad.to(compute)
+    if need_x or need_A:
+        low_rank_grad = _scaled(grad @ B.to(compute).mT, scale)
     return (
-        low_rank_grad @ a.A.to(compute).mT if a.need_x else None,
-        a.x.to(compute).flatten(0, -2).mT @ low_rank_grad.flatten(0, -2) if a.need_A else None,
-        a.low_rank.flatten(0, -2).mT @ grad.flatten(0, -2) if a.need_B else None,
+        low_rank_grad @ A.to(compute).mT if need_x else None,
+        x.to(compute).flatten(0, -2).mT @ low_rank_grad.flatten(0, -2) if need_A else None,
+        low_rank.flatten(0, -2).mT @ grad.flatten(0, -2) if need_B else None,
     )
 
 
@@ -137,12 +119,12 @@ def _flops_bwd(
 
 
 _bwd = define(
-    "multi_lora_bwd", MultiLoraGrad, "grad_x grad_A grad_B", _results_bwd, _formula_bwd, flops=_flops_bwd,
+    "multi_lora_bwd", "grad_x grad_A grad_B", _results_bwd, _formula_bwd, flops=_flops_bwd,
     recompute=lambda a: {"low_rank": _low_rank(a.x, a.A, a.scale, a.low_rank.dtype)},
 )  # fmt: skip
 # low_rank is kept: it is r / in of x's size, and to make it again would read all of x.
 _fwd = define(
-    "multi_lora_fwd", MultiLora, "out low_rank", _results, _formula,
+    "multi_lora_fwd", "out low_rank", _results, _formula,
     check=_check, check_values=lambda op, a: check.values(op, "scale", a.scale),
     backward=by(_bwd, through="base_out"), constants=(1,), flops=_flops_fwd,
 )  # fmt: skip

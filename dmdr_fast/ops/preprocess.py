@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,29 +11,6 @@ from torch.nn import functional as F
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define, written
 from dmdr_fast.reference import Result, compute_dtype
-
-
-class PreprocessReward(NamedTuple):
-    image: Tensor
-    height: int
-    width: int
-    mean: list[float]
-    std: list[float]
-    antialias: bool
-    low: float
-    high: float
-    need_inside: bool
-
-
-class PreprocessRewardGrad(NamedTuple):
-    grad: Tensor
-    inside: Tensor
-    in_width: int
-    std: list[float]
-    antialias: bool
-    low: float
-    high: float
-    dtype: torch.dtype
 
 
 def preprocess_reward(
@@ -82,7 +58,7 @@ def preprocess_reward(
     return _fwd.checked(op, image, height, width, mean, std, bool(antialias), low, high, need_inside)[0]
 
 
-def _check(op: str, a: PreprocessReward) -> None:
+def _check(op: str, a) -> None:
     for value in a.std:
         check.number(op, "std", value, above=0)
     if a.low >= a.high:
@@ -110,43 +86,49 @@ def _per_channel(op: str, name: str, values: Sequence[float], image: Tensor) -> 
     return numbers * channels if len(numbers) != channels else numbers
 
 
-def _save(ctx, a: PreprocessReward, results) -> None:
+def _save(ctx, a, results) -> None:
     ctx.save_for_backward(results[1])
     ctx.options = a.image.shape[-1], a.std, a.antialias, a.low, a.high, a.image.dtype
 
 
-def _backward(ctx, needed: PreprocessReward, grad, _) -> dict:
+def _backward(ctx, needed, grad, _) -> dict:
     return {"image": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
-def _results(a: PreprocessReward):
+def _results(a):
     batch, channels, rows, columns = a.image.shape
     bits = (batch, channels, rows, (columns + 7) // 8) if a.need_inside else None
     return Result((batch, channels, a.height, a.width), a.image.dtype), Result(bits, torch.uint8)
 
 
-def _formula(a: PreprocessReward) -> tuple[Tensor, Tensor | None]:
+def _formula(
+    image: Tensor, height: int, width: int, mean: list[float], std: list[float], antialias: bool,
+    low: float, high: float, need_inside: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``inside`` is uint8 [N, C, H, ceil(W / 8)]: bit j of byte k is low <= image[..., 8 k + j] <= high. It
     takes 1/16 of a bfloat16 image, which need not be kept for the backward.
     """
-    pixels = a.image.to(compute_dtype(a.image))
-    unit = (pixels.clamp(a.low, a.high) - a.low) / (a.high - a.low)
-    resized = _resize(unit, (a.height, a.width), a.antialias)
-    out = (resized - _channels(a.mean, resized)) / _channels(a.std, resized)
-    return out, _pack((pixels >= a.low) & (pixels <= a.high)) if a.need_inside else None
+    pixels = image.to(compute_dtype(image))
+    unit = (pixels.clamp(low, high) - low) / (high - low)
+    resized = _resize(unit, (height, width), antialias)
+    out = (resized - _channels(mean, resized)) / _channels(std, resized)
+    return out, _pack((pixels >= low) & (pixels <= high)) if need_inside else None
 
 
-def _formula_bwd(a: PreprocessRewardGrad) -> Tensor:
+def _formula_bwd(
+    grad: Tensor, inside: Tensor, in_width: int, std: list[float], antialias: bool, low: float, high: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """V^T grad H of the two resizing matrices, where the clamp passes it.
 
     Matrix products, not PyTorch's own backward: that one adds with atomics on a GPU.
     """
-    grad = a.grad.to(compute_dtype(a.grad))
-    grad = grad / _channels(a.std, grad)
-    vertical = _weights(a.inside.shape[-2], grad.shape[-2], a.antialias, grad)
-    horizontal = _weights(a.in_width, grad.shape[-1], a.antialias, grad)
-    pixels = vertical.mT @ grad @ horizontal / (a.high - a.low)
-    return torch.where(_unpack(a.inside, a.in_width), pixels, 0)
+    grad = grad.to(compute_dtype(grad))
+    grad = grad / _channels(std, grad)
+    vertical = _weights(inside.shape[-2], grad.shape[-2], antialias, grad)
+    horizontal = _weights(in_width, grad.shape[-1], antialias, grad)
+    pixels = vertical.mT @ grad @ horizontal / (high - low)
+    return torch.where(_unpack(inside, in_width), pixels, 0)
 
 
 def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
@@ -184,10 +166,9 @@ def _bit_numbers(like: Tensor) -> Tensor:
 
 
 _bwd = define(
-    "preprocess_reward_bwd", PreprocessRewardGrad, "grad_image",
-    lambda a: Result((*a.inside.shape[:-1], a.in_width), a.dtype), _formula_bwd,
-)  # fmt: skip
+    "preprocess_reward_bwd", "grad_image", lambda a: Result((*a.inside.shape[:-1], a.in_width), a.dtype), _formula_bwd
+)
 _fwd = define(
-    "preprocess_reward_fwd", PreprocessReward, "out inside", _results, _formula,
+    "preprocess_reward_fwd", "out inside", _results, _formula,
     check=_check, backward=written(_save, _backward), constants=(1,),
 )  # fmt: skip

@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import by, define
-from dmdr_fast.ops._modulation import rms_norm_statistic
+from dmdr_fast.ops._modulation import rms_norm_statistic, weighted
 from dmdr_fast.reference import Result, compute_dtype, like
-
-
-class QKNormRope(NamedTuple):
-    q: Tensor
-    k: Tensor
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    eps: float
-    interleaved: bool
-
-
-class QKNormRopeGrad(NamedTuple):
-    grad_q_out: Tensor | None
-    grad_k_out: Tensor | None
-    q: Tensor
-    k: Tensor
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    q_rstd: Tensor
-    k_rstd: Tensor
-    eps: float
-    interleaved: bool
-    need_q_weight_or_k_weight: bool
 
 
 def qk_norm_rope(
@@ -58,7 +29,7 @@ def qk_norm_rope(
     otherwise.
 
     One norm over all heads together (Wan): give all heads of a token as one, q as [B, T, 1, H D] and cos and sin H
-    times side by side; interleaved only. The CPU kernels' backward takes up to 1024 features so.
+    times side by side; interleaved only. docs/drop-in.md has the call.
 
     Args:
         q: [B, T, Hq, D], any float dtype; views of a packed projection (last dimension contiguous) are read
@@ -84,7 +55,7 @@ def qk_norm_rope(
     return _fwd.checked("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, eps, bool(interleaved))[:2]
 
 
-def _check(op: str, a: QKNormRope) -> None:
+def _check(op: str, a) -> None:
     for name, value in (("q", a.q), ("k", a.k)):
         check.floating(op, name, value)
         if value.dim() != 4:
@@ -113,12 +84,12 @@ def _check_table(op: str, name: str, value: Tensor, q: Tensor) -> None:
         check.shaped(op, name, value, (tokens, width), "T, D", q, "q")
 
 
-def _results(a: QKNormRope):
+def _results(a):
     compute = compute_dtype(*a[:6])
     return like(a.q), like(a.k), *(Result(x.shape[:-1], compute) for x in (a.q, a.k))
 
 
-def _results_bwd(a: QKNormRopeGrad):
+def _results_bwd(a):
     """What a side that got no gradient would give counts as not needed."""
     sides = (a.grad_q_out, a.q, a.q_weight), (a.grad_k_out, a.k, a.k_weight)
     weights = (
@@ -130,45 +101,49 @@ def _results_bwd(a: QKNormRopeGrad):
     return *(like(x, needed=grad is not None) for grad, x, _ in sides), *weights
 
 
-def _formula(a: QKNormRope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    compute = compute_dtype(a.q, a.k, a.q_weight, a.k_weight, a.cos, a.sin)
-    q_out, q_rstd = _forward(a, a.q, a.q_weight, compute)
-    k_out, k_rstd = _forward(a, a.k, a.k_weight, compute)
+def _formula(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    eps: float, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    compute = compute_dtype(q, k, q_weight, k_weight, cos, sin)
+
+    def side(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        rstd = rms_norm_statistic(x, eps, compute)
+        y = weighted(x.to(compute) * rstd.unsqueeze(-1), weight)
+        if cos is not None and sin is not None:
+            y = y * _per_head(cos, compute) + _rotate(y, interleaved) * _per_head(sin, compute)
+        return y.to(x.dtype), rstd
+
+    (q_out, q_rstd), (k_out, k_rstd) = side(q, q_weight), side(k, k_weight)
     return q_out, k_out, q_rstd, k_rstd
 
 
-def _formula_bwd(a: QKNormRopeGrad):
-    grad_q, grad_q_weight = _backward(a, a.grad_q_out, a.q, a.q_weight, a.q_rstd)
-    grad_k, grad_k_weight = _backward(a, a.grad_k_out, a.k, a.k_weight, a.k_rstd)
+def _formula_bwd(
+    grad_q_out: Tensor | None, grad_k_out: Tensor | None, q: Tensor, k: Tensor,
+    q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    q_rstd: Tensor, k_rstd: Tensor, eps: float, interleaved: bool, need_q_weight_or_k_weight: bool,
+):  # fmt: skip
+    def side(grad: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor):
+        if grad is None:
+            return None, None
+        compute, rstd = rstd.dtype, rstd.unsqueeze(-1)
+        grad, normal = grad.to(compute), x.to(compute) * rstd
+        if cos is not None and sin is not None:
+            # The rotation's matrix is skew: its transpose is its negative.
+            grad = grad * _per_head(cos, compute) - _rotate(grad * _per_head(sin, compute), interleaved)
+        inner = weighted(grad, weight)
+        grad_x = rstd * (inner - normal * (inner * normal).mean(-1, keepdim=True))
+        needed = need_q_weight_or_k_weight and weight is not None
+        return grad_x, (grad * normal).sum((0, 1, 2)) if needed else None
+
+    grad_q, grad_q_weight = side(grad_q_out, q, q_weight, q_rstd)
+    grad_k, grad_k_weight = side(grad_k_out, k, k_weight, k_rstd)
     return grad_q, grad_k, grad_q_weight, grad_k_weight
 
 
-def _forward(a, x: Tensor, weight: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    rstd = rms_norm_statistic(x, a.eps, compute)
-    y = x.to(compute) * rstd.unsqueeze(-1)
-    if weight is not None:
-        y = y * weight.to(compute)
-    if a.cos is not None:
-        cos, sin = (table.to(compute).unsqueeze(-2) for table in (a.cos, a.sin))
-        y = y * cos + _rotate(y, a.interleaved) * sin
-    return y.to(x.dtype), rstd
-
-
-def _backward(a, grad: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None
-    compute = rstd.dtype
-    grad, rstd = grad.to(compute), rstd.unsqueeze(-1)
-    if a.cos is not None:
-        # The rotation's matrix is skew: its transpose is its negative.
-        cos, sin = (table.to(compute).unsqueeze(-2) for table in (a.cos, a.sin))
-        grad = grad * cos - _rotate(grad * sin, a.interleaved)
-    normal = x.to(compute) * rstd
-    summed = a.need_q_weight_or_k_weight and weight is not None
-    weight_grad = (grad * normal).sum((0, 1, 2)) if summed else None
-    if weight is not None:
-        grad = grad * weight.to(compute)
-    return rstd * (grad - normal * (grad * normal).mean(-1, keepdim=True)), weight_grad
+def _per_head(table: Tensor, compute: torch.dtype) -> Tensor:
+    """cos or sin, the same for all heads of a token."""
+    return table.to(compute).unsqueeze(-2)
 
 
 def _rotate(y: Tensor, interleaved: bool) -> Tensor:
@@ -179,15 +154,15 @@ def _rotate(y: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((-second, first), -1)
 
 
-def _statistics(a: QKNormRopeGrad) -> dict[str, Tensor]:
+def _statistics(a) -> dict[str, Tensor]:
     return {f"{side}_rstd": rms_norm_statistic(x, a.eps, a.q_rstd.dtype) for side, x in (("q", a.q), ("k", a.k))}
 
 
 _bwd = define(
-    "qk_norm_rope_bwd", QKNormRopeGrad, "grad_q grad_k grad_q_weight grad_k_weight", _results_bwd, _formula_bwd,
+    "qk_norm_rope_bwd", "grad_q grad_k grad_q_weight grad_k_weight", _results_bwd, _formula_bwd,
     recompute=_statistics,
 )  # fmt: skip
 _fwd = define(
-    "qk_norm_rope_fwd", QKNormRope, "q_out k_out q_rstd k_rstd", _results, _formula,
+    "qk_norm_rope_fwd", "q_out k_out q_rstd k_rstd", _results, _formula,
     check=_check, backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,33 +10,6 @@ from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import define, written
 from dmdr_fast.ops._noise import seeded_normals
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
-
-
-class NormalNoise(NamedTuple):
-    size: list[int]
-    seed: Tensor
-    offset: Live
-    dtype: torch.dtype
-
-
-class Renoise(NamedTuple):
-    x0: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    noise: Tensor | None
-    seed: Tensor | None
-    offset: Live
-
-
-class RenoiseGrad(NamedTuple):
-    grad: Tensor
-    scale: Tensor
-    dtype: torch.dtype
-
-
-class RenoiseScaleGrad(NamedTuple):
-    grad: Tensor
-    factor: Tensor
 
 
 def normal_noise(shape_like: Tensor, seed: Tensor, *, offset: int = 0) -> Tensor:
@@ -116,7 +87,7 @@ def renoise(
     return _fwd.checked(op, x0, alpha, sigma, noise, seed, offset)
 
 
-def _check(op: str, a: Renoise) -> None:
+def _check(op: str, a) -> None:
     if (a.noise is None) == (a.seed is None):
         got = "both" if a.seed is not None else "none"
         raise ValueError(f"{op}: noise, seed: expected exactly one of them, got {got}")
@@ -128,19 +99,19 @@ def _check(op: str, a: Renoise) -> None:
         check.per_sample(op, name, scalar, a.x0, "x0")
 
 
-def _check_values(op: str, a: Renoise) -> None:
+def _check_values(op: str, a) -> None:
     check.values(op, "alpha", a.alpha, minimum=0)
     check.values(op, "sigma", a.sigma, minimum=0)
 
 
-def _save(ctx, a: Renoise, x_t) -> None:
+def _save(ctx, a, x_t) -> None:
     _, need_alpha, need_sigma, *_ = ctx.needs_input_grad[2:]
     # The latents are kept only where a schedule is learned: alpha needs x0, sigma the noise.
     ctx.save_for_backward(a.alpha, a.sigma, a.x0 if need_alpha else None, a.noise if need_sigma else None, a.seed)
     ctx.options = a.offset, a.x0.dtype, None if a.noise is None else a.noise.dtype
 
 
-def _backward(ctx, needed: Renoise, grad) -> dict:
+def _backward(ctx, needed, grad) -> dict:
     alpha, sigma, x0, noise, seed = ctx.saved_tensors
     offset, dtype, noise_dtype = ctx.options
     if needed.sigma and noise is None:
@@ -153,35 +124,34 @@ def _backward(ctx, needed: Renoise, grad) -> dict:
     }
 
 
-def _formula(a: Renoise) -> Tensor:
-    compute, noise = compute_dtype(a.x0, a.noise), a.noise
+def _formula(
+    x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | None, seed: Tensor | None, offset: Live
+) -> Tensor:
+    compute = compute_dtype(x0, noise)
     if noise is None:
-        assert a.seed is not None  # the check has seen to it
-        noise = seeded_normals(a.x0.shape, a.seed, a.offset, compute)
-    return per_sample(a.alpha, a.x0) * a.x0.to(compute) + per_sample(a.sigma, a.x0) * noise.to(compute)
+        assert seed is not None  # the check has seen to it
+        noise = seeded_normals(list(x0.shape), seed, offset, compute)
+    return per_sample(alpha, x0) * x0.to(compute) + per_sample(sigma, x0) * noise.to(compute)
 
 
-def _formula_bwd(a: RenoiseGrad) -> Tensor:
+def _formula_bwd(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of x0 (scale = alpha) or of the noise (scale = sigma)."""
-    return per_sample(a.scale, a.grad) * a.grad.to(a.scale.dtype)
+    return per_sample(scale, grad) * grad.to(scale.dtype)
 
 
-def _formula_scale_bwd(a: RenoiseScaleGrad) -> Tensor:
+def _formula_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
     """The gradient of alpha (factor = x0) or of sigma (factor = noise)."""
-    compute = compute_dtype(a.grad, a.factor)
-    return (a.grad.to(compute) * a.factor.to(compute)).flatten(1).sum(1)
+    compute = compute_dtype(grad, factor)
+    return (grad.to(compute) * factor.to(compute)).flatten(1).sum(1)
 
 
-_noise = define(
-    "normal_noise_fwd", NormalNoise, "out", lambda a: Result(a.size, a.dtype),
-    lambda a: seeded_normals(a.size, a.seed, a.offset, a.dtype),
-)  # fmt: skip
-_bwd = define("renoise_bwd", RenoiseGrad, "out", lambda a: like(a.grad, a.dtype), _formula_bwd)
+_noise = define("normal_noise_fwd", "out", lambda a: Result(a.size, a.dtype), seeded_normals)
+_bwd = define("renoise_bwd", "out", lambda a: like(a.grad, a.dtype), _formula_bwd)
 _scale_bwd = define(
-    "renoise_scale_bwd", RenoiseScaleGrad, "sample_sum",
-    lambda a: Result(a.grad.shape[:1], compute_dtype(a.grad, a.factor)), _formula_scale_bwd,
+    "renoise_scale_bwd", "sample_sum", lambda a: Result(a.grad.shape[:1], compute_dtype(a.grad, a.factor)),
+    _formula_scale_bwd,
 )  # fmt: skip
 _fwd = define(
-    "renoise_fwd", Renoise, "out", lambda a: like(a.x0), _formula,
+    "renoise_fwd", "out", lambda a: like(a.x0), _formula,
     check=_check, check_values=_check_values, backward=written(_save, _backward),
 )  # fmt: skip

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import by, define
-from dmdr_fast.ops._modulation import broadcast, modulation, norm_options, rms_norm_statistic, summed, weighted
+from dmdr_fast.ops._modulation import broadcast, modulation, rms_norm_statistic, summed, weighted
 from dmdr_fast.reference import Result, compute_dtype, like
-
-
-class RMSNormScale(NamedTuple):
-    x: Tensor
-    weight: Tensor | None
-    scale: Tensor
-    eps: float
-    out_dtype: torch.dtype | None
-
-
-class RMSNormScaleGrad(NamedTuple):
-    grad_y: Tensor
-    x: Tensor
-    weight: Tensor | None
-    scale: Tensor
-    rstd: Tensor
-    eps: float
-    need_x: bool
-    need_weight: bool
-    need_scale: bool
 
 
 def rms_norm_scale(
@@ -64,45 +42,46 @@ def check_weight(op: str, weight: Tensor | None, x: Tensor) -> None:
         check.shaped(op, "weight", weight, (x.shape[-1],), "D", x, "x")
 
 
-def _check(op: str, a: RMSNormScale) -> None:
+def _check(op: str, a) -> None:
     check.floating(op, "x", a.x, min_dim=2)
     check_weight(op, a.weight, a.x)
     modulation(op, "scale", a.scale, a.x)
-    norm_options(op, a.eps, a.out_dtype)
+    check.number(op, "eps", a.eps, above=0)
 
 
-def _results(a: RMSNormScale):
+def _results(a):
     return like(a.x, a.out_dtype), Result(a.x.shape[:-1], compute_dtype(a.x, a.weight, a.scale))
 
 
-def _results_bwd(a: RMSNormScaleGrad):
+def _results_bwd(a):
     weight = a.x if a.weight is None else a.weight
     return like(a.x, needed=a.need_x), like(weight, needed=a.need_weight), like(a.scale, needed=a.need_scale)
 
 
-def _formula(a: RMSNormScale) -> tuple[Tensor, Tensor]:
-    compute = compute_dtype(a.x, a.weight, a.scale)
-    rstd = rms_norm_statistic(a.x, a.eps, compute)
-    return weighted(a.x.to(compute) * rstd.unsqueeze(-1), a.weight) * broadcast(a.scale, a.x).to(compute), rstd
+def _formula(x: Tensor, weight: Tensor | None, scale: Tensor, eps: float, out_dtype: torch.dtype | None):
+    compute = compute_dtype(x, weight, scale)
+    rstd = rms_norm_statistic(x, eps, compute)
+    return weighted(x.to(compute) * rstd.unsqueeze(-1), weight) * broadcast(scale, x).to(compute), rstd
 
 
-def _formula_bwd(a: RMSNormScaleGrad):
-    compute = a.rstd.dtype
-    grad, rstd = a.grad_y.to(compute), a.rstd.unsqueeze(-1)
-    normal, scale = a.x.to(compute) * rstd, broadcast(a.scale, a.x).to(compute)
-    inner = weighted(grad * scale, a.weight)
+def _formula_bwd(
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, rstd: Tensor, eps: float,
+    need_x: bool, need_weight: bool, need_scale: bool,
+):  # fmt: skip
+    grad, factor = grad_y.to(rstd.dtype), broadcast(scale, x).to(rstd.dtype)
+    normal = x.to(rstd.dtype) * rstd.unsqueeze(-1)
+    inner = weighted(grad * factor, weight)
     return (
-        rstd * (inner - normal * (inner * normal).mean(-1, keepdim=True)),
-        None if a.weight is None else summed(grad * scale * normal, a.weight, a.need_weight),
-        summed(weighted(grad * normal, a.weight), a.scale, a.need_scale),
+        rstd.unsqueeze(-1) * (inner - normal * (inner * normal).mean(-1, keepdim=True)),
+        None if weight is None else summed(grad * factor * normal, weight, need_weight),
+        summed(weighted(grad * normal, weight), scale, need_scale),
     )
 
 
 rms_norm_scale_bwd = define(
-    "rms_norm_scale_bwd", RMSNormScaleGrad, "grad_x grad_weight grad_scale", _results_bwd, _formula_bwd,
+    "rms_norm_scale_bwd", "grad_x grad_weight grad_scale", _results_bwd, _formula_bwd,
     recompute=lambda a: {"rstd": rms_norm_statistic(a.x, a.eps, a.rstd.dtype)},
 )  # fmt: skip
 _fwd = define(
-    "rms_norm_scale_fwd", RMSNormScale, "y rstd", _results, _formula,
-    check=_check, backward=by(rms_norm_scale_bwd), constants=(1,),
-)  # fmt: skip
+    "rms_norm_scale_fwd", "y rstd", _results, _formula, check=_check, backward=by(rms_norm_scale_bwd), constants=(1,)
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,33 +15,6 @@ from dmdr_fast.ops._noise import seeded_normals
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
 SDEKind = Literal["flow_grpo", "dance", "cps"]
-
-
-class SDEStepArguments(NamedTuple):
-    x: Tensor
-    v: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-    next_sample: Tensor | None
-    seed: Tensor | None
-    offset: Live
-    kind: str
-    eta: float
-
-
-class SDEStepGrad(NamedTuple):
-    grad_next: Tensor | None
-    grad_logprob: Tensor | None
-    grad_mean: Tensor | None
-    x: Tensor
-    v: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-    next_sample: Tensor | None
-    kind: str
-    eta: float
-    need_x: bool
-    need_v: bool
 
 
 class SDEStep(NamedTuple):
@@ -124,9 +97,8 @@ def sde_step_logprob(
     return SDEStep(drawn if next_sample is None else next_sample, logprob, mean, std)
 
 
-def _check(op: str, a: SDEStepArguments) -> None:
+def _check(op: str, a) -> None:
     check.like(op, "v", a.v, a.x, "x")
-    check.choice(op, "kind", a.kind, get_args(SDEKind))
     if a.kind == "cps":
         check.number(op, "eta", a.eta, minimum=0)
     else:
@@ -144,67 +116,69 @@ def _check(op: str, a: SDEStepArguments) -> None:
         check.constant(op, name, value)
 
 
-def _check_values(op: str, a: SDEStepArguments) -> None:
+def _check_values(op: str, a) -> None:
     check.values(op, "sigma", a.sigma, above=0, maximum=1)
     check.values(op, "sigma_next", a.sigma_next, minimum=0, maximum=1)
     check.below(op, "sigma_next", a.sigma_next, a.sigma, "sigma")
 
 
-def _save(ctx, a: SDEStepArguments, results) -> None:
+def _save(ctx, a, results) -> None:
     next_sample = results[0] if a.next_sample is None else a.next_sample
     ctx.save_for_backward(a.x, a.v, a.sigma, a.sigma_next, next_sample)
     ctx.options = a.kind, a.eta
 
 
-def _backward(ctx, needed: SDEStepArguments, grad_next, grad_logprob, grad_mean, _) -> dict:
+def _backward(ctx, needed, grad_next, grad_logprob, grad_mean, _) -> dict:
     needs = needed.x, needed.v
     grad_x, grad_v = _bwd(grad_next, grad_logprob, grad_mean, *ctx.saved_tensors, *ctx.options, *needs)
     return {"x": grad_x if needed.x else None, "v": grad_v if needed.v else None}
 
 
-def _results(a: SDEStepArguments):
+def _results(a):
     compute = compute_dtype(a.x, a.v, a.next_sample)
     per_sample = Result(a.x.shape[:1], compute)
     return like(a.x, needed=a.next_sample is None), per_sample, like(a.x, compute), per_sample
 
 
-def _results_bwd(a: SDEStepGrad):
-    return like(a.x, needed=a.need_x), like(a.v, needed=a.need_v)
-
-
-def _formula(a: SDEStepArguments):
+def _formula(
+    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, next_sample: Tensor | None, seed: Tensor | None,
+    offset: Live, kind: SDEKind, eta: float,
+):  # fmt: skip
     """A drawn sample is rounded first and the log-prob is the rounded one's, so a replay gives the same bits.
     The log-prob takes the next sample as a constant.
     """
-    compute = compute_dtype(a.x, a.v, a.next_sample)
-    keep, move, std = _coefficients(a.sigma, a.sigma_next, a.kind, a.eta)
-    mean = (per_sample(keep, a.x) * a.x.to(compute) + per_sample(move, a.x) * a.v.to(compute)).contiguous()
-    drawn, next_sample = None, a.next_sample
+    compute, drawn = compute_dtype(x, v, next_sample), None
+    keep, move, std = _coefficients(sigma, sigma_next, kind, eta)
+    mean = (per_sample(keep, x) * x.to(compute) + per_sample(move, x) * v.to(compute)).contiguous()
     if next_sample is None:
-        assert a.seed is not None  # the check has seen to it
-        noise = seeded_normals(a.x.shape, a.seed, a.offset, compute)
-        drawn = next_sample = (mean + per_sample(std, a.x) * noise).to(a.x.dtype)
+        assert seed is not None  # the check has seen to it
+        noise = seeded_normals(list(x.shape), seed, offset, compute)
+        drawn = next_sample = (mean + per_sample(std, x) * noise).to(x.dtype)
     square = (next_sample.detach().to(compute) - mean).square().flatten(1).mean(1)
-    if a.kind == "cps":
+    if kind == "cps":
         return drawn, -square, mean, std
     return drawn, -square / (2 * std * std) - torch.log(std) - 0.5 * math.log(2 * math.pi), mean, std
 
 
-def _formula_bwd(a: SDEStepGrad) -> tuple[Tensor, Tensor]:
+def _formula_bwd(
+    grad_next: Tensor | None, grad_logprob: Tensor | None, grad_mean: Tensor | None, x: Tensor, v: Tensor,
+    sigma: Tensor, sigma_next: Tensor, next_sample: Tensor | None, kind: SDEKind, eta: float,
+    need_x: bool, need_v: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The log-prob is that of a fixed next_sample; a drawn one (``grad_next``) depends on the mean with slope 1."""
-    compute = compute_dtype(a.x, a.v, a.next_sample)
-    keep, move, std = _coefficients(a.sigma, a.sigma_next, a.kind, a.eta)
-    grad = torch.zeros_like(a.x, dtype=compute)
-    for part in (a.grad_next, a.grad_mean):
+    compute = compute_dtype(x, v, next_sample)
+    keep, move, std = _coefficients(sigma, sigma_next, kind, eta)
+    grad = torch.zeros_like(x, dtype=compute)
+    for part in (grad_next, grad_mean):
         if part is not None:
             grad = grad + part.to(compute)
-    if a.grad_logprob is not None:
-        assert a.next_sample is not None  # the forward keeps the one that it drew
-        mean = per_sample(keep, a.x) * a.x.to(compute) + per_sample(move, a.x) * a.v.to(compute)
-        slope = torch.full_like(std, 2.0) if a.kind == "cps" else 1 / (std * std)
-        slope = a.grad_logprob.to(compute) * slope / max(a.x[:1].numel(), 1)
-        grad = grad + per_sample(slope, a.x) * (a.next_sample.detach().to(compute) - mean)
-    return per_sample(keep, a.x) * grad, per_sample(move, a.x) * grad
+    if grad_logprob is not None:
+        assert next_sample is not None  # the forward keeps the one that it drew
+        mean = per_sample(keep, x) * x.to(compute) + per_sample(move, x) * v.to(compute)
+        slope = torch.full_like(std, 2.0) if kind == "cps" else 1 / (std * std)
+        slope = grad_logprob.to(compute) * slope / max(x[:1].numel(), 1)
+        grad = grad + per_sample(slope, x) * (next_sample.detach().to(compute) - mean)
+    return per_sample(keep, x) * grad, per_sample(move, x) * grad
 
 
 def _coefficients(sigma: Tensor, sigma_next: Tensor, kind: str, eta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,8 +198,10 @@ def _coefficients(sigma: Tensor, sigma_next: Tensor, kind: str, eta: float) -> t
     return 1 + drift * dt, dt * (1 + drift * (1 - sigma)), gamma * torch.sqrt(-dt)
 
 
-_bwd = define("sde_step_bwd", SDEStepGrad, "grad_x grad_v", _results_bwd, _formula_bwd)
+_bwd = define(
+    "sde_step_bwd", "grad_x grad_v", lambda a: (like(a.x, needed=a.need_x), like(a.v, needed=a.need_v)), _formula_bwd
+)
 _fwd = define(
-    "sde_step_fwd", SDEStepArguments, "drawn logprob mean std", _results, _formula,
+    "sde_step_fwd", "drawn logprob mean std", _results, _formula,
     check=_check, check_values=_check_values, backward=written(_save, _backward), constants=(3,),
 )  # fmt: skip

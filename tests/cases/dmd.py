@@ -242,5 +242,5 @@ RAW = Raw(
     small=lambda draw: _of(draw, ((3, 2, 5, 7),)),
     large=large,
     compiled=compiled,
-    operators={"dmd_gradient_fwd": 30},  # 21 arguments, 7 allocations
+    operators={"dmd_gradient_fwd": 22},  # 21 arguments, 6 allocations
 )

@@ -24,12 +24,13 @@ def counters(count: int, device: torch.device) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
         _spare[device] = spare[count:]
         return spare[:count]
-    place = device, _stream(device), triton.next_power_of_2(count)
-    if place not in _counters:
+    place = device, _stream(device), count
+    found = _counters.get(place)
+    if found is None:
         if device not in _spare:
             _spare[device] = torch.zeros(1 << 16, dtype=torch.int32, device=device)
-        _counters[place] = torch.zeros(place[2], dtype=torch.int32, device=device)
-    return _counters[place]
+        found = _counters[place] = torch.zeros(count, dtype=torch.int32, device=device)
+    return found
 
 
 def _captures(device: torch.device) -> bool:

@@ -47,7 +47,8 @@ def _refuses(name: str) -> Callable[[Any], str | None]:
 def preprocess_reward_fwd(run: Launches, a, out) -> None:
     batch, channels, in_height, in_width = a.image.shape
     planes = batch * channels
-    vertical, horizontal = _filters(run, (in_height, in_width), (a.height, a.width), a.antialias)
+    vertical = _filter(run, in_height, a.height, a.antialias)
+    horizontal = _filter(run, in_width, a.width, a.antialias)
 
     mid = run.new((planes, a.height, in_width), torch.float32)
     block = _columns(in_width, a.image)
@@ -68,7 +69,8 @@ def preprocess_reward_fwd(run: Launches, a, out) -> None:
 def preprocess_reward_bwd(run: Launches, a, out) -> None:
     batch, channels, height, width = a.grad.shape
     planes, in_height, in_width = batch * channels, a.inside.shape[2], a.in_width
-    vertical, horizontal = _filters(run, (in_height, in_width), (height, width), a.antialias)
+    vertical = _filter(run, in_height, height, a.antialias)
+    horizontal = _filter(run, in_width, width, a.antialias)
 
     mid = run.new((planes, height, in_width), torch.float32)
     lines = planes * height
@@ -84,14 +86,6 @@ def preprocess_reward_bwd(run: Launches, a, out) -> None:
         a.inside.contiguous(), out.grad_image, in_height, in_width, height, vertical.scale, vertical.reach,
         TAPS=vertical.taps, ROWS=8, BLOCK=block,
     )  # fmt: skip
-
-
-def _filters(
-    run: Launches, sizes_in: tuple[int, int], sizes_out: tuple[int, int], antialias: bool
-) -> tuple[_Filter, _Filter]:
-    """Those of the rows and of the columns."""
-    rows, columns = zip(sizes_in, sizes_out, strict=True)
-    return _filter(run, *rows, antialias), _filter(run, *columns, antialias)
 
 
 def _filter(run: Launches, size_in: int, size_out: int, antialias: bool) -> _Filter:
