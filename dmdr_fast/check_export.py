@@ -72,10 +72,10 @@ def _by_diffusers(folder: Path, prompts: list[str]) -> Tensor:
     from dmdr_fast.models.export import call_arguments, load_arguments
 
     try:
-        given = {"load": load_arguments(folder), "call": call_arguments(folder), "prompts": prompts}
+        arguments = {"load": load_arguments(folder), "call": call_arguments(folder)}
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no exported pipeline ({error}); write one with dmdr-export") from None
-    given["seeds"] = image_seeds(range(len(prompts)), 0)
+    given = {**arguments, "prompts": prompts, "seeds": image_seeds(range(len(prompts)), 0)}
     with TemporaryDirectory() as scratch:
         words, out = Path(scratch) / "given.json", Path(scratch) / "images.pt"
         words.write_text(json.dumps(given))

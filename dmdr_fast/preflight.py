@@ -210,7 +210,8 @@ def _check_prompts(config: Config) -> None:
                 prompts = load_prompts(path, config.data.key)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-            check_captions(f"{name}: {path}", [prompt.text for prompt in prompts], terms, config.eval.features if name == shown else None)
+            features = config.eval.features if name == shown else None
+            check_captions(f"{name}: {path}", [prompt.text for prompt in prompts], terms, features)
 
 
 def check_captions(

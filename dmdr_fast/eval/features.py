@@ -14,7 +14,7 @@ from dmdr_fast.data.classifier import digits_classifier
 from dmdr_fast.data.digits import NUM_CLASSES
 from dmdr_fast.errors import UserError
 from dmdr_fast.scenes.captions import Attributes, is_held_out, parse
-from dmdr_fast.scenes.verifier import load_verifier
+from dmdr_fast.scenes.verifier import ResidualScores, load_verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,11 +110,13 @@ class ScenesFeatures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.verifier = load_verifier("held_out_verifier")
+        assert isinstance(self.verifier.scores, ResidualScores)
+        self.scores = self.verifier.scores
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """fp32 [N, 128] of images [N, 3, 16, 16] in [-1, 1]."""
-        return self.verifier.scores.trunk(images.float()).mean((1, 2))
+        return self.scores.trunk(images.float()).mean((1, 2))
 
     def accuracy(self, images: Tensor, asked: Mapping[str, Any]) -> dict[str, float]:
         """Of N captions of scenes: the share of images with all five attributes right, and parts of it.
@@ -200,9 +202,7 @@ class TransformersFeatures(nn.Module):
         return (pixels[:, :, top : top + self.crop_to, left : left + self.crop_to] - self.mean) / self.std
 
 
-def class_accuracy(
-    predict: Callable[[Tensor], Tensor], images: Tensor, asked: Mapping[str, Any]
-) -> dict[str, float]:
+def class_accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, asked: Mapping[str, Any]) -> dict[str, float]:
     """The share of images of which ``predict`` says the class asked for; nothing of prompts."""
     if "labels" not in asked:
         return {}
