@@ -15,7 +15,7 @@ from dmdr_fast import built_in
 from dmdr_fast.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-KINDS = f"a {', '.join(SUFFIXES)} file, a folder of .parquet files, or one of {', '.join(built_in.PROMPTS)}"
+KINDS = f"a {', '.join(SUFFIXES)} file, or a folder of .parquet files"
 # The longer ones first: UTF-32's mark begins with UTF-16's.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
