@@ -48,12 +48,12 @@ def test_a_training_from_the_seed_follows_the_record(steps, tmp_path):
 
 @pytest.mark.thorough
 def test_the_weights_give_the_recorded_accuracy():
-    """By diffusers' own pipeline: 50 steps, CFG 2, the prompts of the evaluation."""
+    """By diffusers' own pipeline: 50 steps, CFG 2, the first prompts of the evaluation."""
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = evaluation_prompts()
+    prompts = evaluation_prompts()[:64]
     images = pipeline(
         prompts,
         num_inference_steps=50,
