@@ -59,6 +59,17 @@ def test_rewards_of_scenes_are_told_of_other_prompts_and_sizes(tmp_path):
     assert f"data.prompts: {prompts}: prompt 'a fox' describes no scene" in line and "the reward scenes reads" in line
 
 
+def test_the_evaluation_on_scenes_is_told_of_other_prompts_and_sizes(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n")
+    flags = ("--reward.terms", "[]", "--reward.held_out", "[]", "--rl.method", "none")
+    line = refused(tmp_path, *flags, "--eval.prompts", str(prompts), recipe="scenes")
+    assert line.startswith(f"eval.prompts: {prompts}: prompt 'a fox'") and "eval.features scenes read" in line
+    for key in ("data", "features"):
+        with pytest.raises(UserError, match=rf"eval.{key}: scenes are made of prompts, model.family sit makes images"):
+            refused(tmp_path, "--eval.data", "digits", f"--eval.{key}", "scenes")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of the hub, and a hub that nothing can reach."""
