@@ -209,7 +209,7 @@ def test_the_page_of_scenes_is_in_its_own_words(tmp_path):
     text = (tmp_path / "claims-scenes.md").read_text()
     assert "`make claims TASK=scenes` trains everything" in text
     assert "## The four-step student beats the 50-step teacher: on what no training set shows" in text
-    assert "| Teacher, 4 steps | 5.000 | 0.800 | 0.800 | 0.940 | 0.880 | −0.2000 |" in text
+    assert "| Teacher, 4 steps | 5.000 | 0.800 | 0.800 | 0.940 | 0.880 | −0.2000 | 0.5000 |" in text
     assert "| DMDR, ReFL | +0.010 | 1.60 x | met |" in text
     assert "DMDR (ReFL): the prompt accuracy and the held-out reward must both be higher than the teacher's." in text
     pictures = {f"claims-scenes/{p.name}" for p in (tmp_path / "claims-scenes").glob("*.png")}

@@ -63,7 +63,7 @@ class Verdict:
     says: str
 
     def as_json(self) -> dict[str, Any]:
-        """For docs/claims.json."""
+        """For the page's JSON."""
         tests = [asdict(o.test) | {"difference": o.difference, "error": o.error, "says": o.says} for o in self.outcomes]
         return {"claim": self.claim.key, "verdict": self.says, "tests": tests}
 
@@ -97,8 +97,8 @@ CLAIMS = (
         "regularizer",
         "DMD regularises RL better than a KL to a reference does",
         "DMDR (ReFL) against the same RL with a KL to the generator that RL started from, once after the same cold "
-        "start and once from the teacher's weights (there the KL holds it to the teacher's {few}, far from the "
-        "data): DMDR's FD must be lower than theirs where they have its reward.",
+        "start and once from the teacher's weights (there the KL holds it to the teacher in as few steps): "
+        "DMDR's FD must be lower than theirs where they have its reward.",
         (Test("dmdr_refl", "dmd_then_rl_kl", MATCHED_FD), Test("dmdr_refl", "rl_kl", MATCHED_FD)),
         ("dmdr_refl", "dmd_then_rl_kl", "rl_kl", "rl_only"),
         "regularizer",
@@ -135,7 +135,7 @@ CLAIMS = (
     Claim(
         "teacher_reward",
         "The {student} student beats the 50-step teacher: in reward",
-        "DMDR (ReFL): {reward} and the held-out {one} must both be higher than the teacher's.",
+        "DMDR (ReFL): {reward} and the held-out reward must both be higher than the teacher's.",
         (Test("dmdr_refl", "teacher", "reward"), Test("dmdr_refl", "teacher", "held_out_reward")),
         ("dmdr_refl", "teacher", "teacher_n"),
         "teacher",
@@ -160,7 +160,7 @@ CLAIMS = (
     Claim(
         "any_method",
         "Any RL method raises the reward",
-        "DMDR with each method against DMD alone for as many updates: {reward} must be higher, and the held-out {one} "
+        "DMDR with each method against DMD alone for as many updates: {reward} must be higher, and the held-out reward "
         "not lower.",
         tuple(
             test
@@ -198,7 +198,7 @@ CLAIMS = (
         "nft",
         "Forward-process RL raises the reward of a {student} student",
         "DiffusionNFT's loss inside DMDR against DMD alone for as many updates: {reward} must be higher, and the "
-        "held-out {one} not lower.",
+        "held-out reward not lower.",
         (Test("dmdr_nft", "dmd_only", "reward"), Test("dmdr_nft", "dmd_only", "held_out_reward", guard=True)),
         ("dmdr_nft", "dmdr_grpo", "dmd_only"),
         "nft",
