@@ -9,11 +9,19 @@ export DMDR_CUDA ?= OFF
 MODULES := $(shell find dmdr_fast kernels -name '*.py' -o -name '*.j2' | LC_ALL=C sort)
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/modules
 
-.PHONY: quickstart test test-all bench claims malformed torture gpu-wheels gpu-check lint docs install
+.PHONY: quickstart scenes test test-all bench claims malformed torture gpu-wheels gpu-check lint docs install
 
 # On CPUs one thread suits the digits model best (a teacher step: 35 ms, 42 with two).
 quickstart: install  ## train a digits teacher, distil it, draw the report: runs/digits/report.html
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/deepspeed dmdr_fast/train.py --config configs/digits.yaml
+
+# The last line draws the exported pipeline's images by diffusers alone, in a process of its own.
+SCENES := runs/scenes
+scenes: install  ## text to image on two cores: cache, cold start, RL, runs/scenes/report.html, export, the check of it
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/dmdr-train --config scenes --run_dir $(SCENES)
+	rm -rf $(SCENES)/pipeline
+	$(BIN)/dmdr-export $(SCENES) $(SCENES)/pipeline --dtype fp32
+	$(BIN)/python -m dmdr_fast.check_export $(SCENES) $(SCENES)/pipeline --prompts scenes_eval
 
 test: install
 	$(BIN)/python -m pytest -n 3 --dist worksteal tests

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from dmdr_fast.built_in import PIPELINES
 from dmdr_fast.errors import UserError
 
 REFUSED = (401, 403, 404)  # HTTP: no such repository, or one that this user may not read
@@ -15,11 +16,13 @@ TIMEOUT = 10.0  # seconds
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` (ORG/NAME, or NAME) is to be asked of the hub: it is no path, and nothing that lies here.
 
+    A built-in name is not.
+
     Raises:
         FileNotFoundError: it can only be a path, and there is nothing.
     """
     try:
-        if Path(name).expanduser().exists():
+        if name in PIPELINES or Path(name).expanduser().exists():
             return False
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
         raise FileNotFoundError(f"{name[:80]!r} is no path ({error})") from None

@@ -15,6 +15,7 @@ from dmdr_fast.errors import UserError
 from dmdr_fast.hub import check_hub, is_hub_id
 
 HUB_PREFIX = "hf://"
+DATA_SETS = ("digits", "scenes")  # that eval.data and eval.features know by name
 
 
 def check(config: Config) -> None:
@@ -102,9 +103,10 @@ def _check_places(config: Config, rewards: dict[str, str]) -> None:
     if config.decoder.kind == "vae" and config.decoder.path is not None:
         names["decoder.path"] = (config.decoder.path, None)
     if config.eval.samples and config.eval.data is not None:
-        if config.eval.data != "digits" and not _is_folder(config.eval.data):
-            raise UserError(f"eval.data: no such folder: {config.eval.data}; give a folder of images, or digits")
-        if config.eval.features not in (None, "digits"):
+        if config.eval.data not in DATA_SETS and not _is_folder(config.eval.data):
+            known = " or ".join(DATA_SETS)
+            raise UserError(f"eval.data: no such folder: {config.eval.data}; give a folder of images, or {known}")
+        if config.eval.features not in (None, *DATA_SETS):
             names["eval.features"] = (config.eval.features, None)
     teacher = config.teacher
     if teacher.pipeline is not None:
@@ -201,26 +203,30 @@ def _check_prompts(config: Config) -> None:
     from dmdr_fast.data.prompts import load_prompts
 
     terms = (*config.reward.terms, *config.reward.held_out)
+    shown = "data.prompts" if config.eval.prompts is None else "eval.prompts"
     for name, path in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
         if path is not None:
             try:
                 prompts = load_prompts(path, config.data.key)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-            check_captions(f"{name}: {path}", [prompt.text for prompt in prompts], terms)
+            check_captions(f"{name}: {path}", [prompt.text for prompt in prompts], terms, config.eval.features if name == shown else None)
 
 
-def check_captions(where: str, prompts: Iterable[str], terms: Iterable[RewardTerm]) -> None:
-    """Whether the rewards of scenes, if there are any among ``terms``, can read the prompts.
+def check_captions(
+    where: str, prompts: Iterable[str], terms: Iterable[RewardTerm], features: str | None = None
+) -> None:
+    """Whether what reads scenes, among ``terms`` and as the evaluation's ``features``, can read the prompts.
 
     Raises:
         UserError: one cannot, with ``where`` in front.
     """
     from dmdr_fast.scenes.captions import parse
 
-    scenes = next((term.kind for term in terms if term.kind.startswith("scenes")), None)
+    readers = [f"the reward {term.kind} reads" for term in terms if term.kind.startswith("scenes")]
+    readers += ["eval.features scenes read"] if features == "scenes" else []
     try:
-        for prompt in prompts if scenes else ():
+        for prompt in prompts if readers else ():
             parse(prompt)
     except ValueError as error:
-        raise UserError(f"{where}: {error}, which the reward {scenes} reads") from None
+        raise UserError(f"{where}: {error}, which {readers[0]}") from None

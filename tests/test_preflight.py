@@ -57,6 +57,9 @@ def test_rewards_of_scenes_are_told_of_other_prompts_and_sizes(tmp_path):
         refused(tmp_path, *flags, recipe="sd35_large")
     line = refused(tmp_path, *flags, "--reward.held_out", "[]", "--model.resolution", "16", recipe="sd35_large")
     assert f"data.prompts: {prompts}: prompt 'a fox' describes no scene" in line and "the reward scenes reads" in line
+    flags = ("--data.prompts", str(prompts), "--eval.samples", "64")
+    assert "data.prompts" in refused(tmp_path, *flags, recipe="scenes")
+    assert "eval.prompts: " in refused(tmp_path, "--eval.prompts", str(prompts), "--reward.terms", "[]", "--reward.held_out", "[]", "--rl.method", "none", recipe="scenes")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ class Data(Section):
 
     prompts: File | None = documented(
         None,
-        "Prompts: a .txt (one a line), .jsonl, .json, .csv or .parquet file, or a folder of Parquet files.",
+        "Prompts: a .txt (one a line), .jsonl, .json, .csv or .parquet file, a folder of Parquet files, or scenes.",
     )
     key: str = documented("prompt", "Key or column of the prompt, in any file but a .txt.")
     negative_prompt: str = documented("", "The prompt of the unconditional prediction in CFG.")

@@ -75,7 +75,7 @@ class Teacher(Section):
     """The multi-step teacher: real score, and the start of the generator and the fake score."""
 
     weights: Place | None = key(None, "Weights: a .safetensors or .pt file, or hf://ORG/REPO/FILE. null: train.data.")
-    pipeline: Place | None = key(None, "Diffusers pipeline of a text-to-image family: its folder or hub id.")
+    pipeline: Place | None = key(None, "Diffusers pipeline of a text-to-image family: its folder or hub id, or scenes.")
     revision: str | None = key(None, "Branch, tag or commit of a hub id; null: its main branch.")
     guidance: NonNegative | None = key(
         None,

@@ -60,7 +60,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _sharing_problems(config)
     yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:
-        yield "eval.features: missing; eval.data needs a feature classifier (digits, or a folder or hub id)"
+        yield "eval.features: missing; eval.data needs a feature classifier (digits, scenes, or a folder or hub id)"
 
 
 def _sit_problems(config: Config) -> Iterator[str]:
@@ -102,6 +102,8 @@ def _sit_problems(config: Config) -> Iterator[str]:
             f"model.num_classes: {uses_digits[0]}=digits has 10 classes of 8x8x1 images; the model is set to "
             f"num_classes {model.num_classes}, resolution {model.resolution}, channels {model.channels}"
         )
+    if scenes := [f"eval.{key}" for key in ("data", "features") if getattr(config.eval, key) == "scenes"]:
+        yield f"{scenes[0]}: scenes are made of prompts, model.family sit makes images of classes; choose another"
     if config.decoder.kind == "vae" and config.decoder.path is None:
         yield "decoder.path: missing; decoder.kind=vae needs the folder or hub id of an AutoencoderKL"
     if config.decoder.kind == "identity" and (config.decoder.tiling or config.decoder.recompute):
@@ -124,6 +126,7 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
     digits = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("digits")]
     digits += [f"eval.{key}" for key in ("data", "features") if getattr(config.eval, key) == "digits"]
     scenes = [f"reward.{where}" for where, kind in _reward_kinds(config) if kind.startswith("scenes")]
+    scenes += [f"eval.{key}" for key in ("data", "features") if getattr(config.eval, key) == "scenes"]
     if scenes and config.model.resolution != 16:
         yield f"model.resolution: {config.model.resolution}; {scenes[0]}: scenes are of 16 x 16 pixels, set it to 16"
     if digits:

@@ -95,9 +95,9 @@ class Evaluation(Section):
     )
     data: Place | None = key(
         None,
-        "Real images: digits, or a folder of images. null: no FD, and with class labels no evaluation at the end.",
+        "Real images: digits, scenes, or a folder of images. null: no FD, and with class labels no evaluation at the end.",
     )
-    prompts: File | None = key(None, "Prompts of the evaluation, as data.prompts; null: the first of data.prompts.")
-    features: Place | None = key(None, "Feature classifier: digits, or folder or hub id of an image classifier.")
+    prompts: File | None = key(None, "Prompts of the evaluation, as data.prompts, or scenes_eval; null: data.prompts.")
+    features: Place | None = key(None, "Feature classifier: digits, scenes, or folder or hub id of an image classifier.")
     teacher_steps: Positive = key(50, "Euler steps of the multi-step teacher.")
     batch_size: Positive = key(128, "Samples per rank and forward.")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmdr_fast import built_in
 from dmdr_fast.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-KINDS = f"a {', '.join(SUFFIXES)} file, or a folder of .parquet files"
+KINDS = f"a {', '.join(SUFFIXES)} file, a folder of .parquet files, or one of {', '.join(built_in.PROMPTS)}"
 # The longer ones first: UTF-32's mark begins with UTF-16's.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -40,7 +41,8 @@ def load_prompts(path: str | Path, key: str = "prompt") -> list[Prompt]:
 
     ``.txt``: one prompt a line, blank lines left out. ``.jsonl``: one object a line, its ``key``. ``.json``: a list of
     such objects, or of texts. ``.csv``: the column ``key`` of a table with a header. ``.parquet``, or a folder with
-    such files at any depth, in the order of their names: the column ``key`` (needs pyarrow). Text is UTF-8, or what the
+    such files at any depth, in the order of their names: the column ``key`` (needs pyarrow). A name of
+    ``dmdr_fast.built_in``: the prompts that come with the package. Text is UTF-8, or what the
     byte order mark at its start says. Space and characters without a width around a prompt are taken off; a line of
     nothing else is blank.
 
@@ -48,7 +50,7 @@ def load_prompts(path: str | Path, key: str = "prompt") -> list[Prompt]:
         UserError: the file is missing, unreadable, of another kind, without the key or without prompts, or a prompt is
             no text, empty, or has a character that is none; the message names the line where there is one.
     """
-    source = Path(path).expanduser()
+    source = built_in.prompts(path).expanduser()
     prompts = [prompt for file in prompt_files(source) for prompt in _read(file, source, key)]
     if not prompts:
         raise UserError(f"prompts {source}: no prompt in it; expected at least one")
@@ -58,13 +60,15 @@ def load_prompts(path: str | Path, key: str = "prompt") -> list[Prompt]:
 def is_prompt_file(word: str) -> bool:
     """Whether a word of the command line is a file of prompts, and no prompt."""
     try:
-        return Path(word).suffix.lower() in SUFFIXES or Path(word).expanduser().is_file()
+        file = built_in.prompts(word)
+        return file.suffix.lower() in SUFFIXES or file.expanduser().is_file()
     except (OSError, ValueError):  # too long, or with a zero byte
         return False
 
 
 def prompt_files(source: Path) -> list[Path]:
     """The files that :func:`load_prompts` reads."""
+    source = built_in.prompts(source)
     try:
         if source.is_file():
             return [source]

@@ -1,4 +1,4 @@
-"""The honest table: teacher at many steps and at N, generator after the cold start and at the end, same noise.
+"""The honest table: teacher at many steps and at N, cold start and end of the generator, from the same noise.
 
 While training, the generator's row alone, with a sheet of its samples: no forward is made for the sheet.
 """
@@ -75,8 +75,11 @@ class Evaluator:
         many, student_steps = self.config.eval.teacher_steps, self.config.student.steps
         rows = {
             "teacher": (self._teacher(teacher, many), teacher_nfe(self.config, many)),
+            "teacher_no_cfg": (self._teacher(teacher, many, guided=False), many),
             "teacher_n": (self._teacher(teacher, student_steps), teacher_nfe(self.config, student_steps)),
         }
+        if not self.config.guides(self.config.teacher.sample_cfg_scale):
+            del rows["teacher_no_cfg"]
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
         table: dict[str, dict[str, float | None]] = {}
@@ -135,9 +138,9 @@ class Evaluator:
         write_whole(folder / SHEET.format(step), image_png(sheet))
         return sheet
 
-    def _teacher(self, network: Network, steps: int) -> Draw:
+    def _teacher(self, network: Network, steps: int, *, guided: bool = True) -> Draw:
         return lambda noise, batch, start: teacher_sample(
-            network, noise, batch, steps, config=self.config, model=self.model
+            network, noise, batch, steps, config=self.config, model=self.model, guided=guided
         )
 
     def _generator(self, weights: Path, asked: Callable[[], bool] = lambda: False) -> Draw:
@@ -191,8 +194,7 @@ class Evaluator:
         if self.rewards is not None:
             rewards = self.rewards.mean_scores(images, known, chunk=self.config.eval.batch_size)
         if self.data is not None:
-            row = evaluate(images, classes, self.data.real_images, self.data.features, rewards, nfe)
-            return row if self.model.num_classes is not None else row | {"accuracy": None}  # prompts have no class
+            return evaluate(images, classes, known, self.data.real_images, self.data.features, rewards, nfe)
         spread = diversity(images, classes).item()
         return {
             "reward": rewards.get("reward"),
@@ -219,11 +221,11 @@ def teacher_nfe(config: Config, steps: int) -> int:
 
 
 def teacher_sample(
-    network: Network, noise: Tensor, batch: Batch, steps: int, *, config: Config, model: Model
+    network: Network, noise: Tensor, batch: Batch, steps: int, *, config: Config, model: Model, guided: bool = True
 ) -> Tensor:
     """The teacher's own samples: its ODE under ``teacher.sample_cfg_scale``, at the shift of its pipeline."""
     scale = config.teacher.sample_cfg_scale
-    if scale is not None and config.guides(scale):
+    if guided and scale is not None and config.guides(scale):
         network = guided_network(network, batch.uncond, scale, config.cfg_mode, model.token)
     return ode_sample(
         network,

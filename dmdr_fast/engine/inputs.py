@@ -11,7 +11,9 @@ from torch import Tensor
 from dmdr_fast.config import Config
 from dmdr_fast.engine.rewards import RewardSet, build_reward_set
 from dmdr_fast.errors import UserError
-from dmdr_fast.eval.features import DigitsFeatures, FeatureExtractor, TransformersFeatures
+from dmdr_fast.eval.features import DigitsFeatures, FeatureExtractor, ScenesFeatures, TransformersFeatures
+
+REAL_SCENES = 2000
 
 
 def build_rewards(config: Config, num_classes: int | None, device: torch.device) -> RewardSet | None:
@@ -49,11 +51,17 @@ def build_evaluation(config: Config) -> EvaluationData | None:
         from dmdr_fast.data.digits import load_digits
 
         images = load_digits()[0]
+    elif config.eval.data == "scenes":
+        from dmdr_fast.scenes.data import evaluation_scenes
+
+        images = evaluation_scenes(REAL_SCENES, seed=0).images
     else:
         from dmdr_fast.data.images import load_image_folder
 
         images = load_image_folder(Path(config.eval.data), config.model.sizes[0])
     if config.eval.features == "digits":
         return EvaluationData(images, DigitsFeatures())
+    if config.eval.features == "scenes":
+        return EvaluationData(images, ScenesFeatures())
     assert config.eval.features is not None  # asked for with eval.data
     return EvaluationData(images, TransformersFeatures(config.eval.features))

@@ -1,9 +1,10 @@
-"""The feature spaces that evaluation measures in; the digits' shares nothing with the reward's."""
+"""The feature spaces that evaluation measures in; those of digits and scenes share nothing with the rewards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from dmdr_fast.data.classifier import digits_classifier
 from dmdr_fast.data.digits import NUM_CLASSES
 from dmdr_fast.errors import UserError
+from dmdr_fast.scenes.captions import Attributes, is_held_out, parse
+from dmdr_fast.scenes.verifier import load_verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +25,7 @@ STEPS = 500
 # of 0.3 in the images costs 1.6 times the distance between two halves of the data here, 1.3 times with the
 # reward's 0.3.
 NOISE = 0.05
+CHUNK = 1024  # images at a time; bounds memory, leaves the result alone
 
 
 class FeatureExtractor(Protocol):
@@ -30,8 +34,11 @@ class FeatureExtractor(Protocol):
     def features(self, images: Tensor) -> Tensor:
         """Features fp32 [N, d] on the images' device."""
 
-    def predict(self, images: Tensor) -> Tensor:
-        """The most likely class of each image, int64 [N]."""
+    def accuracy(self, images: Tensor, asked: Mapping[str, Any]) -> dict[str, float]:
+        """The share of images that show what was asked for: ``labels`` int64 [N] or N ``prompts``.
+
+        As ``accuracy``, and parts of it by other names that begin so; nothing where it does not read what was asked.
+        """
 
     def to(self, device: torch.device, /) -> FeatureExtractor:
         """Itself, there."""
@@ -89,6 +96,40 @@ class DigitsFeatures(nn.Module):
         """int64 [N] in 0..9 of images [N, 1, 8, 8] in [-1, 1]."""
         return self.classifier(images.float()).argmax(1)
 
+    def accuracy(self, images: Tensor, asked: Mapping[str, Any]) -> dict[str, float]:
+        """The share of images that are of their class."""
+        return class_accuracy(self.predict, images, asked)
+
+
+class ScenesFeatures(nn.Module):
+    """Features [N, 128] and prompt accuracy of scenes by the held-out verifier, which no generator is trained for.
+
+    The features are what enters its last layer, averaged over all windows of the canvas.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.verifier = load_verifier("held_out_verifier")
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """fp32 [N, 128] of images [N, 3, 16, 16] in [-1, 1]."""
+        return self.verifier.scores.trunk(images.float()).mean((1, 2))
+
+    def accuracy(self, images: Tensor, asked: Mapping[str, Any]) -> dict[str, float]:
+        """Of N captions of scenes: the share of images with all five attributes right, and parts of it.
+
+        ``accuracy_seen`` and ``accuracy_unseen``, of the captions whose combination training sets hold or do not;
+        ``accuracy_relation``, ``accuracy_first_digit`` and so on, of one attribute by itself.
+        """
+        scenes = [parse(prompt) for prompt in asked["prompts"]]
+        read = torch.cat([self.verifier.read(part) for part in images.split(CHUNK)])
+        right = (read.cpu() == torch.tensor(scenes)).double()
+        unseen, every = torch.tensor([is_held_out(scene) for scene in scenes]), right.prod(1)
+        parts = {"": every, "_seen": every[~unseen], "_unseen": every[unseen]}
+        parts |= {f"_{name}": column for name, column in zip(Attributes._fields, right.T, strict=True)}
+        return {f"accuracy{name}": values.mean().item() for name, values in parts.items() if len(values)}
+
 
 class TransformersFeatures(nn.Module):
     """Penultimate features and classes of any image classifier that ``transformers`` can load.
@@ -142,6 +183,10 @@ class TransformersFeatures(nn.Module):
         """int64 [N] of images [N, 3, H, W] in [-1, 1]."""
         return self.model(pixel_values=self.prepare(images)).logits.argmax(-1)
 
+    def accuracy(self, images: Tensor, asked: Mapping[str, Any]) -> dict[str, float]:
+        """The share of images that are of their class."""
+        return class_accuracy(self.predict, images, asked)
+
     def prepare(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] as the classifier wants them: fp32 [N, 3, crop, crop]."""
         if images.ndim != 4 or images.shape[1] != 3:
@@ -153,6 +198,16 @@ class TransformersFeatures(nn.Module):
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         top, left = (size[0] - self.crop_to) // 2, (size[1] - self.crop_to) // 2
         return (pixels[:, :, top : top + self.crop_to, left : left + self.crop_to] - self.mean) / self.std
+
+
+def class_accuracy(
+    predict: Callable[[Tensor], Tensor], images: Tensor, asked: Mapping[str, Any]
+) -> dict[str, float]:
+    """The share of images of which ``predict`` says the class asked for; nothing of prompts."""
+    if "labels" not in asked:
+        return {}
+    predicted = torch.cat([predict(part) for part in images.split(CHUNK)])
+    return {"accuracy": (predicted == asked["labels"]).double().mean().item()}
 
 
 def _last_linear(model: PreTrainedModel, source: str) -> nn.Linear:

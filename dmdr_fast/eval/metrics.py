@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmdr_fast.algorithm.monitors import diversity
-from dmdr_fast.eval.features import FeatureExtractor
-
-CHUNK = 1024  # images or feature rows at a time; bounds memory, leaves the result alone
+from dmdr_fast.eval.features import CHUNK, FeatureExtractor
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -100,7 +100,8 @@ def _check_features(a: Tensor, b: Tensor, *, least: int) -> None:
 @torch.no_grad()
 def evaluate(
     images: Tensor,
-    labels: Tensor,
+    classes: Tensor,
+    asked: Mapping[str, Any],
     real_images: Tensor,
     features: FeatureExtractor,
     rewards: Mapping[str, float],
@@ -110,28 +111,30 @@ def evaluate(
 
     Args:
         images: the generator's [N, C, H, W] in [-1, 1], from fixed noise.
-        labels: int64 [N], the class each was asked to show.
+        classes: int64 [N], equal for images of one class or prompt.
+        asked: what each was to show: ``labels`` int64 [N], or N ``prompts``.
         real_images: [M, C, H, W] in [-1, 1].
-        features: the feature space of ``fd``, ``precision``, ``recall`` and the classifier of ``accuracy``.
+        features: the feature space of ``fd``, ``precision``, ``recall`` and what tells ``accuracy``.
         rewards: mean ``reward`` and ``held_out_reward`` of the images, as far as the run has them.
         nfe: network evaluations per image, handed through.
 
     Returns:
         ``fd``, ``precision``, ``recall`` against the real images, ``reward`` and ``held_out_reward`` (None without),
-        ``diversity`` (mean RMS distance of two images of a class), ``accuracy`` (share of images whose predicted class
-        is the one asked for) and ``nfe``.
+        ``diversity`` (mean RMS distance of two images of a class or prompt), ``accuracy`` and ``nfe``, and the parts of
+        the accuracy that ``features`` tells.
     """
     real = torch.cat([features.features(part) for part in real_images.split(CHUNK)])
     fake = torch.cat([features.features(part) for part in images.split(CHUNK)])
-    predicted = torch.cat([features.predict(part) for part in images.split(CHUNK)])
     precision, recall = precision_recall(real, fake)
+    spread = diversity(images, classes).item()
     return {
         "fd": frechet_distance(real, fake),
         "precision": precision,
         "recall": recall,
         "reward": rewards.get("reward"),
         "held_out_reward": rewards.get("held_out_reward"),
-        "diversity": diversity(images, labels).item(),
-        "accuracy": (predicted == labels).double().mean().item(),
+        "diversity": spread if math.isfinite(spread) else None,  # no class has two images
+        "accuracy": None,
         "nfe": float(nfe),
+        **features.accuracy(images, asked),
     }

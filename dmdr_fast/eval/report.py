@@ -24,6 +24,7 @@ from dmdr_fast.eval.sheets import data_uri, image_uri, rows_of, sample_order, sh
 # The generators that are compared, in order. {steps} and {n} come from the run's configuration.
 _GENERATORS = {
     "teacher": "Teacher, {steps} steps",
+    "teacher_no_cfg": "Teacher, {steps} steps, no CFG",
     "teacher_n": "Teacher, {n}",
     "cold_start": "Cold start, {n}",
     "dmdr": "DMDR, {n}",
@@ -36,7 +37,14 @@ _METRICS = {
     "reward": ("Reward", 4, max, "mean of what reinforcement learning optimises"),
     "held_out_reward": ("Held-out reward", 4, max, "mean of rewards that are never optimised"),
     "diversity": ("Diversity", 4, None, "mean RMS distance between two samples of one condition"),
-    "accuracy": ("Accuracy", 4, max, "share of samples classified as the class asked for"),
+    "accuracy": ("Accuracy", 4, max, "share of samples that show the class or prompt asked for"),
+    "accuracy_seen": ("Seen", 4, max, "accuracy on combinations that training sets hold"),
+    "accuracy_unseen": ("Unseen", 4, max, "accuracy on combinations that they do not hold"),
+    "accuracy_relation": ("Relation", 4, max, "accuracy of this part of the prompt alone, as of the next four"),
+    "accuracy_first_digit": ("First digit", 4, max, "left or upper"),
+    "accuracy_first_colour": ("First colour", 4, max, "left or upper"),
+    "accuracy_second_digit": ("Second digit", 4, max, "right or lower"),
+    "accuracy_second_colour": ("Second colour", 4, max, "right or lower"),
     "nfe": ("NFE", 0, min, "network evaluations per image"),
 }
 # Panels of the log: title, unit, pattern of the keys, factor to the unit. Other keys get one panel each.

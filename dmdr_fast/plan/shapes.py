@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dmdr_fast import built_in
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import BACKBONES, Backbone, Family, open_family
 
@@ -111,7 +112,7 @@ def find_shape(name: str) -> Shape:
         if name in (shape.name, shape.hub_id):
             return shape
     try:
-        is_folder = Path(name).expanduser().is_dir()
+        is_folder = Path(built_in.pipeline(name)).expanduser().is_dir()
     except OSError:  # a name that is too long
         is_folder = False
     if not is_folder:

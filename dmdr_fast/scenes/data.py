@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmdr_fast.algorithm.streams import Streams
 from dmdr_fast.data.digits import NUM_CLASSES, load_digits
-from dmdr_fast.scenes.captions import WORDINGS, Attributes, caption
+from dmdr_fast.scenes.captions import WORDINGS, Attributes, caption, combinations
 
 SIDE, SCAN = 16, 8  # pixels of a canvas and of a scan
 # RGB in 0..1, in the order of ``captions.COLOURS``; the largest channel is 1, so it holds the scan.
@@ -75,6 +75,14 @@ class SceneSource:
         choices = [self._scans[digit] for digit in (scene.first_digit, scene.second_digit)]
         pair = torch.stack([scans[rng.integers(len(scans))] for scans in choices])
         return scene, pair, PLACES[rng.integers(len(PLACES))], int(rng.integers(len(WORDINGS[0])))
+
+
+def evaluation_scenes(count: int, *, seed: int) -> Scenes:
+    """``count`` scenes of the teacher's scans: by turns one that training sets may hold, and one that they do not."""
+    sources = [SceneSource("teacher", combinations(held_out=held_out), seed=seed) for held_out in (False, True)]
+    drawn = [sources[number % 2]([number]) for number in range(count)]
+    images, attributes, prompts = zip(*drawn, strict=True)
+    return Scenes(torch.cat(images), torch.cat(attributes), [prompt for part in prompts for prompt in part])
 
 
 def compose(pairs: Tensor, attributes: Tensor, places: Tensor) -> Tensor:

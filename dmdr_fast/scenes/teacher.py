@@ -2,7 +2,7 @@
 
 First the VAE, then text encoders and transformer jointly by flow matching on its latents. Every number drawn is a
 function of the seed and the step, so a training that was killed and is started again ends with the bytes of one that
-was not. FOLDER gets the pipeline (fp16 safetensors, by ``save_pretrained``), ``losses.jsonl`` with the loss of every
+was not. FOLDER gets the pipeline (fp16 safetensors, by ``save_pretrained``), ``losses.json`` with the loss of every
 step, and ``training.json``, which says how it was made.
 """
 
@@ -40,7 +40,7 @@ VAE_STEPS, VAE_LEARNING_RATE, KL_WEIGHT = 2_000, 2e-3, 3e-4
 STEPS, LEARNING_RATE, DROPPED_CAPTIONS = 10_000, 1e-3, 0.1
 SAVE_EVERY = 250  # steps
 STATISTICS = 1024  # scenes that the latents' mean and standard deviation are taken over
-RECORD, LOSSES = "training.json", "losses.jsonl"
+RECORD, LOSSES = "training.json", "losses.json"
 
 
 def train_teacher(out: Path, *, seed: int = 0, vae_steps: int = VAE_STEPS, steps: int = STEPS) -> None:
@@ -166,7 +166,8 @@ def _train(
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
-    lines = [line for line in read_losses(out) if line["stage"] != stage or int(line["step"]) < start]
+    losses = read_losses(out)
+    mine = losses[stage] = losses.get(stage, [])[:start]
     began = time.monotonic()
     end = steps if stop is None else stop
     for step in tqdm(range(start, end), desc=stage, unit="step", initial=start, total=end, mininterval=5.0):
@@ -178,7 +179,7 @@ def _train(
         nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - min(DECAY, (step + 1) / (step + 10)))
-        lines.append({"stage": stage, "step": step, "loss": value.item()})
+        mine.append(float(f"{value.item():.7g}"))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == end:
             state = {
                 "module": module.state_dict(),
@@ -187,7 +188,7 @@ def _train(
                 "step": step + 1,
                 "seconds": seconds + time.monotonic() - began,
             }
-            _replace(out / LOSSES, lambda aside: aside.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+            _replace(out / LOSSES, lambda aside: aside.write_text(json.dumps(losses) + "\n"))
             _replace(file, lambda aside: torch.save(state, aside))  # noqa: B023 - called at once
     with torch.no_grad():
         for parameter, mean in zip(trained, average, strict=True):
@@ -195,10 +196,10 @@ def _train(
     return seconds + time.monotonic() - began
 
 
-def read_losses(folder: Path) -> list[dict[str, str | int | float]]:
-    """The log of a training: {"stage": "vae" or "pipeline", "step": from 0, "loss": of that step's batch} a line."""
+def read_losses(folder: Path) -> dict[str, list[float]]:
+    """The log of a training: of its stages, "vae" and "pipeline", the loss of each step's batch to seven digits."""
     file = folder / LOSSES
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _source(seed: int) -> SceneSource:

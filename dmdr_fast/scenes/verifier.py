@@ -58,11 +58,15 @@ class ResidualScores(nn.Module):
         )
         self.read = nn.Linear(width, SCORES)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def trunk(self, images: Tensor) -> Tensor:
+        """[B, 4, 9, width]."""
         x = self.embed(windows(images, SCAN))
         for block in self.blocks:
             x = x + block(x)
-        return self.read(x)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.read(self.trunk(images))
 
 
 def windows(x: Tensor, size: int) -> Tensor:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from dmdr_fast import built_in
+
 ROOT = Path(__file__).parents[2]
 BUILD = """
 import sys
@@ -28,6 +30,9 @@ def test_a_wheel_has_the_licence_the_marker_of_types_and_its_metadata(tmp_path):
         metadata = Parser().parsestr(file.read(info).decode())
         licence = file.read(info.replace("METADATA", "licenses/LICENSE")).decode()
     assert {"dmdr_fast/py.typed", "dmdr_fast/configs/digits.yaml", "dmdr_fast/kernels/renoise.py"} <= names
+    source = Path(built_in.__file__).parent
+    teacher = (file for file in built_in.PIPELINES["scenes"].rglob("*") if file.is_file())
+    assert {f"dmdr_fast/{file.relative_to(source)}" for file in (*teacher, *built_in.PROMPTS.values())} <= names
     assert licence == (ROOT / "LICENSE").read_text()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "The dmdr_fast authors"

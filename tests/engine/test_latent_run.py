@@ -82,8 +82,8 @@ def test_latents_vae_classifier_reward_and_evaluation(run, models, tmp_path):
     code, _, err = run(arguments(models, tmp_path), small=False)
     assert code == 0, err
     table = json.loads((tmp_path / "metrics.json").read_text())
-    assert list(table) == ["teacher", "teacher_n", "cold_start", "dmdr"]
-    assert [row["nfe"] for row in table.values()] == [6, 2, 1, 1]
+    assert list(table) == ["teacher", "teacher_no_cfg", "teacher_n", "cold_start", "dmdr"]
+    assert [row["nfe"] for row in table.values()] == [6, 3, 2, 1, 1]
     assert all(row.pop("held_out_reward") is None for row in table.values())
     assert all(np.isfinite(list(row.values())).all() for row in table.values())
     assert {t.dtype for t in load_file(tmp_path / "final/generator.safetensors").values()} == {torch.bfloat16}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import linalg
 
+from dmdr_fast.eval.features import class_accuracy
 from dmdr_fast.eval.metrics import CHUNK, evaluate, frechet_distance, precision_recall
 
 
@@ -140,8 +141,8 @@ class Pixels:
     def features(self, images):
         return images.flatten(1)
 
-    def predict(self, images):
-        return images.flatten(1).argmax(1)
+    def accuracy(self, images, asked):
+        return class_accuracy(lambda part: part.flatten(1).argmax(1), images, asked)
 
 
 def test_evaluate_is_its_parts_over_all_chunks():
@@ -149,7 +150,8 @@ def test_evaluate_is_its_parts_over_all_chunks():
     real = torch.rand(count, 1, 2, 2, generator=rng(0)) * 2 - 1
     images = torch.rand(count, 1, 2, 2, generator=rng(1)) * 2 - 1
     labels = torch.arange(count) % 4
-    row = evaluate(images, labels, real, Pixels(), {"reward": 0.25, "held_out_reward": -1.0}, nfe=2)
+    asked = {"labels": labels}
+    row = evaluate(images, labels, asked, real, Pixels(), {"reward": 0.25, "held_out_reward": -1.0}, nfe=2)
     distances = torch.cdist(images.flatten(1), images.flatten(1)) / 2.0  # sqrt of 4 values
     pairs = (labels[:, None] == labels[None, :]) & ~torch.eye(count, dtype=torch.bool)
     assert row == pytest.approx(
@@ -165,5 +167,5 @@ def test_evaluate_is_its_parts_over_all_chunks():
         }
     )
     assert all(type(value) is float for value in row.values())
-    without = evaluate(images, labels, real, Pixels(), {}, nfe=2)
-    assert without == row | {"reward": None, "held_out_reward": None}
+    without = evaluate(images, torch.arange(count), {"prompts": []}, real, Pixels(), {}, nfe=2)
+    assert without == row | dict.fromkeys(("reward", "held_out_reward", "diversity", "accuracy"))

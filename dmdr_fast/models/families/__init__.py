@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dmdr_fast import built_in
 from dmdr_fast.models.families.backbone import Backbone
 from dmdr_fast.models.families.base import Condition, Denoiser, Family, to_device
 from dmdr_fast.models.families.encoding import TextEncoder
@@ -46,7 +47,7 @@ def open_family(
     """The family of a diffusers pipeline: a folder that ``save_pretrained`` wrote, or a hub id. Reads configs only.
 
     Args:
-        path: the folder or hub id ("black-forest-labs/FLUX.1-dev").
+        path: the folder, hub id ("black-forest-labs/FLUX.1-dev"), or a name of ``dmdr_fast.built_in``.
         length: the longest prompt in tokens; the pipeline's own default where None.
         guidance: what a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is told; its default where None.
         revision: branch, tag or commit of a hub id.
@@ -55,7 +56,7 @@ def open_family(
         FileNotFoundError: no pipeline there.
         ValueError: a pipeline class of no family, or a family's with a part that does not belong to it.
     """
-    path = str(path)
+    path = built_in.pipeline(path)
 
     def read(name: str) -> dict[str, Any]:
         return read_json(path, name, revision)
