@@ -114,7 +114,7 @@ _SCENES = Task(
     steps=4,
     rewards=("scenes", "scenes_held_out"),
     full=Budget(150, 350, 25),
-    quick=Budget(4, 6, 2, _SMOKE, (*_SMOKED, "dmdr_hybrid")),
+    quick=Budget(4, 6, 2, {**_SMOKE, "eval.teacher_steps": 4}, (*_SMOKED, "dmdr_hybrid")),
     variants=(
         *_paper({"rl.method": "grpo", **_SDE, **_RIGHT, "reward.weight": 0.15}, {**_DPO, **_RIGHT}),
         Variant("dmdr_nft", "DMDR, NFT", settings={**_NFT, **_RIGHT}, after=BASE),
