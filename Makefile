@@ -32,8 +32,9 @@ test-all: install  ## what `make test` leaves out too: the rest of each product 
 bench: install
 	$(BIN)/python -m pytest benchmarks
 
-claims: install  ## put the paper's claims to the test on digits: docs/claims.md (the page says how long it took)
-	$(BIN)/python -m dmdr_fast.eval.claims
+TASK ?= digits
+claims: install  ## put the paper's claims to the test: docs/claims.md, or with TASK=scenes docs/claims-scenes.md
+	$(BIN)/python -m dmdr_fast.eval.claims --task "$(TASK)"
 
 malformed: install  ## hundreds of malformed inputs: each is one line, or right
 	$(BIN)/python -m tests.malformed

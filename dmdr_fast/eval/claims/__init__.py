@@ -1,1 +1,1 @@
-"""The paper's claims put to the test on the digits task: ``python -m dmdr_fast.eval.claims``."""
+"""The paper's claims put to the test on a task: ``python -m dmdr_fast.eval.claims``."""

@@ -1,4 +1,4 @@
-"""``python -m dmdr_fast.eval.claims``: run what is missing, in parts, then write docs/claims.md and its data."""
+"""``python -m dmdr_fast.eval.claims``: run what is missing, in parts, then write the task's page and its data."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dmdr_fast.cli import Parser, run_user_command
 from dmdr_fast.commit import commit
 from dmdr_fast.errors import UserError
 from dmdr_fast.eval.claims import compare
 from dmdr_fast.eval.claims.launch import PACKAGE, Job, is_finished, run_jobs, state_of
 from dmdr_fast.eval.claims.page import write_page
 from dmdr_fast.eval.claims.records import Record, read_evaluations, read_json, read_rows
-from dmdr_fast.eval.claims.runs import FULL, QUICK, Budget, chosen, settings_of
+from dmdr_fast.eval.claims.runs import Budget, Task, chosen, settings_of
+from dmdr_fast.eval.claims.tasks import TASKS
 
-DONE, DIFFERS, MISTAKE, MORE = 0, 1, 2, 3  # exit codes
+DONE, DIFFERS, MORE = 0, 1, 3  # exit codes
 
 
 def options(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dmdr_fast.eval.claims",
-        description="Put the paper's claims to the test on digits. Runs that are finished are not run again; exit code "
+        description="Put the paper's claims to the test. Runs that are finished are not run again; exit code "
         "3: there is more to do, call again. 1: --compare found a difference.",
     )
-    parser.add_argument("--work", type=Path, help="where the runs go (default: runs/claims)")
-    parser.add_argument("--out", type=Path, help="where claims.md, claims.json and claims/ go (default: docs)")
+    parser.add_argument("--task", choices=TASKS, default="digits", help="what is learnt (default: digits)")
+    parser.add_argument("--work", type=Path, help="where the runs go (default: runs/PAGE)")
+    parser.add_argument("--out", type=Path, help="where PAGE.md, PAGE.json and PAGE/ go (default: docs)")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of the page (default: 0 1 2)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="runs to do now (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each (default: 2)")
@@ -44,21 +47,21 @@ def options(argv: list[str]) -> argparse.Namespace:
     other.add_argument("--compare", type=Path, metavar="JSON", help="make the chosen runs again and compare them")
     other.add_argument("--kept", type=Path, metavar="JSON", help="the runs of this claims.json stand: make the others")
     chosen_options = parser.parse_args(argv)
-    base = Path("runs/claims-quick") if chosen_options.quick else Path("runs/claims")
+    base = Path("runs", TASKS[chosen_options.task].page + "-quick" * chosen_options.quick)
     chosen_options.work = chosen_options.work or base
     chosen_options.out = chosen_options.out or (chosen_options.work / "docs" if chosen_options.quick else Path("docs"))
     chosen_options.seeds = chosen_options.seeds or ([0] if chosen_options.quick else [0, 1, 2])
     return chosen_options
 
 
-def jobs_of(names: Sequence[str], seeds: Sequence[int], budget: Budget, work: Path) -> list[Job]:
+def jobs_of(task: Task, names: Sequence[str], seeds: Sequence[int], budget: Budget, work: Path) -> list[Job]:
     """The runs of the seeds, those that others start from first."""
     jobs: dict[tuple[str, int], Job] = {}
-    for variant in chosen(names):
+    for variant in chosen(task, names):
         for seed in seeds:
-            settings = settings_of(variant, seed, budget)
+            settings, folder = settings_of(task, variant, seed, budget), work / f"{variant.name}-{seed}"
             after = jobs[variant.after, seed] if variant.after else None
-            jobs[variant.name, seed] = Job(variant.name, seed, work / f"{variant.name}-{seed}", settings, after)
+            jobs[variant.name, seed] = Job(variant.name, seed, folder, task.recipe, settings, after)
     return list(jobs.values())
 
 
@@ -94,16 +97,19 @@ def record_of(job: Job) -> Record:
 def main(argv: list[str]) -> int:
     """Run, and write the page when every run of its seeds is finished; the exit code."""
     given = options(argv)
-    budget = QUICK if given.quick else FULL
+    task = TASKS[given.task]
+    budget = task.quick if given.quick else task.full
     committed = read_json(given.compare)[1] if given.compare else None
     work = given.work / "compare" if given.compare else given.work  # never what the committed rows were made from
     work.mkdir(parents=True, exist_ok=True)
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    every = jobs_of(budget.only, given.seeds, budget, work)
+    every = jobs_of(task, budget.only, given.seeds, budget, work)
     before, kept = kept_of(given.kept, every)
     lacking = {job.name for job in every if (job.name, job.seed) not in kept}
-    names = [job.name for job in jobs_of(given.only or budget.only, given.seeds, budget, work) if job.name in lacking]
-    todo = jobs_of(names, given.seeds, budget, work) if names else []
+    names = [
+        job.name for job in jobs_of(task, given.only or budget.only, given.seeds, budget, work) if job.name in lacking
+    ]
+    todo = jobs_of(task, names, given.seeds, budget, work) if names else []
     if not all(map(is_finished, todo)):
         run_part(todo, given, work, deadline)
     if not all(map(is_finished, todo)):
@@ -119,10 +125,10 @@ def main(argv: list[str]) -> int:
         print(f"{missing} of {len(every)} runs are not finished: the page is written when all are", flush=True)
         return MORE
     how = made(given, budget, work) | ({"kept": len(kept), "before": before} if kept else {})
-    verdicts = write_page(given.out, how, records, smoke=given.quick)
+    verdicts = write_page(task, given.out, how, records, smoke=given.quick)
     for verdict in verdicts:
         print(f"{verdict.claim.title}: {verdict.says}")
-    print(f"page: {given.out / 'claims.md'}", flush=True)
+    print(f"page: {given.out / task.page}.md", flush=True)
     return DONE
 
 
@@ -179,8 +185,4 @@ def _leave(number: int, frame: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _leave)  # runs under way write their checkpoints
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(MISTAKE)
+    sys.exit(run_user_command(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dmdr_fast.eval.claims.records import Record
 
@@ -12,16 +13,8 @@ def differences(committed: Record, again: Record) -> list[str]:
 
     The final row and every evaluation are compared; of the teacher only what both runs measured.
     """
-    lines = []
-    if committed.settings != again.settings:
-        keys = sorted(
-            k
-            for k in committed.settings.keys() | again.settings.keys()
-            if committed.settings.get(k) != again.settings.get(k)
-        )
-        lines.append(f"settings differ in {', '.join(keys)}")
-    if committed.diverged != again.diverged:
-        lines.append(f"diverged: {committed.diverged} committed, {again.diverged} now")
+    lines = _row("settings", committed.settings, again.settings)
+    lines += _row("run", {"diverged": committed.diverged}, {"diverged": again.diverged})
     for row in sorted(committed.rows.keys() | again.rows.keys()):
         lines += _row(row, committed.rows.get(row, {}), again.rows.get(row, {}))
     old, new = ({e["step"] or 0: e for e in record.evaluations} for record in (committed, again))
@@ -30,7 +23,7 @@ def differences(committed: Record, again: Record) -> list[str]:
     return lines
 
 
-def _row(name: str, old: dict[str, float | None], new: dict[str, float | None]) -> list[str]:
+def _row(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     return [f"{name}, {k}: {old.get(k)!r} committed, {new.get(k)!r} now" for k in keys]
 

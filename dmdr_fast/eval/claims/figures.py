@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,26 +12,36 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dmdr_fast.eval.claims.records import Record
-from dmdr_fast.eval.claims.runs import TITLES
-from dmdr_fast.eval.claims.statistics import spread, spread_of
+from dmdr_fast.eval.claims.runs import Task
+from dmdr_fast.eval.claims.statistics import MEASURES, spread, spread_of
+from dmdr_fast.eval.claims.verdicts import Claim
 
 _COLOURS = ("#2f6fb3", "#d1652a", "#3d8f5a", "#8a5aa8")
 _INK, _GRID = "#444444", "#e3e3e3"
-_AXES = {
+_AXES = {m: heading for m, (heading, *_) in MEASURES.items()} | {
     "step": "generator updates",
-    "fd": "FD",
-    "recall": "recall",
     "reward": "optimised reward",
-    "held_out_reward": "held-out reward",
-    "diversity": "diversity",
 }
 
 
-def draw_all(records: Sequence[Record], folder: Path) -> None:
-    """One PNG per figure of the claims, into ``folder``."""
+def draw_all(task: Task, claims: Sequence[Claim], records: Sequence[Record], folder: Path) -> None:
+    """One PNG per figure of the claims, into ``folder``; of claims that share one the first says what it shows."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in _FIGURES.items():
-        draw(records).savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+    for claim in {claim.figure: claim for claim in reversed(claims)}.values():
+        _draw(task, claim, records).savefig(folder / f"{claim.figure}.png", dpi=110, metadata={"Software": None})
+
+
+def _draw(task: Task, claim: Claim, records: Sequence[Record]) -> Figure:
+    names = claim.drawn or [name for name in claim.rows if not name.startswith("cold_")]
+    titles = {name: task.titles[name] for name in (*names, "teacher")}
+    measures = claim.measures or (task.reward, "held_out_reward")
+    figure, axes = _figure(len(measures))
+    for axis, measure in zip(axes, measures, strict=True):
+        if claim.measures:
+            _against_updates(axis, records, titles, measure, since_rl=claim.figure != "cold_start")
+        else:
+            _one_against_other(axis, records, titles, "fd", measure)
+    return figure
 
 
 def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
@@ -46,10 +56,10 @@ def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _against_updates(
-    axis: Axes, records: Sequence[Record], names: Sequence[str], measure: str, *, since_rl: bool
+    axis: Axes, records: Sequence[Record], titles: dict[str, str], measure: str, *, since_rl: bool
 ) -> None:
     """Mean over seeds of a measure at each evaluation, with a band of one standard deviation."""
-    for colour, name in zip(_COLOURS, names, strict=False):
+    for colour, name in zip(_COLOURS, titles, strict=False):
         by_step: dict[float, list[float]] = {}
         for record in records:
             way = record.since_rl if since_rl else record.evaluations
@@ -62,7 +72,7 @@ def _against_updates(
         steps = sorted(by_step)
         found = [f for s in steps if (f := spread(by_step[s])) is not None]
         means, stds = [f.mean for f in found], [0.0 if math.isnan(f.std) else f.std for f in found]
-        axis.plot(steps, means, color=colour, linewidth=1.6, label=TITLES[name])
+        axis.plot(steps, means, color=colour, linewidth=1.6, label=titles[name])
         low = [m - s for m, s in zip(means, stds, strict=True)]
         if measure == "fd":  # on a logarithmic axis
             low = [max(value, m / 10) for value, m in zip(low, means, strict=True)]
@@ -72,29 +82,25 @@ def _against_updates(
     if measure == "fd":
         axis.set_yscale("log")
         _plain_ticks(axis.yaxis)
-    _teacher_level(axis, records, measure)
+    level = spread_of(records, "teacher", measure)
+    if level is not None:
+        axis.axhline(level.mean, color=_INK, linewidth=1, linestyle=":", label=titles["teacher"])
     _label(axis, "step", measure)
 
 
-def _teacher_level(axis: Axes, records: Sequence[Record], measure: str) -> None:
-    level = spread_of(records, "teacher", measure)
-    if level is not None:
-        axis.axhline(level.mean, color=_INK, linewidth=1, linestyle=":", label=TITLES["teacher"])
-
-
-def _one_against_other(axis: Axes, records: Sequence[Record], names: Sequence[str], x: str, y: str) -> None:
+def _one_against_other(axis: Axes, records: Sequence[Record], titles: dict[str, str], x: str, y: str) -> None:
     """The end of every run as a point, and its way there since RL started as a thin line."""
-    for colour, name in zip(_COLOURS, names, strict=False):
+    for colour, name in zip(_COLOURS, titles, strict=False):
         mine = [r for r in records if r.name == name and r.final.get(x) is not None and r.final.get(y) is not None]
         for record in mine:
             way = record.since_rl
             axis.plot([row[x] for row in way], [row[y] for row in way], color=colour, linewidth=0.8, alpha=0.5)
         if mine:
-            label = TITLES[name]
+            label = titles[name]
             axis.scatter([r.final[x] for r in mine], [r.final[y] for r in mine], s=22, color=colour, label=label)
     teacher = spread_of(records, "teacher", x), spread_of(records, "teacher", y)
     if teacher[0] is not None and teacher[1] is not None:
-        axis.scatter([teacher[0].mean], [teacher[1].mean], s=60, color=_INK, marker="*", label=TITLES["teacher"])
+        axis.scatter([teacher[0].mean], [teacher[1].mean], s=60, color=_INK, marker="*", label=titles["teacher"])
     if x == "fd":
         axis.set_xscale("log")
         _plain_ticks(axis.xaxis)
@@ -113,50 +119,3 @@ def _label(axis: Axes, x: str, y: str) -> None:
     axis.set_ylabel(_AXES[y], fontsize=9, color=_INK)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7.5, frameon=False, labelcolor=_INK)
-
-
-def _cold_start(records: Sequence[Record]) -> Figure:
-    figure, (axis,) = _figure(1)
-    _against_updates(
-        axis, records, ("cold_start", "cold_no_dyna_dg", "cold_no_dyna_rs", "cold_neither"), "fd", since_rl=False
-    )
-    return figure
-
-
-def _reward_and_fd(*names: str) -> Callable[[Sequence[Record]], Figure]:
-    """The optimised and the held-out reward against FD, from the start of RL on."""
-
-    def draw(records: Sequence[Record]) -> Figure:
-        figure, axes = _figure(2)
-        for axis, reward in zip(axes, ("reward", "held_out_reward"), strict=True):
-            _one_against_other(axis, records, names, "fd", reward)
-        return figure
-
-    return draw
-
-
-def _updates(names: Sequence[str], *measures: str) -> Callable[[Sequence[Record]], Figure]:
-    """Each measure against updates, from the start of RL on."""
-
-    def draw(records: Sequence[Record]) -> Figure:
-        figure, axes = _figure(len(measures))
-        for axis, measure in zip(axes, measures, strict=True):
-            _against_updates(axis, records, names, measure, since_rl=True)
-        return figure
-
-    return draw
-
-
-_METHODS = ("dmdr_refl", "dmdr_grpo", "dmdr_dpo", "dmd_only")
-_FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
-    "regularizer": _reward_and_fd("dmdr_refl", "dmd_then_rl_kl", "rl_kl", "rl_only"),
-    "modes": _updates(_METHODS, "recall", "diversity"),
-    "cold_start": _cold_start,
-    "joint": _reward_and_fd("dmdr_refl", "dmd_then_rl"),
-    "teacher": _reward_and_fd("dmdr_refl", "dmdr_grpo", "dmdr_dpo"),
-    "reuse": _reward_and_fd("dmdr_refl", "dmdr_reuse", "dmdr_reuse_time"),
-    "methods": _updates(_METHODS, "reward", "held_out_reward"),
-    "tilt": _reward_and_fd("dmdr_refl", "dmdr_tilt"),
-    "nft": _updates(("dmdr_nft", "dmdr_grpo", "dmd_only"), "reward", "held_out_reward"),
-    "hybrid": _reward_and_fd("dmdr_hybrid_two", "dmdr_refl_two", "dmdr_grpo_two"),
-}

@@ -22,26 +22,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dmdr_fast.disk import write_whole
 from dmdr_fast.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[2]
 TRAIN = PACKAGE / "train.py"
-# In a wheel configs/ lies inside the package, in a checkout beside it.
-RECIPE = (
-    next((p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir()), PACKAGE / "configs")
-    / "digits.yaml"
-)
 STATE = "claims.json"
 POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be: its folder, its settings, and the job whose last checkpoint it starts from."""
+    """One run to be: its folder, its settings on top of a recipe, and the job whose last checkpoint it starts from."""
 
     name: str
     seed: int
     folder: Path
+    recipe: Path
     settings: dict[str, Any]
     after: Job | None = None
 
@@ -53,7 +50,7 @@ class Job:
 def identity(job: Job) -> str:
     """A digest of all that decides the run's numbers but the code and the machine: recipe, settings, start, torch."""
     parts = [
-        RECIPE.read_text(),
+        job.recipe.read_text(),
         json.dumps(job.settings, sort_keys=True),
         identity(job.after) if job.after else "",
         version("torch"),
@@ -81,7 +78,7 @@ def is_finished(job: Job) -> bool:
 
 def command(job: Job) -> list[str]:
     """What starts or resumes the run. ``--resume`` names the other run's checkpoint until it has one of its own."""
-    words = [sys.executable, str(TRAIN), "--config", str(RECIPE), "--run_dir", str(job.folder)]
+    words = [sys.executable, str(TRAIN), "--config", str(job.recipe), "--run_dir", str(job.folder)]
     for key, value in job.settings.items():
         words += [f"--{key}", json.dumps(value)]
     own = _checkpoints(job.folder)
@@ -107,7 +104,7 @@ class Process:
             self.state["commits"].append(commit)
         self._write()
         with (job.folder / "claims.log").open("a") as log:
-            # One thread each: the digits model is fastest so, and the numbers do not depend on the cores.
+            # One thread each: these small models are fastest so, and the numbers do not depend on the cores.
             self.process = subprocess.Popen(
                 command(job), stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
             )
@@ -140,9 +137,7 @@ class Process:
         self.process.terminate()
 
     def _write(self) -> None:
-        aside = self.job.folder / f"{STATE}.tmp"
-        aside.write_text(json.dumps(self.state, indent=1))
-        aside.replace(self.job.folder / STATE)
+        write_whole(self.job.folder / STATE, json.dumps(self.state, indent=1).encode())
 
 
 def run_jobs(jobs: Sequence[Job], *, slots: int, commit: str, deadline: float | None) -> None:

@@ -1,4 +1,4 @@
-"""docs/claims.md: how it was made, the rule, all runs, and claim by claim the table, the picture and the verdict."""
+"""A task's page: how it was made, the rule, all runs, and claim by claim the table, the picture and the verdict."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from dmdr_fast.eval.claims import figures, table
 from dmdr_fast.eval.claims.records import Record, write_json
-from dmdr_fast.eval.claims.runs import VARIANTS
-from dmdr_fast.eval.claims.verdicts import CLAIMS, ERRORS, FD_BOUND, Verdict, goals, judge
+from dmdr_fast.eval.claims.runs import Task
+from dmdr_fast.eval.claims.statistics import MEASURES
+from dmdr_fast.eval.claims.verdicts import ERRORS, FD_BOUND, Verdict, claims_of, goals, judge
 
 _INTRODUCTION = """\
 # The paper's claims, put to the test
 
-`make claims` trains everything on this page and writes it: what the paper says about distribution matching and
-reinforcement learning, measured on scikit-learn's digits (1,797 real 8x8 scans) with a one-step student. Digits are
-not ImageNet and three seeds are few: this page tells what these runs show, and no more."""
+`{make}` trains everything on this page and writes it: what the paper says about distribution matching and
+reinforcement learning, measured on {world} with a {student} student. {caution} and three seeds are few: this page tells
+what these runs show, and no more."""
 
 _RULE = """\
 ## How it is judged
 
-A test compares one measure of two kinds of run. Its difference of means counts when it is more than {errors:g} standard
+A test compares one measure of two kinds of run. Its difference of means counts when it is more than {errors} standard
 errors, sqrt(s_a² / n_a + s_b² / n_b) with s the standard deviation over the n seeds. A test that asks for *lower* or
 *higher* holds when the difference counts in that direction, does not hold when it counts in the other, and cannot be
 told otherwise; one that asks for *not lower* holds unless the difference counts against it. A claim holds when all
-of its tests do and does not hold when one does not. {errors:g} standard errors are a low bar for this many seeds: with
+of its tests do and does not hold when one does not. {errors} standard errors are a low bar for this many seeds: with
 three on each side, of differences that are none about one in nine would count. Runs that diverged are left out of the
 means, and named.
 
@@ -36,57 +38,60 @@ same reward* takes the final FD of the first run and that of the second where, o
 the first run's final reward (log FD linear in the reward between evaluations; at its highest reward if it never has
 it).
 
-FD, precision and recall are measured against the digits in the features of a classifier that neither trained nor judged
-the generator otherwise; the held-out reward is a second classifier that no run optimises; diversity is the mean
-distance between samples of one class. ± is the standard deviation over seeds. The teacher is one network, evaluated on
-one noise.
+{measured} ± is the standard deviation over seeds. The teacher is one network, evaluated on one noise.
 
-All runs have the recipe and the budget of `configs/digits.yaml`: {cold} generator updates of cold start, {rest} more,
-fewer only for the cold starts that end there. *Rollouts reused* trains all three fake updates of an update on one
-rollout, 12 F-units in place of 14; *equal time* has seven updates for six of the others. Runs that begin with the
-same cold start begin with the same process's: it is trained once per seed, and they go on from its checkpoint, which
-gives the bytes that a run from scratch gives. *DMD only* keeps the learning rates of the others and leaves the reward
-out. The settings of each kind of run are in the last table. Three numbers were chosen for this page, on seed 0: the
-weight of GRPO (of 0.05, 0.15 and 0.5) and of DPO (of 0.02 and 0.05), for the goal below, and that of the KL (of 0.1
-and 1), for a reward like DMDR's. The rules were fixed before these runs, with those trials known."""
+All runs have the recipe and the budget of `configs/{name}.yaml`: {cold} generator updates of cold start, {rest} more,
+fewer only for the cold starts that end there. {runs} Runs that begin with the same cold start begin with the same
+process's: it is trained once per seed, and they go on from its checkpoint, which gives the bytes that a run from
+scratch gives. *DMD only* keeps the learning rates of the others and leaves the reward out. The settings of each kind of
+run are in the last table. {trials}"""
 
 
-def write_page(out: Path, made: dict[str, Any], records: Sequence[Record], *, smoke: bool = False) -> list[Verdict]:
-    """Write ``out/claims.md``, ``out/claims.json`` and ``out/claims/*.png``; the verdicts are handed back.
+def write_page(
+    task: Task, out: Path, made: dict[str, Any], records: Sequence[Record], *, smoke: bool = False
+) -> list[Verdict]:
+    """Write the task's page into ``out``, its data and its pictures beside it; the verdicts are handed back.
 
     ``smoke`` marks a page whose numbers mean nothing.
     """
-    records = sorted(records, key=lambda r: (list(_NAMES).index(r.name), r.seed))
-    verdicts = [judge(claim, records) for claim in CLAIMS]
-    figures.draw_all(records, out / "claims")
-    write_json(out / "claims.json", made, records, [v.as_json() for v in verdicts])
-    (out / "claims.md").write_text(_page(made, records, verdicts, smoke=smoke), encoding="utf-8")
+    order = list(task.titles)
+    records = sorted(records, key=lambda r: (order.index(r.name), r.seed))
+    verdicts = [judge(claim, records, task.reward) for claim in claims_of(task)]
+    figures.draw_all(task, [v.claim for v in verdicts], records, out / task.page)
+    write_json(out / f"{task.page}.json", made, records, [v.as_json() for v in verdicts])
+    (out / f"{task.page}.md").write_text(_page(task, made, records, verdicts, smoke=smoke), encoding="utf-8")
     return verdicts
 
 
-_NAMES = {v.name: v for v in VARIANTS}
-
-
-def _page(made: dict[str, Any], records: Sequence[Record], verdicts: Sequence[Verdict], *, smoke: bool) -> str:
-    ran = [v.name for v in VARIANTS if any(r.name == v.name for r in records)]
+def _page(
+    task: Task, made: dict[str, Any], records: Sequence[Record], verdicts: Sequence[Verdict], *, smoke: bool
+) -> str:
+    ran = [v.name for v in task.variants if any(r.name == v.name for r in records)]
     shown: set[str] = set()  # pictures
+    words = {**task.words, "name": task.name, "errors": f"{ERRORS:g}"}
     parts = [
-        _INTRODUCTION,
+        _filled(_INTRODUCTION, words),
         "!!! warning\n    A smoke test on a model of no use: the numbers mean nothing." if smoke else "",
-        _made(made, records),
+        _made(task, made, records),
         "## In short\n\n" + table.markdown(["claim", "verdict"], [[_link(v), f"**{v.says}**"] for v in verdicts]),
-        _RULE.format(errors=ERRORS, seeds=len(made["seeds"]), cold=made["cold_start_steps"], rest=made["rl_steps"]),
-        "## All runs\n\n" + table.results(records, ["teacher", "teacher_n", *ran]),
+        _filled(_RULE, words | {"cold": made["cold_start_steps"], "rest": made["rl_steps"]}),
+        "## All runs\n\n" + table.results(task, records, ["teacher", "teacher_n", *ran]),
         "## DMDR with each method, beside the 50-step teacher\n\n"
-        f"The goal: a mean reward above the teacher's at an FD under {FD_BOUND:g} times its.\n\n"
-        + table.goals(goals(records)),
-        *(_claim(v, records, shown) for v in verdicts),
-        _settings(records),
+        f"The goal: a mean {MEASURES[task.reward][0]} above the teacher's at an FD under {FD_BOUND:g} times its.\n\n"
+        + table.goals(task, goals(records, task.reward)),
+        *(_claim(task, v, records, shown) for v in verdicts),
+        _settings(task, records),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _made(made: dict[str, Any], records: Sequence[Record]) -> str:
+def _filled(text: str, words: dict[str, Any]) -> str:
+    """The text with its words, in lines of 120 characters."""
+    paragraphs = text.format(**words).split("\n\n")
+    return "\n\n".join(fill(" ".join(p.split()), 120, break_on_hyphens=False) for p in paragraphs)
+
+
+def _made(task: Task, made: dict[str, Any], records: Sequence[Record]) -> str:
     commits = ", ".join(f"`{c}`" for c in sorted({r.commit for r in records}))
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     hours = sum(r.seconds for r in records) / 3600
@@ -97,20 +102,15 @@ def _made(made: dict[str, Any], records: Sequence[Record]) -> str:
         f"- Commit {commits}; seeds {', '.join(map(str, made['seeds']))}; {versions}; {made['processor']}.",
         f"- {len(records)} runs, {hours:.2f} hours of one core each added up; {minutes:.0f} minutes on the clock, in "
         f"{parts} part{'s' * (parts != 1)}, at most {jobs} side by side.",
-        *_kept(made),
-        "- Data: [claims.json](claims.json). One row again, and whether it is the same to the last digit (on the same "
-        "kind of processor): `python -m dmdr_fast.eval.claims --seeds 0 --only dmdr_refl --compare docs/claims.json`.",
+        f"- Data: [{task.page}.json]({task.page}.json). One row again, and whether it is the same to the last digit "
+        "(on the same kind of processor): "
+        f"`{task.words['command']} --seeds 0 --only dmdr_refl --compare docs/{task.page}.json`.",
     ]
+    if made.get("kept"):
+        before = made["before"]
+        versions = ", ".join(f"{name} {version}" for name, version in before["versions"].items())
+        lines.insert(2, f"- {made['kept']} of the runs stand from the page before: {versions}; {before['processor']}.")
     return "\n".join(lines)
-
-
-def _kept(made: dict[str, Any]) -> list[str]:
-    """What stands from an earlier page."""
-    if not made.get("kept"):
-        return []
-    before = made["before"]
-    versions = ", ".join(f"{name} {version}" for name, version in before["versions"].items())
-    return [f"- {made['kept']} of the runs stand from the page before: {versions}; {before['processor']}."]
 
 
 def _link(verdict: Verdict) -> str:
@@ -120,38 +120,37 @@ def _link(verdict: Verdict) -> str:
     return f"[{verdict.claim.title}](#{fragment})"
 
 
-def _claim(verdict: Verdict, records: Sequence[Record], shown: set[str]) -> str:
+def _claim(task: Task, verdict: Verdict, records: Sequence[Record], shown: set[str]) -> str:
     claim = verdict.claim
     picture = (
-        "The picture is the one above." if claim.figure in shown else f"![{claim.title}](claims/{claim.figure}.png)"
+        "The picture is the one above."
+        if claim.figure in shown
+        else f"![{claim.title}]({task.page}/{claim.figure}.png)"
     )
     shown.add(claim.figure)
     return "\n\n".join(
         [
             f"## {claim.title}",
             f"**Verdict: {verdict.says}.** {claim.how}",
-            table.outcomes(verdict.outcomes),
-            table.results(records, claim.rows, cold_start=claim.figure == "cold_start"),
+            table.outcomes(task, verdict.outcomes),
+            table.results(task, records, claim.rows, cold_start=claim.figure == "cold_start"),
             picture,
         ]
     )
 
 
-def _settings(records: Sequence[Record]) -> str:
-    """What each kind of run sets on top of configs/digits.yaml, the seed left out."""
-    ran = {r.name: r.settings for r in records}
+def _settings(task: Task, records: Sequence[Record]) -> str:
+    """What each kind of run sets on top of the recipe, the seed left out."""
+    ran = {r.name: {k: v for k, v in r.settings.items() if k != "seed"} for r in records}
     common = {k: v for s in ran.values() for k, v in s.items() if all(k in t and t[k] == v for t in ran.values())}
-    common.pop("seed", None)
     rows = []
-    for variant in VARIANTS:
-        mine = ran.get(variant.name)
-        if mine is None:
-            continue
-        start = f"`{variant.after}`" if variant.after else "the teacher"
-        words = _words({k: v for k, v in mine.items() if k not in (*common, "seed")})
-        rows.append([f"`{variant.name}`", variant.title, start, words])
+    for variant in task.variants:
+        if variant.name in ran:
+            start = f"`{variant.after}`" if variant.after else "the teacher"
+            words = _words({k: v for k, v in ran[variant.name].items() if k not in common})
+            rows.append([f"`{variant.name}`", variant.title, start, words])
     return (
-        f"## Settings\n\nOn top of `configs/digits.yaml`, all runs: {_words(common)}; each besides:\n\n"
+        f"## Settings\n\nOn top of `configs/{task.name}.yaml`, all runs: {_words(common)}; each besides:\n\n"
         + table.markdown(["run", "", "starts from", "settings"], rows)
     )
 

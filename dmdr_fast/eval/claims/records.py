@@ -1,4 +1,4 @@
-"""What is kept of a finished run, and docs/claims.json, which holds nothing else than that and how it was made."""
+"""What is kept of a finished run, and the page's JSON, which holds nothing else than that and how it was made."""
 
 from __future__ import annotations
 
@@ -76,4 +76,4 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Record]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content["made"], [Record(**run) for run in content["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--compare {path}: expected a claims.json that this command wrote, got {error!r}") from error
+        raise UserError(f"{path}: expected a claims.json that this command wrote, got {error!r}") from error

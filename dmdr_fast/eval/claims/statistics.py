@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmdr_fast.eval.claims.records import Record
+from dmdr_fast.eval.claims.runs import BASE
 
 COLD_START_FD = "cold_start_fd"
 MATCHED_FD = "matched_fd"
@@ -16,6 +17,8 @@ MEASURES = {
     "precision": ("precision", 3, True),
     "recall": ("recall", 3, True),
     "reward": ("reward", 4, True),
+    "accuracy": ("prompt accuracy", 3, True),
+    "accuracy_unseen": ("of unseen", 3, True),
     "held_out_reward": ("held-out reward", 4, True),
     "diversity": ("diversity", 4, True),
     COLD_START_FD: ("log10 FD over the cold start", 3, False),
@@ -42,23 +45,18 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)), len(values))
 
 
-@dataclass(frozen=True)
-class Difference:
-    """mean(a) - mean(b) and its standard error sqrt(s_a^2 / n_a + s_b^2 / n_b)."""
+def difference(a: Spread, b: Spread) -> tuple[float, float]:
+    """mean(a) - mean(b) of two independent sets of runs, and its standard error sqrt(s_a^2 / n_a + s_b^2 / n_b).
 
-    mean: float
-    error: float
-
-
-def difference(a: Spread, b: Spread) -> Difference:
-    """Of two independent sets of runs; the error is nan where one of them has a single run."""
-    return Difference(a.mean - b.mean, math.sqrt(a.std**2 / a.count + b.std**2 / b.count))
+    The error is nan where one of them has a single run.
+    """
+    return a.mean - b.mean, math.sqrt(a.std**2 / a.count + b.std**2 / b.count)
 
 
 def values_of(records: Sequence[Record], name: str, measure: str) -> list[float]:
     """One value per seed of a variant, or of ``teacher``/``teacher_n``; seeds without one are left out."""
     if name.startswith("teacher"):
-        found = [r.rows[name].get(measure) for r in records if r.name == "cold_start" and name in r.rows]
+        found = [r.rows[name].get(measure) for r in records if r.name == BASE and name in r.rows]
     else:
         found = [value_of(r, measure) for r in records if r.name == name]
     return [v for v in found if v is not None]
@@ -83,30 +81,31 @@ def spread_of(records: Sequence[Record], name: str, measure: str) -> Spread | No
     return found
 
 
-def pair_of(records: Sequence[Record], first: str, second: str, measure: str) -> tuple[Spread | None, Spread | None]:
+def pair_of(
+    records: Sequence[Record], first: str, second: str, measure: str, reward: str
+) -> tuple[Spread | None, Spread | None]:
     """What a test compares: the measure of both; for :data:`MATCHED_FD` the second's FD at the first's final reward."""
     if measure != MATCHED_FD:
         return spread_of(records, first, measure), spread_of(records, second, measure)
-    finals = {r.seed: r.final.get("reward") for r in records if r.name == first}
-    rewards = {seed: reward for seed, reward in finals.items() if reward is not None}
-    matched = [fd_at_reward(r, rewards[r.seed]) for r in records if r.name == second and r.seed in rewards]
+    finals = {r.seed: at for r in records if r.name == first and (at := r.final.get(reward)) is not None}
+    matched = [fd_at(r, reward, finals[r.seed]) for r in records if r.name == second and r.seed in finals]
     return spread_of(records, first, "fd"), spread([fd for fd in matched if fd is not None])
 
 
-def fd_at_reward(record: Record, reward: float) -> float | None:
-    """FD where the run, on its way since RL started, first has the reward; at its highest reward if it never has.
+def fd_at(record: Record, reward: str, value: float) -> float | None:
+    """FD where the run, on its way since RL started, first has that reward; at its highest reward if it never has.
 
     Between evaluations log FD is linear in the reward. A run that starts above the reward has it at its start. An
     evaluation without one of the two, such as one whose FD was not finite, is passed over.
     """
-    measured = [(row.get("reward"), row.get("fd")) for row in record.since_rl]
+    measured = [(row.get(reward), row.get("fd")) for row in record.since_rl]
     way = [(at, fd) for at, fd in measured if at is not None and fd is not None]
     if not way:
         return None
     before, fd_before = way[0]
     for at, fd in way:
-        if at >= reward:
-            share = 1.0 if at == before else (reward - before) / (at - before)
+        if at >= value:
+            share = 1.0 if at == before else (value - before) / (at - before)
             return fd_before ** (1 - share) * fd**share
         before, fd_before = at, fd
     return max(way)[1]

@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 
 from dmdr_fast.eval.claims.records import Record
-from dmdr_fast.eval.claims.runs import TITLES
-from dmdr_fast.eval.claims.statistics import COLD_START_FD, MATCHED_FD, MEASURES, Spread, spread_of
+from dmdr_fast.eval.claims.runs import Task
+from dmdr_fast.eval.claims.statistics import COLD_START_FD, MEASURES, Spread, spread_of
 from dmdr_fast.eval.claims.verdicts import FD_BOUND, Goal, Outcome
-
-COLUMNS = tuple(m for m in MEASURES if m not in (COLD_START_FD, MATCHED_FD))
 
 
 def number(value: float | None, digits: int, *, sign: bool = False) -> str:
@@ -34,23 +32,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def results(records: Sequence[Record], names: Sequence[str], *, cold_start: bool = False) -> str:
+def results(task: Task, records: Sequence[Record], names: Sequence[str], *, cold_start: bool = False) -> str:
     """Mean and spread over seeds of each measure; with ``cold_start`` the mean of log10 FD on the way as well."""
-    measures = (*COLUMNS, COLD_START_FD) if cold_start else COLUMNS
-    header = ["", *(MEASURES[m][0] for m in measures)]
-    rows = [
-        [_title(records, name), *(cell(spread_of(records, name, m), MEASURES[m][1]) for m in measures)]
-        for name in names
-    ]
-    return markdown(header, rows)
+    measures = (*task.columns, COLD_START_FD) if cold_start else task.columns
+    rows = []
+    for name in names:
+        diverged = sum(r.diverged is not None for r in records if r.name == name)
+        title = task.titles[name] + (f" ({diverged} diverged)" if diverged else "")
+        rows.append([title, *(cell(spread_of(records, name, m), MEASURES[m][1]) for m in measures)])
+    return markdown(["", *(MEASURES[m][0] for m in measures)], rows)
 
 
-def _title(records: Sequence[Record], name: str) -> str:
-    diverged = sum(r.diverged is not None for r in records if r.name == name)
-    return TITLES[name] + (f" ({diverged} diverged)" if diverged else "")
-
-
-def outcomes(found: Sequence[Outcome]) -> str:
+def outcomes(task: Task, found: Sequence[Outcome]) -> str:
     """One line per test: what was compared, the difference, its standard error, what that says."""
     rows = []
     for o in found:
@@ -58,7 +51,7 @@ def outcomes(found: Sequence[Outcome]) -> str:
         relation = ("not lower" if more else "not higher") if o.test.guard else ("higher" if more else "lower")
         rows.append(
             [
-                f"{heading} of {TITLES[o.test.first]} {relation} than of {TITLES[o.test.second]}",
+                f"{heading} of {task.titles[o.test.first]} {relation} than of {task.titles[o.test.second]}",
                 number(o.difference, digits, sign=True),
                 number(o.error, digits),
                 o.says,
@@ -67,21 +60,23 @@ def outcomes(found: Sequence[Outcome]) -> str:
     return markdown(["test", "difference", "standard error", "says"], rows)
 
 
-def goals(found: Sequence[Goal]) -> str:
+def goals(task: Task, found: Sequence[Goal]) -> str:
     """One line per method: reward beside the teacher's, FD over the teacher's, and by how much it misses."""
+    heading, digits, _ = MEASURES[task.reward]
     rows = []
     for goal in found:
         missed = []
         if goal.reward_gain <= 0:
-            missed.append(f"reward by {number(abs(goal.reward_gain), 4)}")
+            missed.append(f"{heading} by {number(abs(goal.reward_gain), digits)}")
         if goal.fd_ratio >= FD_BOUND:
             missed.append(f"FD by {number(goal.fd_ratio - FD_BOUND, 2)} x the teacher's")
         rows.append(
             [
-                TITLES[goal.name],
-                number(goal.reward_gain, 4, sign=True),
+                task.titles[goal.name],
+                number(goal.reward_gain, digits, sign=True),
                 f"{goal.fd_ratio:.2f} x",
                 "met" if goal.met else "missed: " + ", ".join(missed),
             ]
         )
-    return markdown(["", "reward less the teacher's", "FD over the teacher's", f"goal (> 0, < {FD_BOUND:g} x)"], rows)
+    header = ["", f"{heading} less the teacher's", "FD over the teacher's", f"goal (> 0, < {FD_BOUND:g} x)"]
+    return markdown(header, rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dmdr_fast.eval.claims.records import Record
+from dmdr_fast.eval.claims.runs import Task
 from dmdr_fast.eval.claims.statistics import COLD_START_FD, MATCHED_FD, MEASURES, difference, pair_of, spread_of
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
@@ -27,7 +28,11 @@ class Test:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper. how: in words, what is compared. rows: of its table. figure: its picture."""
+    """A claim of the paper. Its title and ``how`` it is put to the test hold a task's words in braces.
+
+    rows: of its table. figure: its picture, which claims can share; measures: what that shows against updates, the
+    rewards against FD where there are none; drawn: its runs, where they are not those of the rows that had RL.
+    """
 
     key: str
     title: str
@@ -35,6 +40,8 @@ class Claim:
     tests: tuple[Test, ...]
     rows: tuple[str, ...]
     figure: str
+    measures: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,42 @@ class Verdict:
     says: str
 
     def as_json(self) -> dict[str, Any]:
-        """For docs/claims.json."""
+        """For the page's JSON."""
         tests = [asdict(o.test) | {"difference": o.difference, "error": o.error, "says": o.says} for o in self.outcomes]
         return {"claim": self.claim.key, "verdict": self.says, "tests": tests}
 
 
 _METHODS = ("dmdr_refl", "dmdr_grpo", "dmdr_dpo")
+_COLD_STARTS = ("cold_start", "cold_no_dyna_dg", "cold_no_dyna_rs", "cold_neither")
+
+
+def _cold_start(key: str, subject: str, other: str, how: str) -> Claim:
+    test = Test("cold_start", other, COLD_START_FD)
+    return Claim(
+        key, f"{subject} the cold start", how, (test,), ("cold_start", other), "cold_start", ("fd",), _COLD_STARTS
+    )
+
+
+def _hybrid(students: str, end: str) -> Claim:
+    hybrid, refl, grpo = (f"dmdr_{method}{end}" for method in ("hybrid", "refl", "grpo"))
+    return Claim(
+        "hybrid",
+        "GRPO and the reward's gradient in one update are better than each alone",
+        f"{students} from the same cold start: the hybrid's FD must be lower than ReFL's and than GRPO's where they "
+        "have its reward.",
+        (Test(hybrid, refl, MATCHED_FD), Test(hybrid, grpo, MATCHED_FD)),
+        (hybrid, refl, grpo, f"cold{end or '_start'}"),
+        "hybrid",
+    )
+
+
 CLAIMS = (
     Claim(
         "regularizer",
         "DMD regularises RL better than a KL to a reference does",
         "DMDR (ReFL) against the same RL with a KL to the generator that RL started from, once after the same cold "
-        "start and once from the teacher's weights (there the KL holds it to the teacher's single step, far from the "
-        "data): DMDR's FD must be lower than theirs where they have its reward.",
+        "start and once from the teacher's weights (there the KL holds it to the teacher in as few steps): "
+        "DMDR's FD must be lower than theirs where they have its reward.",
         (Test("dmdr_refl", "dmd_then_rl_kl", MATCHED_FD), Test("dmdr_refl", "rl_kl", MATCHED_FD)),
         ("dmdr_refl", "dmd_then_rl_kl", "rl_kl", "rl_only"),
         "regularizer",
@@ -80,31 +110,18 @@ CLAIMS = (
         tuple(Test(method, "dmd_only", "recall") for method in _METHODS),
         (*_METHODS, "dmd_only"),
         "modes",
+        ("recall", "diversity"),
     ),
-    Claim(
+    _cold_start(
         "dyna_dg",
-        "DynaDG speeds the cold start",
+        "DynaDG speeds",
+        "cold_no_dyna_dg",
         "Cold starts with and without it: the mean of log10 FD over all evaluations on the way must be lower. 0.01 of "
         "it is 2.3 % of FD.",
-        (Test("cold_start", "cold_no_dyna_dg", COLD_START_FD),),
-        ("cold_start", "cold_no_dyna_dg"),
-        "cold_start",
     ),
-    Claim(
-        "dyna_rs",
-        "DynaRS speeds the cold start",
-        "As for DynaDG.",
-        (Test("cold_start", "cold_no_dyna_rs", COLD_START_FD),),
-        ("cold_start", "cold_no_dyna_rs"),
-        "cold_start",
-    ),
-    Claim(
-        "both",
-        "DynaDG and DynaRS together speed the cold start",
-        "As for each, against a cold start with neither.",
-        (Test("cold_start", "cold_neither", COLD_START_FD),),
-        ("cold_start", "cold_neither"),
-        "cold_start",
+    _cold_start("dyna_rs", "DynaRS speeds", "cold_no_dyna_rs", "As for DynaDG."),
+    _cold_start(
+        "both", "DynaDG and DynaRS together speed", "cold_neither", "As for each, against a cold start with neither."
     ),
     Claim(
         "joint",
@@ -117,15 +134,24 @@ CLAIMS = (
     ),
     Claim(
         "teacher_reward",
-        "The one-step student beats the 50-step teacher: in reward",
-        "DMDR (ReFL): the optimised reward and the held-out one must both be higher than the teacher's.",
+        "The {student} student beats the 50-step teacher: in reward",
+        "DMDR (ReFL): {reward} and the held-out reward must both be higher than the teacher's.",
         (Test("dmdr_refl", "teacher", "reward"), Test("dmdr_refl", "teacher", "held_out_reward")),
+        ("dmdr_refl", "teacher", "teacher_n"),
+        "teacher",
+        drawn=_METHODS,
+    ),
+    Claim(
+        "teacher_unseen",
+        "The {student} student beats the 50-step teacher: on what no training set shows",
+        "DMDR (ReFL): the accuracy on unseen combinations must be higher than the teacher's.",
+        (Test("dmdr_refl", "teacher", "accuracy_unseen"),),
         ("dmdr_refl", "teacher", "teacher_n"),
         "teacher",
     ),
     Claim(
         "teacher_fd",
-        "The one-step student beats the 50-step teacher: in distance to the data",
+        "The {student} student beats the 50-step teacher: in distance to the data",
         "DMDR (ReFL): FD must be lower than the teacher's.",
         (Test("dmdr_refl", "teacher", "fd"),),
         ("dmdr_refl", "teacher", "teacher_n"),
@@ -134,8 +160,8 @@ CLAIMS = (
     Claim(
         "any_method",
         "Any RL method raises the reward",
-        "DMDR with each method against DMD alone for as many updates: the optimised reward must be higher, and the "
-        "held-out one not lower.",
+        "DMDR with each method against DMD alone for as many updates: {reward} must be higher, and the held-out reward "
+        "not lower.",
         tuple(
             test
             for method in _METHODS
@@ -143,6 +169,7 @@ CLAIMS = (
         ),
         (*_METHODS, "dmd_only"),
         "methods",
+        ("reward", "held_out_reward"),
     ),
     Claim(
         "reuse",
@@ -169,49 +196,53 @@ CLAIMS = (
     ),
     Claim(
         "nft",
-        "Forward-process RL raises the reward of a student of one step",
-        "DiffusionNFT's loss inside DMDR against DMD alone for as many updates: the optimised reward must be higher, "
-        "and the held-out one not lower.",
+        "Forward-process RL raises the reward of a {student} student",
+        "DiffusionNFT's loss inside DMDR against DMD alone for as many updates: {reward} must be higher, and the "
+        "held-out reward not lower.",
         (Test("dmdr_nft", "dmd_only", "reward"), Test("dmdr_nft", "dmd_only", "held_out_reward", guard=True)),
         ("dmdr_nft", "dmdr_grpo", "dmd_only"),
         "nft",
+        ("reward", "held_out_reward"),
     ),
-    Claim(
-        "hybrid",
-        "GRPO and the reward's gradient in one update are better than each alone",
-        "Students of two steps from the same cold start: the hybrid's FD must be lower than ReFL's and than GRPO's "
-        "where they have its reward.",
-        (
-            Test("dmdr_hybrid_two", "dmdr_refl_two", MATCHED_FD),
-            Test("dmdr_hybrid_two", "dmdr_grpo_two", MATCHED_FD),
-        ),
-        ("dmdr_hybrid_two", "dmdr_refl_two", "dmdr_grpo_two", "cold_two"),
-        "hybrid",
-    ),
+    _hybrid("Students of two steps", "_two"),
+    _hybrid("Students", ""),
 )
 
 
-def outcome(test: Test, records: Sequence[Record]) -> Outcome:
-    """The test's difference against :data:`ERRORS` standard errors of it."""
-    first, second = pair_of(records, test.first, test.second, test.measure)
+def claims_of(task: Task) -> list[Claim]:
+    """The claims of whose tests the task has all runs and measures, in its words, its reward for ``reward``."""
+    found = []
+    for claim in CLAIMS:
+        measures = tuple(task.reward if m == "reward" else m for m in claim.measures)
+        tests = tuple(replace(t, measure=task.reward) if t.measure == "reward" else t for t in claim.tests)
+        known = {*task.columns, COLD_START_FD, MATCHED_FD}
+        if all({t.first, t.second} <= task.titles.keys() and t.measure in known for t in tests):
+            title, how = claim.title.format(**task.words), claim.how.format(**task.words)
+            found.append(replace(claim, title=title, how=how, tests=tests, measures=measures))
+    return found
+
+
+def outcome(test: Test, records: Sequence[Record], reward: str) -> Outcome:
+    """The test's difference against :data:`ERRORS` standard errors of it; ``reward`` is where FD is matched."""
+    first, second = pair_of(records, test.first, test.second, test.measure, reward)
     if first is None or second is None:
         return Outcome(test, None, None, OPEN)
-    found = difference(first, second)
-    if not math.isfinite(found.error):
-        return Outcome(test, found.mean, None, OPEN)
-    gain = found.mean if MEASURES[test.measure][2] else -found.mean
-    if gain < -ERRORS * found.error:
+    mean, error = difference(first, second)
+    if not math.isfinite(error):
+        return Outcome(test, mean, None, OPEN)
+    gain = mean if MEASURES[test.measure][2] else -mean
+    if gain < -ERRORS * error:
         says = FAILS
-    elif gain > ERRORS * found.error or test.guard:
+    elif gain > ERRORS * error or test.guard:
         says = HOLDS
     else:
         says = OPEN
-    return Outcome(test, found.mean, found.error, says)
+    return Outcome(test, mean, error, says)
 
 
-def judge(claim: Claim, records: Sequence[Record]) -> Verdict:
+def judge(claim: Claim, records: Sequence[Record], reward: str) -> Verdict:
     """Holds where every test does, fails where one does, and cannot be told otherwise."""
-    outcomes = tuple(outcome(test, records) for test in claim.tests)
+    outcomes = tuple(outcome(test, records, reward) for test in claim.tests)
     said = {o.says for o in outcomes}
     return Verdict(claim, outcomes, FAILS if FAILS in said else OPEN if OPEN in said else HOLDS)
 
@@ -230,16 +261,11 @@ class Goal:
         return self.reward_gain > 0 and self.fd_ratio < FD_BOUND
 
 
-def goals(records: Sequence[Record]) -> list[Goal]:
+def goals(records: Sequence[Record], reward: str) -> list[Goal]:
     """Of every method that was run, beside the teacher."""
     found = []
-    for name in _METHODS:
-        mine, teacher = (
-            {m: s for m in ("reward", "fd") if (s := spread_of(records, one, m)) is not None}
-            for one in (name, "teacher")
-        )
-        if len(mine) + len(teacher) < 4:
-            continue
-        gain = mine["reward"].mean - teacher["reward"].mean
-        found.append(Goal(name, gain, mine["fd"].mean / teacher["fd"].mean))
+    for name in (*_METHODS, "dmdr_refl_one"):
+        mine, its, fd, teachers = (spread_of(records, one, m) for m in (reward, "fd") for one in (name, "teacher"))
+        if mine and its and fd and teachers:
+            found.append(Goal(name, mine.mean - its.mean, fd.mean / teachers.mean))
     return found
