@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if CACHE in config.stash:
         shutil.rmtree(config.stash[CACHE], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_linear() -> Iterator[None]:
+    """ZeRO-3 in this process replaces F.linear for good, by one without forward-mode derivatives: put it back."""
+    functional = sys.modules.get("torch.nn.functional")  # absent where a test needs no torch
+    linear = getattr(functional, "linear", None)
+    yield
+    if functional is not None:
+        functional.linear = linear
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
