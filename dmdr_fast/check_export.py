@@ -30,7 +30,7 @@ folder, given, out = sys.argv[1:]
 with open(given) as file:
     given = json.load(file)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **given["load"]).to(device)
+pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **given["code"]).to(device)
 pipeline.set_progress_bar_config(disable=True)
 images = []
 for i in range(0, len(given["prompts"]), 64):
@@ -72,7 +72,8 @@ def _by_diffusers(folder: Path, prompts: list[str]) -> Tensor:
     from dmdr_fast.models.export import call_arguments, load_arguments
 
     try:
-        arguments = {"load": load_arguments(folder), "call": call_arguments(folder)}
+        code = {name: value for name, value in load_arguments(folder).items() if name != "torch_dtype"}
+        arguments = {"code": code, "call": call_arguments(folder)}
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no exported pipeline ({error}); write one with dmdr-export") from None
     given = {**arguments, "prompts": prompts, "seeds": image_seeds(range(len(prompts)), 0)}
