@@ -87,7 +87,8 @@ def schedule(work: Workload, gpus: int = 1) -> Schedule:
         same_step=work.same_step,
         keep_gathered=work.keep_gathered,
         policy_steps=work.policy_steps,
-        reference=work.reference is not None,
+        reference_steps=work.reference_steps,
+        kl_on_x0=work.kl_on_x0,
         one_network=work.sharing == "shared_all",
     )
 
@@ -102,13 +103,11 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
         "rollout": plan.rollouts * plan.rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
         "score pass": 2.0 + work.cfg + work.decoupled,
-        "generator update": work.same_step + 1 + again + generator_backward,
+        "generator update": work.same_step + 1 + again + generator_backward + work.kl_on_x0,
     }
     if work.policy_steps:
         once["policy rollout"] = float(work.student_steps)
-        once["policy update"] = work.policy_steps * (1 + again + generator_backward + (work.reference is not None))
-    elif work.reference is not None:
-        once["generator update"] += 1  # the reference's forward, for the KL
+        once["policy update"] = work.policy_steps * (1 + again + generator_backward) + work.reference_steps
     return {phase: n * work.accumulation for phase, n in once.items()}
 
 

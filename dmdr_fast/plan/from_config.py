@@ -49,6 +49,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         reward=_reward(config),
         policy_steps=config.rl.chosen.graded_forwards(student.steps),
         reference=config.reference_kind,
+        **config.reference_passes,
         zero=_zero(config),
     )
 

@@ -102,6 +102,8 @@ class Workload:
     reward: RewardPass | None = field(default_factory=RewardPass)
     policy_steps: int = 0  # graded generator forwards that the method's own losses add to an update
     reference: Literal[None, "lora_off", "frozen"] = None  # what a KL or DPO holds the generator to
+    reference_steps: int = 0  # its forwards in the method's own losses
+    kl_on_x0: int = 0  # 1: one more, for a KL on x0
     zero: Zero = Zero()
 
 
