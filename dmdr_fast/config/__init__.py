@@ -25,6 +25,7 @@ from dmdr_fast.config.networks import (
     Model,
     Student,
     StudentLoRA,
+    StudentModel,
     Teacher,
     TeacherTraining,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Rollout",
     "Student",
     "StudentLoRA",
+    "StudentModel",
     "Teacher",
     "TeacherTraining",
     "Train",
