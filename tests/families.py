@@ -325,20 +325,19 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
 
 
 def sd3_small() -> diffusers.DiffusionPipeline:
-    """What an ``sd3`` may teach: narrower and shallower, other kinds of blocks, a larger table of positions."""
-    return sd3(
-        num_layers=1, num_attention_heads=1, caption_projection_dim=8, dual_attention_layers=(), pos_embed_max_size=16
-    )
+    """What an ``sd3`` may teach: half as wide, other kinds of blocks, a larger table of positions."""
+    return sd3(num_attention_heads=1, caption_projection_dim=8, dual_attention_layers=(), pos_embed_max_size=16)
 
 
-VARIANTS = {"flux2_klein": flux2_klein, "sd3_small": sd3_small}  # other pipelines of a family
+VARIANTS = {"flux2_klein": flux2_klein}  # other pipelines of a family
+STUDENTS = {"sd3_small": sd3_small}
 
 
 def saved(name: str, folder: Path) -> Path:
-    """The small pipeline ``name`` of ``PIPELINES`` or ``VARIANTS`` in ``folder/name``, written on the first call."""
+    """The small pipeline ``name`` of ``PIPELINES``, ``VARIANTS`` or ``STUDENTS``, written once into ``folder/name``."""
     target = folder / name
     if not (target / "model_index.json").is_file():
         with torch.random.fork_rng():
             torch.manual_seed(1)  # of the biases, which ``randomised`` moves from where they start
-            (PIPELINES | VARIANTS)[name]().save_pretrained(target)
+            (PIPELINES | VARIANTS | STUDENTS)[name]().save_pretrained(target)
     return target

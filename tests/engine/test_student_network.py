@@ -98,7 +98,7 @@ def test_a_smaller_sd3_is_trained_exported_and_draws_the_trainers_images(finishe
     learnt = {name: tensor.shape for name, tensor in model.student.skeleton().named_parameters()}
     assert {name: tensor.shape for name, tensor in final.items()} == learnt
     moved = distance({name: start[name] for name in final}, final)
-    assert 1e-3 < moved < 0.5  # from its own pretrained weights
+    assert 1e-4 < moved < 0.1  # from its own pretrained weights
     counted = sum(shape.numel() for shape in learnt.values())
     base = sum(p.numel() for p in model.skeleton().parameters())
     said = re.search(r"generator ([\d,]+) / ([\d,]+), fake ([\d,]+) / ([\d,]+)", out)
@@ -109,7 +109,9 @@ def test_a_smaller_sd3_is_trained_exported_and_draws_the_trainers_images(finishe
 
     export_run(run_dir, tmp_path / "out", dtype="fp32")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert (pipeline.transformer.config.num_layers, pipeline.transformer.config.num_attention_heads) == (1, 1)
+    assert (
+        pipeline.transformer.config.num_attention_heads == 1 and model.family.network_config["num_attention_heads"] == 2
+    )
     exported = dict(pipeline.transformer.named_parameters())
     assert same({name: p.detach() for name, p in exported.items()}, final)
     images = sample_run(run_dir, list(PROMPTS[:2]), seed=3)
@@ -117,11 +119,27 @@ def test_a_smaller_sd3_is_trained_exported_and_draws_the_trainers_images(finishe
 
 
 @pytest.mark.thorough
+def test_a_lora_on_its_own_weights_is_exported(run, folder, tmp_path):
+    code, _, err = run(sd3_words(folder, tmp_path / "run", student__lora__rank=2, sharing="separate"), small=False)
+    assert code == 0, err
+    export_run(tmp_path / "run", tmp_path / "out", dtype="fp32")
+    images = sample_run(tmp_path / "run", list(PROMPTS[:2]), seed=3)
+    torch.testing.assert_close(sample_pipeline(tmp_path / "out", list(PROMPTS[:2]), seed=3), images, rtol=0, atol=2e-4)
+    start = tensors(folder / "sd3_small/transformer/diffusion_pytorch_model.safetensors")
+    merged = tensors(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
+    moved = {name.rpartition(".")[0] for name in start if not torch.equal(start[name], merged[name])}
+    adapted = {name.rpartition(".")[0] for name in tensors(tmp_path / "run" / FINAL)}
+    assert adapted - moved == {
+        "transformer_blocks.1.attn.add_q_proj"
+    }  # what the last block asks of the text is not read
+
+
+@pytest.mark.thorough
 def test_evaluation_compares_it_with_its_teacher(finished, tmp_path):
     run_dir, _ = finished
     evaluate([str(run_dir), "--prompts", *PROMPTS[:2], "--out", str(tmp_path), "--rewards"])
     table = json.loads((tmp_path / "metrics.json").read_text())
-    assert {name: row["NFE"] for name, row in table.items()} == {"teacher": 100, "student": 2}
+    assert {name: row["NFE"] for name, row in table.items()} == {"teacher": 50, "student": 2}
 
 
 def killed_and_resumed(launch, run, arguments, run_dir, ranks=0, small=True):
@@ -145,7 +163,7 @@ def test_killed_and_resumed_it_is_the_same_to_the_byte(finished, launch, run, fo
 @pytest.mark.thorough
 def test_two_zero3_ranks_equal_one(finished, launch, run, folder, tmp_path):
     """The two killed after their first update; the KL is to the student as RL starts."""
-    held = {"rl__regularizer": "kl", "rl__kl_weight": 1, "train__generator_steps": 3}
+    held = {"rl__regularizer": "kl", "rl__kl_weight": 1, "student__ema": "null", "train__generator_steps": 3}
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, err = run(sd3_words(folder, one, **held), small=False)
     assert code == 0, err
@@ -172,6 +190,7 @@ def test_a_smaller_sit(launch, run, tmp_path, lora):
     assert (tmp_path / "again" / FINAL).read_bytes() == (tmp_path / "run" / FINAL).read_bytes()
 
 
+@pytest.mark.thorough
 def test_its_weights_belong_to_the_run(run, folder, tmp_path):
     """By content: a file that moves is the same, another one is another run."""
     run_dir = tmp_path / "run"
@@ -241,6 +260,7 @@ def test_keys_that_do_not_go_together_are_refused(folder, tmp_path, family, chan
     assert message in str(found.value)
 
 
+@pytest.mark.thorough
 def test_weights_of_another_size_than_the_keys_say(run, tmp_path):
     arguments = sit_words(tmp_path, tmp_path / "run")
     other = {"weights": str(tmp_path / "sit.safetensors"), **SIZE, "depth": 2}
