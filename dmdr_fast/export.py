@@ -126,6 +126,7 @@ def export_run(
                 eta=config.student.fresh_noise,
                 dtype=DTYPES[dtype or config.export.dtype],
                 size=config.model.sizes[0],
+                student=model.student.family,
                 **given,
             )
     except (FileExistsError, FileNotFoundError, ValueError) as error:

@@ -28,7 +28,9 @@ def check(config: Config) -> None:
     """
     _check_packages(config)
     check_writable("run_dir", config.run_dir)
-    _check_weights(config.teacher.weights)
+    _check_weights("teacher.weights", config.teacher.weights)
+    if config.student.model is not None:
+        _check_weights("student.model.weights", config.student.model.weights)
     _check_prompts(config)
     read_deepspeed_json(config)
     _check_groups(config)
@@ -108,11 +110,15 @@ def _check_places(config: Config, rewards: dict[str, str]) -> None:
             raise UserError(f"eval.data: no such folder: {config.eval.data}; give a folder of images, or {known}")
         if config.eval.features not in (None, *DATA_SETS):
             names["eval.features"] = (config.eval.features, None)
-    teacher = config.teacher
-    if teacher.pipeline is not None:
-        names["teacher.pipeline"] = (teacher.pipeline, teacher.revision)
-    elif teacher.weights is not None and teacher.weights.startswith(HUB_PREFIX):
-        names["teacher.weights"] = ("/".join(teacher.weights.removeprefix(HUB_PREFIX).split("/")[:2]), None)
+    teacher, student = config.teacher, config.student
+    for key, part in (("teacher", teacher), ("student", student)):
+        if part.pipeline is not None:
+            names[f"{key}.pipeline"] = (part.pipeline, part.revision)
+    files = {"teacher.weights": teacher.weights}
+    files["student.model.weights"] = None if student.model is None else student.model.weights
+    for key, file in files.items():
+        if file is not None and file.startswith(HUB_PREFIX):
+            names[key] = ("/".join(file.removeprefix(HUB_PREFIX).split("/")[:2]), None)
     check_names(names)
 
 
@@ -185,15 +191,15 @@ def check_writable(key: str, path: Path) -> None:
         raise UserError(f"{key}: {path} cannot be written ({reason}); name another folder") from None
 
 
-def _check_weights(weights: str | None) -> None:
+def _check_weights(key: str, weights: str | None) -> None:
     if weights is None:
         return
     if weights.startswith(HUB_PREFIX):
         if weights.count("/") < HUB_PREFIX.count("/") + 2:
-            raise UserError(f"teacher.weights: {weights} names no file; write {HUB_PREFIX}ORG/REPO/FILE")
+            raise UserError(f"{key}: {weights} names no file; write {HUB_PREFIX}ORG/REPO/FILE")
     elif not _is_file(weights):
         raise UserError(
-            f"teacher.weights: no such file: {weights}; give a .safetensors or .pt path, or {HUB_PREFIX}ORG/REPO/FILE"
+            f"{key}: no such file: {weights}; give a .safetensors or .pt path, or {HUB_PREFIX}ORG/REPO/FILE"
         )
 
 

@@ -116,21 +116,23 @@ def flow_scheduler(**kwargs) -> diffusers.FlowMatchEulerDiscreteScheduler:
     return diffusers.FlowMatchEulerDiscreteScheduler(**kwargs)
 
 
-def sd3() -> diffusers.DiffusionPipeline:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=2 * TEXT,
-        caption_projection_dim=WIDTH,
-        pooled_projection_dim=2 * TEXT,
-        pos_embed_max_size=12,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
+def sd3(**changes) -> diffusers.DiffusionPipeline:
+    """``changes``: of the network's configuration."""
+    settings = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 2 * TEXT,
+        "caption_projection_dim": WIDTH,
+        "pooled_projection_dim": 2 * TEXT,
+        "pos_embed_max_size": 12,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    transformer = diffusers.SD3Transformer2DModel(**(settings | changes))
     return diffusers.StableDiffusion3Pipeline(
         transformer=randomised(transformer, 0),
         scheduler=flow_scheduler(shift=3.0),
@@ -322,14 +324,20 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
 }
 
 
+def sd3_small() -> diffusers.DiffusionPipeline:
+    """What an ``sd3`` may teach: half as wide, other kinds of blocks, a larger table of positions."""
+    return sd3(num_attention_heads=1, caption_projection_dim=8, dual_attention_layers=(), pos_embed_max_size=16)
+
+
 VARIANTS = {"flux2_klein": flux2_klein}  # other pipelines of a family
+STUDENTS = {"sd3_small": sd3_small}
 
 
 def saved(name: str, folder: Path) -> Path:
-    """The small pipeline ``name`` of ``PIPELINES`` or ``VARIANTS`` in ``folder/name``, written on the first call."""
+    """The small pipeline ``name`` of ``PIPELINES``, ``VARIANTS`` or ``STUDENTS``, written once into ``folder/name``."""
     target = folder / name
     if not (target / "model_index.json").is_file():
         with torch.random.fork_rng():
             torch.manual_seed(1)  # of the biases, which ``randomised`` moves from where they start
-            (PIPELINES | VARIANTS)[name]().save_pretrained(target)
+            (PIPELINES | VARIANTS | STUDENTS)[name]().save_pretrained(target)
     return target

@@ -134,7 +134,7 @@ def test_the_fake_score_s_warm_up_counts_its_own_updates():
 
 def test_what_a_checkpoint_notes_of_them():
     """The fake update's law makes another run; phases may change, and are said."""
-    alone, files = Runtime(0, 1, torch.device("cpu"), None), SimpleNamespace(teacher_files=list)
+    alone, files = Runtime(0, 1, torch.device("cpu"), None), SimpleNamespace(weight_files=list)
 
     def noted(*flags):
         return run_settings(parsed(*flags), files, alone)

@@ -16,8 +16,9 @@ class Schedule:
     """What decides how often networks run: N, R, micro-steps, and what RL adds.
 
     ``rollout_reuse`` fake updates share a rollout. ``stop_ranks`` ranks draw stop steps of their own.
-    ``policy_steps`` are the graded generator forwards of a method's own losses, ``reference`` whether a KL or DPO holds
-    the generator to another network or to itself without LoRA, ``one_network`` whether all roles share a base.
+    ``policy_steps`` are the graded generator forwards of a method's own losses, ``reference_steps`` the forwards of the
+    reference in them, ``kl_on_x0`` 1 where there is one more for a KL on x0, ``one_network`` whether all roles share a
+    base. The reference is a network as large as the generator, or the generator without its LoRA.
     """
 
     steps: int
@@ -28,7 +29,8 @@ class Schedule:
     same_step: bool = False
     keep_gathered: bool = False
     policy_steps: int = 0
-    reference: bool = False
+    reference_steps: int = 0
+    kl_on_x0: int = 0
     one_network: bool = False
 
     @property
@@ -45,13 +47,13 @@ class Schedule:
         """Passes of one update; a graded one is two, forward and backward."""
         policy = {
             "policy rollout": {"generator": 1.0 if self.keep_gathered else float(self.steps)},
-            "policy update": {"generator": self.policy_steps * (2.0 + self.reference)},
+            "policy update": {"generator": 2.0 * self.policy_steps + self.reference_steps},
         }
         once = {
             "rollout": {"generator": self.rollouts * (1.0 if self.keep_gathered else self.rollout_steps)},
             "fake update": {"fake": 2.0 * self.fake_updates},
             "score pass": {"fake": 1.0, "teacher": 1.0},
-            "generator update": {"generator": 2.0 + self.same_step + self.reference},
+            "generator update": {"generator": 2.0 + self.same_step + self.kl_on_x0},
         } | (policy if self.policy_steps else {})
         return {p: {role: n * self.accumulation for role, n in roles.items()} for p, roles in once.items()}
 

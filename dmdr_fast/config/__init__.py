@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -25,6 +25,7 @@ from dmdr_fast.config.networks import (
     Model,
     Student,
     StudentLoRA,
+    StudentModel,
     Teacher,
     TeacherTraining,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Rollout",
     "Student",
     "StudentLoRA",
+    "StudentModel",
     "Teacher",
     "TeacherTraining",
     "Train",
@@ -146,13 +148,26 @@ class Config(Section):
     def reference_kind(self) -> Literal[None, "lora_off", "frozen"]:
         """What a KL or DPO holds the generator to; None where neither is used."""
         rl = self.rl
-        method = rl.chosen
-        uses_kl = rl.kl_weight > 0 and rl.regularizer != "none" and method.uses_reward
-        if not uses_kl and not method.needs_reference:
+        if not self.uses_kl and not rl.chosen.needs_reference:
             return None
         if rl.reference == "auto":
             return "lora_off" if self.student.lora.rank else "frozen"
         return rl.reference
+
+    @property
+    def uses_kl(self) -> bool:
+        """Whether a KL holds the generator to a reference."""
+        rl = self.rl
+        return rl.kl_weight > 0 and rl.regularizer != "none" and rl.chosen.uses_reward
+
+    @property
+    def reference_passes(self) -> dict[str, Any]:
+        """Forwards of the reference in an update and micro-batch, by the names of ``algorithm.passes.Schedule``."""
+        method, uses_one = self.rl.chosen, self.reference_kind is not None
+        return {
+            "reference_steps": method.reference_forwards(self.student.steps) if uses_one else 0,
+            "kl_on_x0": int(self.uses_kl and method.kl_on_x0),
+        }
 
     @property
     def decoder_factor(self) -> int:

@@ -18,7 +18,7 @@ Time = Annotated[float, Field(gt=0, le=1)]
 
 
 class Model(Section):
-    """The network that teacher, fake score and generator share.
+    """The network that teacher, fake score and, unless ``student`` has one of its own, generator share.
 
     ``sit`` is class-conditional, in latent or pixel space, and described here; the others are text-to-image networks
     that ``teacher.pipeline`` describes: of the keys below they read ``resolution`` alone.
@@ -116,13 +116,31 @@ class StudentLoRA(Section):
     scale: PositiveFloat = key(1.0, "Scale of the adapter.")
 
 
+class StudentModel(Section):
+    """A SiT of another size as the generator; what is not here is ``model``'s."""
+
+    weights: Place = key(..., "Its weights, as teacher.weights.")
+    hidden_size: Positive = key(..., "Width.")
+    depth: Positive = key(..., "Transformer blocks.")
+    num_heads: Positive = key(..., "Attention heads; divides hidden_size.")
+
+
 class Student(Section):
     """The few-step generator."""
 
+    pipeline: Place | None = key(
+        None,
+        "Diffusers pipeline, as teacher.pipeline, whose network is the generator: of the same family and another size; "
+        "null: the teacher's.",
+    )
+    revision: str | None = key(None, "Branch, tag or commit of its hub id; null: its main branch.")
+    model: StudentModel | None = key(
+        None, "SiT: the generator's size and weights, where they are not the teacher's; null: the teacher's."
+    )
     weights: Place | None = key(
         None,
-        "Where the generator starts: a run, a checkpoint, a file of weights or of an adapter, or "
-        "hf://ORG/REPO/FILE; null: at the teacher.",
+        "Where the generator starts: a run, a checkpoint, a file of weights or of an adapter, or hf://ORG/REPO/FILE; "
+        "null: at the teacher, or at its own network's weights.",
     )
     steps: Positive = key(1, "Student steps N.")
     shift: PositiveFloat = key(1.0, "Timestep shift of the grid, t' = s t / (1 + (s - 1) t).")
@@ -143,6 +161,11 @@ class Student(Section):
     eta: Fraction = key(0.5, "Of cps: noise is cos(eta pi / 2) of the old and sin(eta pi / 2) of the fresh.")
     ema: Fraction | None = key(0.99, "EMA decay of the generator that is evaluated and saved; null: none.")
     lora: StudentLoRA = key(StudentLoRA(), "The generator as a LoRA.")
+
+    @property
+    def own_network(self) -> str | None:
+        """Where the generator's own network comes from; None where it is the teacher's."""
+        return self.pipeline if self.model is None else self.model.weights
 
     @property
     def fresh_noise(self) -> float:

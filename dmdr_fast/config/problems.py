@@ -76,9 +76,16 @@ def _sit_problems(config: Config) -> Iterator[str]:
             f"model.resolution: {model.resolution} is not a multiple of {unit} (decoder factor "
             f"{config.decoder_factor} x model.patch_size {model.patch_size}); the nearest is {nearest}"
         )
-    if model.hidden_size % model.num_heads or model.hidden_size % 4:
+    for where, sizes in (("model", model), ("student.model", config.student.model)):
+        if sizes is not None and (sizes.hidden_size % sizes.num_heads or sizes.hidden_size % 4):
+            yield (
+                f"{where}.hidden_size: {sizes.hidden_size} must be a multiple of 4 and of {where}.num_heads "
+                f"({sizes.num_heads})"
+            )
+    if config.student.pipeline is not None:
         yield (
-            f"model.hidden_size: {model.hidden_size} must be a multiple of 4 and of model.num_heads ({model.num_heads})"
+            "student.pipeline: set beside model.family sit; set student.model to the generator's size and weights, or "
+            "leave it out"
         )
     if config.teacher.weights is None and config.teacher.train.data is None:
         yield "teacher.weights: missing; name the teacher's weights, or set teacher.train.data to train one first"
@@ -117,6 +124,8 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
         yield f"teacher.pipeline: missing; model.family {family} needs the folder or hub id of its diffusers pipeline"
     if config.teacher.weights is not None:
         yield f"teacher.weights: model.family {family} takes the weights of teacher.pipeline; leave it out"
+    if config.student.model is not None:
+        yield f"student.model: it is SiT's; model.family {family} takes student.pipeline, or leave it out"
     if config.data.prompts is None:
         yield f"data.prompts: missing; model.family {family} needs a file of prompts, or a folder of Parquet files"
     if family == "sdxl" and config.student.shift != 1.0:
@@ -173,6 +182,12 @@ def _listed(values: Any) -> str:
 def _sharing_problems(config: Config) -> Iterator[str]:
     if config.sharing != "shared_all":
         return
+    if config.student.own_network is not None:
+        key = "student.pipeline" if config.student.model is None else "student.model"
+        yield (
+            f"sharing: shared_all makes the generator a LoRA on the teacher's network, and {key} names another; set "
+            f"sharing to shared_score or separate, or leave {key} out"
+        )
     if not config.student.lora.rank:
         yield "student.lora.rank: 0; with sharing shared_all the generator is a LoRA on the shared base, set its rank"
     if config.optimizer.kind != "adamw":

@@ -31,7 +31,7 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
         same_step=config.student.rollout == "same_step",
         keep_gathered=config.rollout.keep_gathered,
         policy_steps=config.rl.chosen.graded_forwards(config.student.steps),
-        reference=config.reference_kind == "lora_off",
+        **(config.reference_passes if config.reference_kind == "lora_off" else {}),
         one_network=shared,
     )
     passes = {name: _Pass.over(network, zero) for name, network in networks.items()}

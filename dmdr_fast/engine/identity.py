@@ -39,20 +39,29 @@ FINISH = (
     "reward.held_out",
     "teacher.sample_cfg_scale",
 )  # what only the evaluation and the report read
-# Where the teacher comes from; its content counts.
-TEACHER = ("teacher.weights", "teacher.pipeline", "teacher.revision", "teacher.train")
+# Where the teacher and a generator's own network come from; their content counts.
+ORIGINS = (
+    *("teacher.weights", "teacher.pipeline", "teacher.revision", "teacher.train"),
+    *("student.pipeline", "student.revision"),
+)
 
 
 def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]:
     """Everything that a checkpoint notes of its run, by dotted key, as JSON keeps it. All ranks must call.
 
-    Beside the configuration: "teacher", where the teacher comes from and the SHA-256 of its weights; "ranks", "global
-    batch"; "data.prompts (content)" and "optimizer (deepspeed.config)", where there are such files.
+    Beside the configuration: "teacher", where the teacher comes from and the SHA-256 of its weights; "student.network",
+    the same of the generator's own network before training; "ranks", "global batch"; "data.prompts (content)" and
+    "optimizer (deepspeed.config)", where there are such files.
     """
     values = config.model_dump(mode="json")
     noted: dict[str, Any] = {path: reduce(getitem, path.split("."), values) for path, _ in leaves()}
     origin = config.teacher.weights or config.teacher.pipeline or "trained on " + str(config.teacher.train.data)
-    noted["teacher"] = f"{origin} (sha256 {content_hash(model.teacher_files(), ranks)[:16]})"
+    noted["teacher"] = f"{origin} (sha256 {content_hash(model.weight_files(), ranks)[:16]})"
+    noted["student.network"] = config.student.own_network
+    if config.student.own_network is not None:
+        noted["student.network"] += f" (sha256 {content_hash(model.student.weight_files(), ranks)[:16]})"
+    if noted["student.model"] is not None:
+        del noted["student.model"]["weights"]
     noted["ranks"] = ranks.world_size
     noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
     if config.model.family != "sit":
@@ -87,7 +96,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{name} {json.dumps(before[name])} -> {json.dumps(now[name])}"
         for name in sorted(before.keys() & now.keys())
-        if before[name] != now[name] and not _below(name, (*PLACES, *TEACHER)) and not _is_identity(name, now)
+        if before[name] != now[name] and not _below(name, (*PLACES, *ORIGINS)) and not _is_identity(name, now)
     ]
 
 
@@ -97,7 +106,7 @@ def evaluates_anew(changes: list[str]) -> bool:
 
 
 def _is_identity(name: str, now: dict[str, Any]) -> bool:
-    unused: tuple[str, ...] = ("lora",) if now["sharing"] == "separate" else ()
+    unused: tuple[str, ...] = (*ORIGINS, "lora") if now["sharing"] == "separate" else ORIGINS
     unused += ("student.eta",) if now["student.sampler"] != "cps" else ()
     unused += ("student.lora.targets", "student.lora.scale") if not now["student.lora.rank"] else ()
     return name in ("teacher", "optimizer (deepspeed.config)") or (_below(name, IDENTITY) and not _below(name, unused))
@@ -108,5 +117,5 @@ def _below(name: str, sections: tuple[str, ...]) -> bool:
 
 
 def _content(name: str, value: Any) -> Any:
-    """Of the teacher the content alone counts: a folder may move."""
-    return value.rpartition("(sha256 ")[2] if name == "teacher" else value
+    """Of networks the content alone counts: a folder may move."""
+    return value.rpartition("(sha256 ")[2] if name in ("teacher", "student.network") and value else value

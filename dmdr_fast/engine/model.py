@@ -71,6 +71,9 @@ class Start:
 class Model(Protocol):
     """The network that teacher, fake score and generator start from, and what belongs to it.
 
+    A generator of another size has a model of its own, ``student``, in which "the teacher" below is that network as it
+    was before training.
+
     Networks are called as ``network(x_t, t, condition)``: x_t [B, *latent_shape] in the compute dtype, t fp32 [B]; they
     return ``prediction`` ("flow" or "eps") on ``path`` in x_t's shape.
 
@@ -86,6 +89,11 @@ class Model(Protocol):
 
     @property
     def config(self) -> Config: ...
+    @property
+    def student(self) -> Model:
+        """The generator's: itself, unless ``student.pipeline`` or ``student.model`` names another network."""
+        ...
+
     @property
     def prediction(self) -> Prediction: ...
     @property
@@ -124,7 +132,7 @@ class Model(Protocol):
         """
         ...
 
-    def teacher_files(self) -> list[FilePath]:
+    def weight_files(self) -> list[FilePath]:
         """The files of the teacher's weights, in an order of their own."""
         ...
 
@@ -144,7 +152,9 @@ def open_model(config: Config) -> Model:
         from dmdr_fast.engine.teacher import teacher_weights
 
         _check_adapters(config, SiTModel(config, FilePath()))
-        return SiTModel(config, teacher_weights(config))
+        sit = SiTModel(config, teacher_weights(config))
+        sit.check_student()
+        return sit
     from dmdr_fast.engine.pipeline_model import PipelineModel
 
     model = PipelineModel.open(config)
@@ -154,12 +164,14 @@ def open_model(config: Config) -> Model:
 
 def _check_adapters(config: Config, model: Model) -> None:
     """Whether the network has the layers that get a LoRA, one of them at least as wide as its rank."""
-    settings: dict[str, LoRA | StudentLoRA] = {"lora": config.lora} if config.sharing != "separate" else {}
+    settings: dict[str, tuple[Model, LoRA | StudentLoRA]] = {}
+    if config.sharing != "separate":
+        settings["lora"] = model, config.lora
     if config.student.lora.rank:
-        settings["student.lora"] = config.student.lora
-    for key, lora in settings.items():
+        settings["student.lora"] = model.student, config.student.lora
+    for key, (adapted, lora) in settings.items():
         try:
-            layers = target_layers(model.skeleton(), key, lora.targets or model.lora_targets)
+            layers = target_layers(adapted.skeleton(), key, lora.targets or adapted.lora_targets)
         except ValueError as error:
             raise UserError(f"{key}.targets: {error}") from None
         most = max(min(layer.in_features, layer.out_features) for layer in layers.values())

@@ -31,6 +31,7 @@ from dmdr_fast.models.partitioned import whole_shape
 
 def frozen_role(model: Model, config: Config, device: torch.device, generator: Path | None = None) -> FrozenRole:
     """The teacher, or the generator of a file, only evaluated: sharded under stage 3. All ranks must call."""
+    model = model if generator is None else model.student
     network = model.load(device, generator)
     compute.apply(network, config, device)
     return FrozenRole(frozen_network(network, config, device), DTYPES[config.deepspeed.dtype])
@@ -108,13 +109,13 @@ def _engines(
     """``separate`` and ``shared_score``: an engine for the generator, one for the fake score, a teacher."""
     dtype, device, student = DTYPES[config.deepspeed.dtype], ranks.device, config.student.lora
     shared_base, quantised = config.sharing == "shared_score", config.memory.frozen != "native"
-    generator_net = model.load(device, None if student.rank else starts.get("generator"))
+    generator_net = model.student.load(device, None if student.rank else starts.get("generator"))
     fake_net = model.load(device, None if shared_base else starts.get("fake"), whole=shared_base and quantised)
     notes = []
     generator_adapter = adapter = None
     # DeepSpeed casts adapters to the compute type anyway, unless the network is partitioned.
     if student.rank:
-        generator_adapter = _lora(generator_net, "generator", student, model, lora_seed + 1, dtype)
+        generator_adapter = _lora(generator_net, "generator", student, model.student, lora_seed + 1, dtype)
     if shared_base:
         adapter = _lora(fake_net, "fake", config.lora, model, lora_seed, dtype)
         if quantised:

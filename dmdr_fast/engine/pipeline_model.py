@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dmdr_fast.engine.sit_model import LATENT_SATURATION
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import Denoiser, Family, open_family
 from dmdr_fast.models.families.loading import check_weights, weights_of
+from dmdr_fast.models.families.student import check_student
 from dmdr_fast.models.stored import (
     Stored,
     load_partitioned,
@@ -40,6 +41,8 @@ class PipelineModel:
     family: Family
     latent_shape: tuple[int, int, int]
     more_shapes: tuple[tuple[int, int, int], ...] = ()
+    student_family: Family | None = None  # of ``student.pipeline``
+    key: str = "teacher.pipeline"  # which names ``family``
 
     saturation = LATENT_SATURATION
     merges_lora = False  # merged, the weights of a 20B network would take 80 GB of one host's memory
@@ -69,7 +72,13 @@ class PipelineModel:
             shape, *more = (family.latent_shape(*size) for size in config.model.sizes)
         except ValueError as error:
             raise UserError(f"model.resolution: {error}") from None
-        return cls(config, family, shape, tuple(more))
+        return cls(config, family, shape, tuple(more), _student(config, family))
+
+    @property
+    def student(self) -> PipelineModel:
+        if self.student_family is None:
+            return self
+        return replace(self, family=self.student_family, student_family=None, key="student.pipeline")
 
     @property
     def prediction(self) -> Prediction:
@@ -98,7 +107,7 @@ class PipelineModel:
     def load(self, device: torch.device, generator: Path | Start | None = None, *, whole: bool = False) -> Denoiser:
         settings, dtype = engine_config(self.config, trained=True), DTYPES[self.config.deepspeed.dtype]
         partitioned = partitions_on_load(settings, whole=whole)
-        key = generator.key if isinstance(generator, Start) else "teacher.pipeline"
+        key = generator.key if isinstance(generator, Start) else self.key
         try:
             if generator is None and not partitioned:
                 return Denoiser(self.family, self.family.load_transformer(dtype)).to(device)
@@ -112,27 +121,27 @@ class PipelineModel:
             raise UserError(f"{key}: {error}") from None
         return Denoiser(self.family, network.eval()).to(device)
 
-    def teacher_files(self) -> list[Path]:
+    def weight_files(self) -> list[Path]:
         place = weights_of(self.family.path, self.family.folder, self.family.revision)
         if place.is_file():
             return [place]
         return sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
 
     def _stored(self, generator: Path | Start | None) -> dict[str, Stored]:
-        """The network's tensors: the teacher's, with the generator's in their place or its LoRA merged in."""
-        teacher = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))
+        """The network's tensors: the pipeline's, with the generator's in their place or its LoRA merged in."""
+        own = stored_tensors(weights_of(self.family.path, self.family.folder, self.family.revision))
         if generator is None:
-            return teacher
+            return own
         if isinstance(generator, Start):
-            weights = generator.over(lambda: teacher)
-            odd = sorted(weights.keys() ^ teacher.keys())
+            weights = generator.over(lambda: own)
+            odd = sorted(weights.keys() ^ own.keys())
             if odd:
                 raise ValueError(f"{generator.source}: {odd[0]} and {len(odd) - 1} more are not of both networks")
             return dict(weights)
         trained = {name.removeprefix(Denoiser.prefix): tensor for name, tensor in stored_tensors(generator).items()}
         if is_lora(trained):
-            return with_lora(teacher, trained, lora_scale(generator))
-        return teacher | trained
+            return with_lora(own, trained, lora_scale(generator))
+        return own | trained
 
     def decoder(self, device: torch.device) -> Decode:
         settings = self.config.decoder
@@ -143,6 +152,26 @@ class PipelineModel:
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f"teacher.pipeline: {error}") from None
         return PipelineDecoder(self.family, vae).decode
+
+
+def _student(config: Config, teacher: Family) -> Family | None:
+    """The family of ``student.pipeline``; None where the generator is the teacher's network.
+
+    Raises:
+        UserError: no pipeline, weights that are missing, or a network that this teacher cannot teach.
+    """
+    student = config.student
+    if student.pipeline is None:
+        return None
+    try:
+        family = open_family(
+            student.pipeline, revision=student.revision, length=teacher.length, guidance=config.teacher.guidance
+        )
+        check_weights(family.path, family.folder)
+        check_student(teacher, family, config.model.sizes)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"student.pipeline: {student.pipeline}: {error}") from None
+    return family
 
 
 def _check_guidance(config: Config, family: Family) -> None:

@@ -98,6 +98,11 @@ def describe(config: Config, step: int, recipe: Recipe, roles: Roles, ranks: Run
         f"teacher    {_guidance_words(recipe.dmd)}",
         f"roles      {config.sharing}; parameters trained / all: "
         + ", ".join(f"{n} {t:,} / {c:,}" for n, t, c in _sizes(roles)),
+        *(
+            []
+            if config.student.own_network is None
+            else [f"generator  {config.student.own_network}, a network of its own"]
+        ),
         f"memory     {stored / 2**20:.1f} MiB weights, {master / 2**20:.1f} MiB gradients and AdamW",
         f"renoise    {_law_words(recipe.renoise, recipe)}",
         *([] if recipe.fake_renoise is None else [f"fake       renoised by {_law_words(recipe.fake_renoise)}"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ from dmdr_fast.ops.dmd import Prediction
 from dmdr_fast.preflight import HUB_PREFIX
 
 LATENT_SATURATION = 4.0  # latents have unit variance
+STUDENT = "student.model.weights"
 
 
 def build_network(config: Config) -> SiT:
@@ -71,12 +72,22 @@ class SiTModel:
 
     config: Config
     teacher: Path
+    key: str = "teacher.weights"  # which names ``teacher``
 
     prediction: ClassVar[Prediction] = "flow"
     path = FLOW
     lora_targets = ("attn.qkv",)
     merges_lora = True
     more_shapes = ()
+
+    @property
+    def student(self) -> SiTModel:
+        own = self.config.student.model
+        if own is None:
+            return self
+        model = self.config.model.model_copy(update=own.model_dump(exclude={"weights"}))
+        config = self.config.model_copy(update={"model": model})
+        return replace(self, config=config, teacher=resolve_weights(own.weights, STUDENT), key=STUDENT)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -105,7 +116,7 @@ class SiTModel:
 
     def load(self, device: torch.device, generator: Path | Start | None = None, *, whole: bool = False) -> SiT:
         settings = engine_config(self.config, trained=True)
-        key = generator.key if isinstance(generator, Start) else "teacher.weights"
+        key = generator.key if isinstance(generator, Start) else self.key
         try:
             if not partitions_on_load(settings, whole=whole):
                 network = build_network(self.config)
@@ -115,15 +126,36 @@ class SiTModel:
             stored = stored_sit_tensors(network, self._weights(network, generator))
             load_partitioned(network, stored, dtype=DTYPES[self.config.deepspeed.dtype], settings=settings)
         except (ValueError, FileNotFoundError) as error:
-            raise UserError(f"{key}: {error}") from None
+            reason = str(error)
+            for size in ("hidden_size", "depth") if self.key == STUDENT else ():
+                reason = reason.replace(f"model.{size}", f"student.model.{size}")
+            raise UserError(f"{key}: {reason}") from None
         return network
+
+    def check_student(self) -> None:
+        """Look whether the generator's own network was trained on the teacher's latents, as far as its file tells.
+
+        Raises:
+            UserError: it was not.
+        """
+        if self.student is self:
+            return
+        try:
+            own, taught = (latent_statistics(file) for file in (self.student.teacher, self.teacher))
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"{STUDENT}: {error}") from None
+        if own is not None and not (taught and all(map(torch.equal, own, taught))):
+            raise UserError(
+                f"{STUDENT}: {self.student.teacher} normalises its latents otherwise than the teacher's file; give "
+                "weights that were trained on the teacher's latents"
+            )
 
     def _weights(self, network: SiT, generator: Path | Start | None) -> Path | Mapping[str, Stored]:
         if not isinstance(generator, Start):
             return generator or self.teacher
         return generator.over(lambda: stored_sit_tensors(network, self.teacher))
 
-    def teacher_files(self) -> list[Path]:
+    def weight_files(self) -> list[Path]:
         return [self.teacher]
 
     def decoder(self, device: torch.device) -> Decode:

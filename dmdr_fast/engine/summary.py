@@ -60,5 +60,6 @@ def write_summary(
         "batch": ranks.world_size * train.micro_batch_size * train.gradient_accumulation,
         "phase": {f"at step {step}": ", ".join(changes) for step, changes in config.switches.items()},
         "parameters_trained": dict(trained),
+        "generator_network": config.student.own_network,
     }
     (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))

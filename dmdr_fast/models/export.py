@@ -30,6 +30,7 @@ def export_pipeline(
     *,
     grid: tuple[float, ...],
     size: tuple[int, int],
+    student: Family | None = None,
     eta: float = 1.0,
     weights: Mapping[str, Tensor] | None = None,
     lora: Mapping[str, Tensor] | None = None,
@@ -38,20 +39,21 @@ def export_pipeline(
 ) -> Path:
     """Write the teacher's pipeline with the student in its place, for diffusers to read (``load_arguments``).
 
-    Called with ``call_arguments`` it samples as the student was trained to, and its ``generator``
-    fixes the image. The scheduler's config holds the grid; a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is
-    changed so that guidance_scale=0 means ``family.guidance``. Text encoders, tokenizers and VAE are copied. The folder
-    is written aside and renamed.
+    Called with ``call_arguments`` it samples as the student was trained to, and its ``generator`` fixes the image. The
+    scheduler's config holds the grid; a guidance-distilled network (FLUX.1-dev, FLUX.2-dev) is changed so that
+    guidance_scale=0 means ``family.guidance``. Text encoders, tokenizers and VAE are copied from the teacher's. The
+    folder is written aside and renamed.
 
     Args:
         family: the teacher's, with the guidance and length that the student was trained at.
         out: a folder that is not there yet.
         grid: 1 >= t_0 > ... > t_N = 0.
         size: height and width of the images the student was trained on.
+        student: of the student's network where that is another one; None: the teacher's.
         eta: of its sampler, see :func:`dmdr_fast.algorithm.rollout.next_input`.
-        weights: every parameter of the network by name ("transformer." in front or not); the teacher's where None.
+        weights: every parameter of the network by name ("transformer." in front or not); its pipeline's where None.
         lora: "LAYER.lora_A" [in, r] and "LAYER.lora_B" [r, out], merged into the network at ``lora_scale``, and written
-            as ``out/pytorch_lora_weights.safetensors`` too: the teacher's own pipeline takes it by
+            as ``out/pytorch_lora_weights.safetensors`` too: the network's own pipeline takes it by
             ``load_lora_weights(out)``, with the teacher's guidance.
         dtype: of the network's files.
 
@@ -63,8 +65,8 @@ def export_pipeline(
     out = Path(out).expanduser()
     if out.exists():
         raise FileExistsError(f"export: {out} is there already; give a new folder, or delete it")
-    scheduler = student_scheduler(family, grid, eta)
-    network = family.load_transformer(dtype)
+    scheduler, student = student_scheduler(family, grid, eta), student or family
+    network = student.load_transformer(dtype)
     if weights is not None:
         load_weights(network, weights)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +74,8 @@ def export_pipeline(
     try:
         _copy_components(family, aside)
         if lora is not None:
-            network = _with_lora(family, network, lora, lora_scale, aside)
-        network = family.fold_guidance(network)
+            network = _with_lora(student, network, lora, lora_scale, aside)
+        network = student.fold_guidance(network)
         if family.sized:
             network.register_to_config(sample_size=max(size) // family.factor)
         network.save_pretrained(aside / family.folder)

@@ -132,9 +132,13 @@ def _workload(options: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     if options.batch is not None:
         work = replace(work, batch=options.batch[0])
     if options.student_lora is not None:
-        work = replace(work, student_lora=Adapter(options.student_lora, work.shape.opened().lora_targets))
+        work = replace(
+            work, student_lora=Adapter(options.student_lora, work.shape_of("generator").opened().lora_targets)
+        )
     if options.reward_gb and work.reward is not None:  # decoder and rewards are in every plan
         work = replace(work, reward=replace(work.reward, stated=options.reward_gb * GB))
+    if options.sharing == "shared_all" and work.student is not None:
+        raise UserError(f"--sharing: shared_all has one network, and the generator is a {work.student.name}")
     return shared(work, options.sharing or work.sharing), config
 
 

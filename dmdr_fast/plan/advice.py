@@ -79,7 +79,7 @@ def _other_runs(work: Workload) -> Iterator[Change]:
     lora = work.fake_lora or Adapter(32, work.shape.opened().lora_targets)
     if work.sharing == "separate":
         yield Change("sharing: shared_score", replace(work, sharing="shared_score", fake_lora=lora), 2)
-    if work.sharing != "shared_all":
+    if work.sharing != "shared_all" and work.student is None:
         student = work.student_lora or lora
         changed = replace(work, sharing="shared_all", fake_lora=lora, student_lora=student)
         yield Change(f"sharing: shared_all, student.lora.rank: {student.rank}", changed, 2)

@@ -1,7 +1,7 @@
 """What one update costs: F-units, FLOPs, bytes over the network, time.
 
-An F-unit is one forward of the network at the micro-batch. A backward pass is 2 of them where all weights train, 1
-where only a LoRA does; recomputation is one more.
+An F-unit is one forward of the phase's network at the micro-batch. A backward pass is 2 of them where all weights
+train, 1 where only a LoRA does; recomputation is one more.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ class PhaseCost:
         return max(compute, network if hardware.gpus > 1 else 0.0, self.host / hardware.host)
 
 
-def forward_flops(work: Workload) -> np.ndarray:
-    """FLOPs of one forward of one sample, of matrix products and of convolutions; linear in the numbers of blocks."""
-    return _forward(Workload(work.shape, resolution=work.resolution, dtype=work.dtype))
+def forward_flops(work: Workload, role: str = "teacher") -> np.ndarray:
+    """FLOPs of one forward of one sample, of matrix products and of convolutions; linear in the numbers of blocks.
+
+    The network is that of ``role``, or of a phase, by ``Workload.shape_of``.
+    """
+    return _forward(Workload(work.shape_of(role), resolution=work.resolution, dtype=work.dtype))
 
 
 @cache
@@ -87,7 +90,8 @@ def schedule(work: Workload, gpus: int = 1) -> Schedule:
         same_step=work.same_step,
         keep_gathered=work.keep_gathered,
         policy_steps=work.policy_steps,
-        reference=work.reference is not None,
+        reference_steps=work.reference_steps,
+        kl_on_x0=work.kl_on_x0,
         one_network=work.sharing == "shared_all",
     )
 
@@ -102,20 +106,20 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
         "rollout": plan.rollouts * plan.rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
         "score pass": 2.0 + work.cfg + work.decoupled,
-        "generator update": work.same_step + 1 + again + generator_backward,
+        "generator update": work.same_step + 1 + again + generator_backward + work.kl_on_x0,
     }
     if work.policy_steps:
         once["policy rollout"] = float(work.student_steps)
-        once["policy update"] = work.policy_steps * (1 + again + generator_backward + (work.reference is not None))
-    elif work.reference is not None:
-        once["generator update"] += 1  # the reference's forward, for the KL
+        once["policy update"] = work.policy_steps * (1 + again + generator_backward) + work.reference_steps
     return {phase: n * work.accumulation for phase, n in once.items()}
 
 
 def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     """Every phase of one update on one GPU."""
-    products, convolutions = forward_flops(work) * work.batch
-    found = {phase: PhaseCost(n, n * products, n * convolutions) for phase, n in units(work, hardware.gpus).items()}
+    found = {
+        phase: PhaseCost(n, *(n * work.batch * forward_flops(work, phase)).tolist())
+        for phase, n in units(work, hardware.gpus).items()
+    }
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None and work.reward.scores:
         samples = work.batch * work.accumulation
@@ -147,7 +151,7 @@ def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCos
         buckets = math.ceil(gradients / (work.zero.reduce_bucket * DTYPES[work.dtype].itemsize))
         collectives += repeats if whole else repeats * micro * buckets
         if work.activation == "offload":
-            tokens = _block_inputs(work)
+            tokens = _block_inputs(work, role)
             host += 2 * tokens * repeats * micro
     return replace(cost, received=received, collectives=collectives, host=host)
 
@@ -162,12 +166,12 @@ def _reads(work: Workload, phase: str) -> Iterator[tuple[Engine, float, float]]:
             yield net, passes, plan.fresh_passes()[phase][role] if stays else passes
 
 
-def _block_inputs(work: Workload) -> float:
+def _block_inputs(work: Workload, role: str) -> float:
     """Bytes of block inputs that `offload` sends to the host in one forward: tokens times width, every block."""
 
     def peak(activation: Activation) -> int:
         found = update_peaks(replace(work, activation=activation))
-        return max(sum(kinds.values()) for (phase, _), kinds in found.items() if phase == "generator update")
+        return max(sum(kinds.values()) for (phase, _), kinds in found.items() if phase == f"{role} update")
 
     return float(max(peak("full") - peak("offload"), 0))
 

@@ -50,7 +50,7 @@ def disk(config: Config, work: Workload) -> Disk:
     """The disk that a run of ``config`` needs."""
     elements = trained_by(work, "generator")
     if work.student_lora is not None and work.shape.opened().merges_lora:
-        elements = count(work.shape)[0]
+        elements = count(work.shape_of("generator"))[0]
     final = {"fp32": 4, "bf16": 2}[config.export.dtype]
     snapshots = {"cold_start": 4.0 * elements, "final": float(final * elements)}
     if config.eval.every and config.eval.samples:

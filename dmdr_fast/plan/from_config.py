@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from dmdr_fast.config import Config
 from dmdr_fast.deepspeed_json import read_deepspeed_json
+from dmdr_fast.errors import UserError
+from dmdr_fast.models.families.student import check_student
 from dmdr_fast.plan.shapes import Shape, find_shape
 from dmdr_fast.plan.workload import Adapter, RewardNet, RewardPass, Workload, Zero
 
@@ -19,12 +22,15 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
     ``shape`` takes the place of the configuration's teacher.
 
     Raises:
-        UserError: a DeepSpeed JSON that a run would refuse, or a teacher whose shape is not known.
+        UserError: a DeepSpeed JSON that a run would refuse, a teacher or a generator's own network whose shape is not
+            known, or that do not fit together.
     """
     shape = shape or _shape(config)
+    own = _student(config, shape)
     train, student, phases = config.train, config.student, config.each_phase
     return Workload(
         shape=shape,
+        student=own,
         resolution=_largest(config.model.sizes),
         batch=max(phase.train.micro_batch_size for phase in phases),
         accumulation=train.gradient_accumulation,
@@ -35,7 +41,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         dtype=config.deepspeed.dtype,
         frozen=config.memory.frozen,
         optimizer=config.optimizer.kind,
-        student_lora=_adapter(student.lora, shape) if student.lora.rank else None,
+        student_lora=_adapter(student.lora, own or shape) if student.lora.rank else None,
         fake_lora=None if config.sharing == "separate" else _adapter(config.lora, shape),
         student_steps=student.steps,
         fake_updates=max(phase.train.fake_updates for phase in phases),
@@ -49,6 +55,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         reward=_reward(config),
         policy_steps=config.rl.chosen.graded_forwards(student.steps),
         reference=config.reference_kind,
+        **config.reference_passes,
         zero=_zero(config),
     )
 
@@ -72,6 +79,28 @@ def _shape(config: Config) -> Shape:
     network |= {name: getattr(model, name) for name in sizes}
     vae = SD_VAE if config.decoder.kind == "vae" else None
     return Shape("SiT", "sit", json.dumps(network), vae, 0)
+
+
+def _student(config: Config, teacher: Shape) -> Shape | None:
+    """The shape of the generator's own network; None where it has the teacher's."""
+    student = config.student
+    if student.own_network is None:
+        return None
+    if teacher.family != config.model.family:
+        raise UserError(
+            f"--model: {teacher.name} is a {teacher.family}, and the generator's own network of model.family "
+            f"{config.model.family}; give a teacher of that, or leave student.pipeline and student.model out"
+        )
+    if student.model is not None:
+        sizes = student.model.model_dump(exclude={"weights"})
+        name = f"SiT of {student.model.depth} blocks"
+        return replace(teacher, name=name, transformer=json.dumps(teacher.config | sizes))
+    shape = find_shape(student.own_network, "student.pipeline")
+    try:
+        check_student(teacher.opened(), shape.opened(), config.model.sizes)
+    except ValueError as error:
+        raise UserError(f"student.pipeline: {student.pipeline}: {error}") from None
+    return shape
 
 
 def _reward(config: Config) -> RewardPass:

@@ -63,17 +63,20 @@ class Roles:
         return [p for p in getattr(self, role).parameters() if p.requires_grad]
 
 
-def build(work: Workload, prepare: Callable[[nn.Module], None] = lambda model: None) -> Roles:
-    """The three roles' networks with the sharing of ``work``; ``prepare`` is called with every network once."""
+def build(work: Workload, prepare: Callable[[Shape, nn.Module], None] = lambda shape, model: None) -> Roles:
+    """The three roles' networks with the sharing of ``work``.
+
+    ``prepare`` is called once for every network, with its shape.
+    """
     dtype, adapters = DTYPES[work.dtype], {}
 
-    def network(*, score_base: bool = False, **roles: Adapter | None) -> nn.Module:
-        model = nn.Module.to(work.shape.build(), dtype)  # diffusers' own warns about names that fp32 keeps
+    def network(*, score_base: bool = False, shape: Shape = work.shape, **roles: Adapter | None) -> nn.Module:
+        model = nn.Module.to(shape.build(), dtype)  # diffusers' own warns about names that fp32 keeps
         if score_base and work.frozen != "native":
             quantise_blocks(model.requires_grad_(False), "int8")  # float8 takes as much, and torchao to make it
         if work.blocks == "fused":
             patch(model)
-        prepare(model)
+        prepare(shape, model)
         # Under shared_all adapters are fp32 and no part of the engine, as dmdr_fast.engine.networks has it.
         whole = work.sharing == "shared_all"
         with META:
@@ -88,7 +91,7 @@ def build(work: Workload, prepare: Callable[[nn.Module], None] = lambda model: N
     if work.sharing == "shared_all":
         base = network(score_base=True, generator=work.student_lora, fake=work.fake_lora)
         return Roles(base, base, base, adapters)
-    generator = network(generator=work.student_lora)
+    generator = network(shape=work.shape_of("generator"), generator=work.student_lora)
     if work.sharing == "shared_score":
         base = network(score_base=True, fake=work.fake_lora)
         return Roles(generator, base, base, adapters)

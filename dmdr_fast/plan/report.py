@@ -15,12 +15,13 @@ def described(work: Workload) -> str:
     size = work.resolution if isinstance(work.resolution, int) else " x ".join(map(str, work.resolution))
     total = sum(engine.weights for engine in engines(work).values())
     generator = f"LoRA {work.student_lora.rank}" if work.student_lora else "all weights"
+    own = "" if work.student is None else f" to {work.student.name}"
     rl = "no reward"
     if work.reward is not None and work.reward.models:
         rl = f"reward {' + '.join(net.kind for net in work.reward.models)}"
     guidance = "decoupled CFG" if work.decoupled else "CFG" if work.cfg else "no CFG"
     return (
-        f"{work.shape.name} at {size} px, sharing {work.sharing}, generator trains {generator} "
+        f"{work.shape.name}{own} at {size} px, sharing {work.sharing}, generator trains {generator} "
         f"({trained_by(work, 'generator') / 1e9:.2f}B of {total / 1e9:.2f}B stored), activation {work.activation}, "
         f"{work.blocks} blocks{', CUDA graphs' * work.cuda_graphs}, {work.dtype}, ZeRO-{work.zero.stage}, "
         f"N={work.student_steps}, R={work.fake_updates}, {guidance}, {rl}"

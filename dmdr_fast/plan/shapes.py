@@ -102,8 +102,10 @@ def _read(path: Path) -> Shape:
     return Shape(**values | {part: json.dumps(values[part]) for part in ("transformer", "vae")})
 
 
-def find_shape(name: str) -> Shape:
+def find_shape(name: str, key: str = "teacher.pipeline") -> Shape:
     """The shape of a published model (its short name or hub id) or of a diffusers folder, of which only JSON is read.
+
+    ``key`` is that of the configuration that an error names.
 
     Raises:
         UserError: neither of them, or a pipeline of no known family.
@@ -118,13 +120,13 @@ def find_shape(name: str) -> Shape:
     if not is_folder:
         known = ", ".join(shape.name for shape in published())
         raise UserError(
-            f"teacher.pipeline: no shape is known for {name!r}; expected a diffusers folder, or one of {known} "
+            f"{key}: no shape is known for {name!r}; expected a diffusers folder, or one of {known} "
             "(--model takes these too, in place of the configuration's teacher)"
         )
     try:
         family = open_family(name)
     except (ValueError, OSError) as error:
-        raise UserError(f"teacher.pipeline: {error}") from None
+        raise UserError(f"{key}: {error}") from None
     shape = Shape(
         name=Path(name).name,
         family=family.name,
@@ -133,11 +135,11 @@ def find_shape(name: str) -> Shape:
         length=family.length,
         folder=True,
     )
-    _try(shape, family)
+    _try(shape, family, key)
     return shape
 
 
-def _try(shape: Shape, family: Family) -> None:
+def _try(shape: Shape, family: Family, key: str) -> None:
     """Build what a folder's JSON describes.
 
     Raises:
@@ -156,9 +158,7 @@ def _try(shape: Shape, family: Family) -> None:
                 raise ValueError("a network without blocks")
         except Exception as error:  # diffusers checks no value: a wrong one shows wherever it is first used
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(
-                f"teacher.pipeline: {shape.name}: {part}/config.json describes no network ({reason})"
-            ) from None
+            raise UserError(f"{key}: {shape.name}: {part}/config.json describes no network ({reason})") from None
 
 
 @cache

@@ -11,7 +11,7 @@ from dmdr_fast.plan.plan import Plan, make_plan
 from dmdr_fast.plan.report import table
 from dmdr_fast.plan.workload import GB, Activation, Adapter, Hardware, Sharing, Workload
 
-SHARINGS: tuple[Sharing, ...] = ("separate", "shared_score", "shared_all")
+SHARINGS: tuple[Sharing, ...] = ("separate", "shared_score", "shared_all")  # the last one's generator is the teacher
 ACTIVATIONS: tuple[Activation, ...] = ("none", "selective", "full", "offload")
 
 
@@ -39,6 +39,7 @@ def sweep(
     return [
         make_plan(replace(shared(work, sharing), activation=activation, batch=batch), replace(hardware, gpus=count))
         for sharing, activation, batch, count in product(sharings, activations, batches, gpus)
+        if sharing != "shared_all" or work.student is None
     ]
 
 

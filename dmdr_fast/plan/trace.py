@@ -20,6 +20,7 @@ from dmdr_fast.algorithm.update import Update
 from dmdr_fast.models.recompute import set_recompute
 from dmdr_fast.plan.live import Key, LiveBytes, flash_attention, linear_layers, no_collector
 from dmdr_fast.plan.networks import DTYPES, META, Roles, as_network, build, latent_shape
+from dmdr_fast.plan.shapes import Shape
 from dmdr_fast.plan.workload import Workload, Zero
 
 # Compiled blocks keep this much of what `none` keeps beyond `selective`: measured on SD3s, tests/plan/compiled.json.
@@ -42,19 +43,24 @@ def update_peaks(work: Workload) -> Peaks:
     )  # fmt: skip
     if work.blocks == "compiled":
         return _compiled_peaks(replace(work, blocks="eager"))
-    depths, few = work.shape.depths, work.shape.opened().few
-    if work.zero.stage == 0 or all(d <= f + 1 for d, f in zip(depths, few, strict=True)):
+    shapes = {"shape": work.shape} | ({} if work.student is None else {"student": work.student})
+    deeper = [
+        (name, shape, index, depth - start)
+        for name, shape in shapes.items()
+        for index, (depth, start) in enumerate(zip(shape.depths, shape.opened().few, strict=True))
+        if depth > start
+    ]
+    if work.zero.stage == 0 or all(blocks == 1 for *_, blocks in deeper):
         return traced_peaks(work)
-    base = traced_peaks(replace(work, shape=work.shape.with_depths(few)))
+    few: dict[str, Any] = {name: shape.with_depths(shape.opened().few) for name, shape in shapes.items()}
+    base = traced_peaks(replace(work, **few))
     found = {key: dict(peak) for key, peak in base.items()}
-    for index, (depth, start) in enumerate(zip(depths, few, strict=True)):
-        if depth == start:
-            continue
-        more = tuple(d + (i == index) for i, d in enumerate(few))
-        longer = traced_peaks(replace(work, shape=work.shape.with_depths(more)))
+    for name, shape, index, blocks in deeper:
+        more = tuple(d + (i == index) for i, d in enumerate(shape.opened().few))
+        longer = traced_peaks(replace(work, **(few | {name: shape.with_depths(more)})))
         for key, peak in found.items():
             for kind in peak:
-                peak[kind] += (depth - start) * (longer[key][kind] - base[key][kind])
+                peak[kind] += blocks * (longer[key][kind] - base[key][kind])
     return found
 
 
@@ -64,15 +70,14 @@ def _compiled_peaks(work: Workload) -> Peaks:
     Recomputed blocks have that much less at once, one at a time.
     """
     everything, products = (update_peaks(replace(work, activation=mode)) for mode in ("none", "selective"))
-    if work.activation in ("none", "selective"):
-        start, blocks = everything, 1
-    else:
-        start, blocks = update_peaks(work), sum(1 for _ in work.shape.opened().blocks(work.shape.build()))
-    found = {key: dict(kinds) for key, kinds in start.items()}
+    recomputes = work.activation not in ("none", "selective")
+    found = {key: dict(kinds) for key, kinds in (update_peaks(work) if recomputes else everything).items()}
     for key, kinds in found.items():
+        shape = work.shape_of(key[0])
+        blocks = sum(1 for _ in shape.opened().blocks(shape.build())) if recomputes else 1
         for kind in kinds:
             # a recomputed block's own share is that of the phase's fullest moment
-            keys = [key] if blocks == 1 else [other for other in everything if other[0] == key[0]]
+            keys = [other for other in everything if other[0] == key[0]] if recomputes else [key]
             less = max(everything[other][kind] - products[other][kind] for other in keys) / blocks
             kinds[kind] -= round((1 - KEPT_BY_COMPILER) * less)
     return found
@@ -113,7 +118,7 @@ class Longest(Streams):
 def traced_peaks(work: Workload) -> Peaks:
     """:func:`update_peaks`, with every block traced."""
     live = LiveBytes()
-    roles = build(work, lambda model: _watch(work, model, live))
+    roles = build(work, lambda shape, model: _watch(work, shape, model, live))
     text = work.shape.opened().empty_condition(work.batch, DTYPES[work.dtype])
     recipe = Recipe(
         grid=timestep_grid(work.student_steps),
@@ -134,7 +139,7 @@ def traced_peaks(work: Workload) -> Peaks:
 
 def _networks(work: Workload, roles: Roles, live: LiveBytes) -> Networks:
     def role(name: str) -> MetaRole:
-        network = as_network(work.shape, getattr(roles, name), DTYPES[work.dtype])
+        network = as_network(work.shape_of(name), getattr(roles, name), DTYPES[work.dtype])
         trained = roles.trained(name)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(live.keep_gradient if work.zero.stage == 0 else _gone)
@@ -163,10 +168,10 @@ def _score(work: Workload, roles: Roles, live: LiveBytes) -> ScorePass:
     return separate_scores(labelled(roles.fake), labelled(roles.teacher))
 
 
-def _watch(work: Workload, model: nn.Module, live: LiveBytes) -> None:
+def _watch(work: Workload, shape: Shape, model: nn.Module, live: LiveBytes) -> None:
     """Recompute as the workload says; each block says that it runs, forward and backward."""
     set_recompute(model, work.activation)
-    family = work.shape.opened()
+    family = shape.opened()
     for name, block in family.blocks(model):
         kind = family.kind(name, block)
         block.register_forward_pre_hook(lambda *_, kind=kind: setattr(live, "part", kind))

@@ -75,9 +75,13 @@ class RewardPass:
 
 @dataclass(frozen=True)
 class Workload:
-    """One DMDR update as the planner sees it. ``batch`` is the micro-batch per GPU; dtype is that of the networks."""
+    """One DMDR update as the planner sees it. ``batch`` is the micro-batch per GPU; dtype is that of the networks.
+
+    ``shape`` is the teacher's, and the generator's where ``student`` is None; the fake score is always of ``shape``.
+    """
 
     shape: Shape
+    student: Shape | None = None  # under `shared_all` there is none
     resolution: int | tuple[int, int] = 1024  # a square's side, or height and width
     batch: int = 1
     accumulation: int = 1
@@ -102,7 +106,14 @@ class Workload:
     reward: RewardPass | None = field(default_factory=RewardPass)
     policy_steps: int = 0  # graded generator forwards that the method's own losses add to an update
     reference: Literal[None, "lora_off", "frozen"] = None  # what a KL or DPO holds the generator to
+    reference_steps: int = 0  # its forwards in the method's own losses
+    kl_on_x0: int = 0  # 1: one more, for a KL on x0
     zero: Zero = Zero()
+
+    def shape_of(self, role: str) -> Shape:
+        """The shape of the network that plays a role, or runs in a phase named after it ("generator update")."""
+        generates = role.partition(" ")[0] in ("generator", "rollout", "policy")
+        return self.student or self.shape if generates else self.shape
 
 
 @dataclass(frozen=True)

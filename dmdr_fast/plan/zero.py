@@ -66,6 +66,7 @@ def networks_of(work: Workload) -> Workload:
     """The part of ``work`` that says which networks there are: what does not matter to them is as in every other."""
     return Workload(
         work.shape,
+        student=work.student,
         sharing=work.sharing,
         dtype=work.dtype,
         frozen=work.frozen,
@@ -95,7 +96,9 @@ def _built(work: Workload) -> tuple[dict[str, Engine], dict[str, int]]:
         names.setdefault(id(module), role)
         found.setdefault(names[id(module)], module)
     nets = {
-        name: _engine(work.shape, module, tuple(r for r in ("generator", "fake") if getattr(roles, r) is module))
+        name: _engine(
+            work.shape_of(name), module, tuple(r for r in ("generator", "fake") if getattr(roles, r) is module)
+        )
         for name, module in found.items()
     }
     return nets, {role: sum(p.numel() for p in roles.trained(role)) for role in ("generator", "fake")}

@@ -104,12 +104,12 @@ def _update(work: Workload):
 
 def _networks(work: Workload):
     family = work.shape.opened()
-    config = {k: v for k, v in work.shape.config.items() if k != "_class_name"}
     adapters = {}
 
-    def build(**roles):
+    def build(shape=work.shape, **roles):
         torch.manual_seed(0)
-        model = getattr(diffusers, work.shape.config["_class_name"])(**config)
+        config = {k: v for k, v in shape.config.items() if k != "_class_name"}
+        model = getattr(diffusers, shape.config["_class_name"])(**config)
         if work.blocks == "fused":
             patch(model)
         own = work.blocks == "compiled" and work.activation == "selective"  # the compiler's partitioner does it
@@ -136,7 +136,8 @@ def _networks(work: Workload):
     if work.sharing == "shared_all":
         generator = fake = build(generator=work.student_lora, fake=work.fake_lora)
     else:
-        generator, fake = build(generator=work.student_lora), build(fake=work.fake_lora)
+        generator = build(work.shape_of("generator"), generator=work.student_lora)
+        fake = build(fake=work.fake_lora)
     if work.sharing == "separate":
         score = separate_scores(call(fake), call(build().requires_grad_(False)))
     else:

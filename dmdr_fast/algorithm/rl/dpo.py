@@ -28,6 +28,9 @@ class DPO(Method):
     def graded_forwards(self, student_steps: int) -> int:
         return 1
 
+    def reference_forwards(self, student_steps: int) -> int:
+        return 1
+
     def collect(self, update: Update) -> Experience:
         from dmdr_fast.algorithm.rl.preference import collect
 

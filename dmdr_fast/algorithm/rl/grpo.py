@@ -19,7 +19,6 @@ class GRPOOptions(Grouped):
     """GRPO: policy gradient over groups of samples of one condition."""
 
     name = "grpo"
-    kl_on_x0 = False
 
     mode: Literal["policy", "advantage_weighted_dmd"] = option(
         "policy", "policy: clipped ratios; advantage_weighted_dmd: advantages weight the guidance in the DMD gradient."
@@ -41,6 +40,8 @@ class GRPO(GRPOOptions):
     The clipped ratio on the steps of an SDE; inside DMDR the DMD gradient takes the KL's place.
     """
 
+    kl_on_x0 = False
+
     @property
     def generator_steps(self) -> int:
         return self.inner_epochs
@@ -52,6 +53,10 @@ class GRPO(GRPOOptions):
     def graded_forwards(self, student_steps: int) -> int:
         """One for each stochastic step that is trained."""
         return self.inner_epochs * (self.trained_steps or len(self.stochastic_steps(student_steps)))
+
+    def reference_forwards(self, student_steps: int) -> int:
+        """The KL is of each step that is trained."""
+        return self.graded_forwards(student_steps)
 
     def problems(self, setting: Setting) -> Iterator[str]:
         yield from super().problems(setting)

@@ -36,6 +36,10 @@ class Hybrid(Method):
         """GRPO's, and the last step's in each of its epochs."""
         return self.grpo.graded_forwards(student_steps) + self.generator_steps
 
+    def reference_forwards(self, student_steps: int) -> int:
+        """GRPO's: no KL holds the last step."""
+        return self.grpo.reference_forwards(student_steps)
+
     def problems(self, setting: Setting) -> Iterator[str]:
         if self.grpo.mode != "policy":
             yield f"rl.grpo.mode: {self.grpo.mode} has no policy loss, which rl.method hybrid takes; set it to policy"

@@ -74,6 +74,10 @@ class Method:
         """Graded generator forwards per micro-batch and update that its losses add."""
         return 0
 
+    def reference_forwards(self, student_steps: int) -> int:
+        """Forwards of the reference per micro-batch and update that its losses add, where there is a reference."""
+        return 0
+
     def problems(self, setting: Setting) -> Iterator[str]:
         """A line for each option that does not fit, naming its key and the remedy."""
         if self.compared is not None and self.compared < 2:
