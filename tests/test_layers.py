@@ -21,7 +21,7 @@ ALLOWED = {
     "rewards": {"ops", "data", "scenes", "errors"},
     "scenes": {"algorithm", "built_in", "cli", "commit", "data", "errors"},
     "data": {"built_in", "cache", "errors", "locks"},
-    "eval": {"algorithm", "commit", "data", "disk", "ops", "scenes", "errors"},
+    "eval": {"algorithm", "cli", "commit", "data", "disk", "ops", "scenes", "errors"},
     "patch": {"ops", "models", "errors"},
     "preflight.py": {"algorithm", "config", "data", "deepspeed_json", "errors", "hub", "rewards", "scenes"},
     "deepspeed_json.py": {"cli", "config", "errors"},

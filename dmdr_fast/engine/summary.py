@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -14,6 +15,7 @@ import dmdr_fast
 from dmdr_fast.commit import commit
 from dmdr_fast.config import Config
 from dmdr_fast.engine.go_on import given_command
+from dmdr_fast.engine.inputs import REAL_SCENES
 from dmdr_fast.engine.runtime import Runtime
 
 SUMMARY = Path("summary.json")
@@ -47,7 +49,7 @@ def write_summary(
         elapsed: seconds of training, those before a resume included.
     """
     train = config.train
-    summary = {
+    summary: dict[str, Any] = {
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "training_seconds": elapsed,
         **origin,
@@ -62,4 +64,12 @@ def write_summary(
         "parameters_trained": dict(trained),
         "generator_network": config.student.own_network,
     }
+    if config.eval.data == "scenes":
+        from dmdr_fast.scenes.data import evaluation_scenes
+        from dmdr_fast.scenes.verifier import shares_right
+
+        summary["right on real scenes"] = {
+            kind: ", ".join(f"{name.replace('_', ' ')} {share:.2%}" for name, share in shares.items())
+            for kind, shares in shares_right(evaluation_scenes(REAL_SCENES, seed=0)).items()
+        }
     (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1))

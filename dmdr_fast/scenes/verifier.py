@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmdr_fast.data.classifier import augment, fit
-from dmdr_fast.scenes.captions import COLOURS, DIGITS, SIZES
-from dmdr_fast.scenes.data import PLACES, SCAN, SIDE, compose, scans
+from dmdr_fast.scenes.captions import COLOURS, DIGITS, SIZES, Attributes
+from dmdr_fast.scenes.data import PLACES, SCAN, SIDE, Scenes, compose, scans
 
 Kind = Literal["verifier", "held_out_verifier"]
 WEIGHTS = Path(__file__).with_name("verifiers.safetensors")
@@ -173,6 +173,15 @@ def load_verifier(kind: Kind) -> Verifier:
     state = {n.removeprefix(prefix): t for n, t in load_file(WEIGHTS).items() if n.startswith(prefix)}
     verifier.load_state_dict(state, assign=True)
     return verifier.eval().requires_grad_(False)
+
+
+def shares_right(scenes: Scenes) -> dict[Kind, dict[str, float]]:
+    """Of each verifier, the share of ``scenes`` in which it reads an attribute right, by the attribute's name."""
+    shares = {}
+    for kind in SEEDS:
+        right = load_verifier(kind).read(scenes.images) == scenes.attributes
+        shares[kind] = dict(zip(Attributes._fields, right.double().mean(0).tolist(), strict=True))
+    return shares
 
 
 def main() -> None:

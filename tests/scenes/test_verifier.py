@@ -3,7 +3,9 @@
 import torch
 from safetensors import safe_open
 
-from dmdr_fast.scenes.verifier import SEEDS, STEPS, WEIGHTS, fit_verifier, load_verifier, windows
+from dmdr_fast.scenes.captions import Attributes
+from dmdr_fast.scenes.data import evaluation_scenes
+from dmdr_fast.scenes.verifier import SEEDS, STEPS, WEIGHTS, fit_verifier, load_verifier, shares_right, windows
 
 
 def test_windows_are_those_of_the_four_halves():
@@ -15,6 +17,11 @@ def test_windows_are_those_of_the_four_halves():
             ((ahead, slice(0, 8)), (ahead, slice(8, 16)), (slice(0, 8), ahead), (slice(8, 16), ahead))
         ):
             assert torch.equal(cut[half, place], image[0, :, rows, columns])
+
+
+def test_both_read_real_scenes():
+    for shares in shares_right(evaluation_scenes(1000, seed=3)).values():
+        assert list(shares) == list(Attributes._fields) and min(shares.values()) > 0.97
 
 
 def test_the_weights_say_what_made_them():

@@ -113,7 +113,7 @@ _SCENES = Task(
     page="claims-scenes",
     steps=4,
     rewards=("scenes", "scenes_held_out"),
-    full=Budget(150, 350, 25),
+    full=Budget(60, 120, 20),
     quick=Budget(4, 6, 2, {**_SMOKE, "eval.teacher_steps": 4}, (*_SMOKED, "dmdr_hybrid")),
     variants=(
         *_paper({"rl.method": "grpo", **_SDE, **_RIGHT, "reward.weight": 0.15}, {**_DPO, **_RIGHT}),
