@@ -423,6 +423,13 @@ def test_runs_of_an_earlier_page_stand_where_their_settings_do(trainer, tmp_path
     second = tmp_path / "second"
     assert command.main([*words, str(second), "--kept", str(page)]) == command.DONE
     assert {p.name for p in second.glob("*-1")} == {"cold_start-1", "dmdr_dpo-1", "cold_reuse-1", "dmdr_reuse-1"}
+    records.write_json(page, made, [r for r in read if r.name not in ("dmdr_dpo", "dmdr_nft", "cold_tilt")], [])
+    part = [*words, str(tmp_path / "third"), "--kept", str(page), "--only", "dmdr_nft"]
+    assert command.main(part) == command.DONE
+    there = [v.name for v in DIGITS.variants if v.name not in ("dmdr_dpo", "cold_tilt")]
+    assert [r.name for r in records.read_json(page)[1]] == there
+    records.write_json(page, made, changed, [])
+    assert command.main([*words, str(second), "--kept", str(page)]) == command.DONE
     now, rows = records.read_json(page)
     assert [r.name for r in rows] == [v.name for v in DIGITS.variants]
     assert {r.name for r in rows if r.commit != "earlier"} == {"dmdr_dpo", "dmdr_reuse"}

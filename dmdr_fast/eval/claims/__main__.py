@@ -39,7 +39,13 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="where the runs go (default: runs/PAGE)")
     parser.add_argument("--out", type=Path, help="where PAGE.md, PAGE.json and PAGE/ go (default: docs)")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of the page (default: 0 1 2)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="runs to do now (default: all)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="runs to do now (default: all); with --kept the page has these and the kept ones",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each (default: 2)")
     parser.add_argument("--minutes", type=float, help="after these, start nothing more and stop with checkpoints")
     parser.add_argument("--quick", action="store_true", help="a smoke test on a tiny model, one seed")
@@ -118,6 +124,9 @@ def main(argv: list[str]) -> int:
     if committed is not None:
         wanted = [job for job in todo if not given.only or job.name in given.only]
         return DONE if compare.report(committed, [record_of(job) for job in wanted]) else DIFFERS
+    if given.only and kept:
+        added = {job.name for job in todo}
+        every = [job for job in every if (job.name, job.seed) in kept or job.name in added]
     found = [kept.get((j.name, j.seed)) or (record_of(j) if is_finished(j) else None) for j in every]
     records = [record for record in found if record is not None]
     missing = len(every) - len(records)
