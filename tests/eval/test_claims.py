@@ -62,7 +62,8 @@ def record(name, seed, task=DIGITS):
     if name == "cold_start":
         rows |= {"teacher": teacher, "teacher_n": teacher | {"fd": 5.0}}
     variant, budget = next(v for v in task.variants if v.name == name), task.full
-    steps = range(50, (budget.cold_start if variant.phases == "cold_start" else budget.total) + 1, 50)
+    every = budget.cold_start // 10
+    steps = range(every, (budget.cold_start if variant.phases == "cold_start" else budget.total) + 1, every)
     evaluations = [final | {"diversity": 0.4, "step": step, "fd": fd * budget.cold_start / step} for step in steps]
     settings = runs.settings_of(task, variant, seed, budget)
     return records.Record(name, seed, settings, rows, evaluations, 60.0, "abc")
