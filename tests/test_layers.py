@@ -36,6 +36,7 @@ ALLOWED = {
         "ops",
         "patch",
         "rewards",
+        "scenes",
         "errors",
     },
 }

@@ -18,9 +18,17 @@ from dmdr_fast.plan.workload import RewardNet
 from dmdr_fast.rewards.digits import digits_cnn
 from dmdr_fast.rewards.digits_held_out import RowsAndColumnsGRU
 from dmdr_fast.rewards.registry import KINDS, is_differentiable, prepare_reward, weights_of_reward
+from dmdr_fast.scenes.verifier import ARCHITECTURES
 
 PUBLISHED = json.loads((Path(__file__).parent / "rewards.json").read_text())
-DIGITS = {"digits": digits_cnn, "digits_held_out": RowsAndColumnsGRU}
+# Of rewards that come with the package, weights included.
+EMBEDDED: dict[str, Callable[[], nn.Module]] = {
+    "digits": digits_cnn,
+    "digits_held_out": RowsAndColumnsGRU,
+    "scenes": ARCHITECTURES["verifier"],
+    "scenes_right": ARCHITECTURES["verifier"],
+    "scenes_held_out": ARCHITECTURES["held_out_verifier"],
+}
 # The argument that names a network's configuration. ImageReward's checkpoint has none.
 CONFIGURED = {"clip_score": "path", "pickscore": "path", "hps": "clip", "aesthetic": "clip", "classifier": "path"}
 STATE = "state its GB per GPU by --reward-gb"
@@ -52,8 +60,8 @@ def meta_reward(net: RewardNet, image: tuple[int, ...] = (3, 64, 64)) -> MetaRew
         reward_class, arguments = prepare_reward(net.kind, net.path, None, options, num_classes=net.num_classes)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
-    if net.kind in DIGITS:
-        return _module_reward(DIGITS[net.kind])
+    if net.kind in EMBEDDED:
+        return _module_reward(EMBEDDED[net.kind])
     if net.kind not in KINDS:
         return _own(net.kind, reward_class, arguments, image)
     places = weights_of_reward(reward_class, arguments)

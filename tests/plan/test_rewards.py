@@ -10,6 +10,7 @@ from dmdr_fast.plan.from_config import workload
 from dmdr_fast.plan.reward import reward_cost
 from dmdr_fast.plan.reward_nets import meta_reward
 from dmdr_fast.plan.workload import RewardNet
+from dmdr_fast.rewards.registry import KINDS, build_reward
 from tests.rewards.conftest import small_clip  # noqa: F401, a fixture
 
 OWN = """
@@ -62,6 +63,16 @@ def test_what_is_not_there_is_said(tmp_path):
     found = meta_reward(RewardNet("clip_score", str(tmp_path)))
     assert found.weights == meta_reward(RewardNet("clip_score")).weights
     assert f"no configuration at {tmp_path}" in found.note and "counted as openai/clip-vit-large-patch14" in found.note
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("digits", "scenes"))])
+def test_rewards_that_come_with_the_package(kind):
+    real = build_reward(kind, num_classes=10)
+    found = meta_reward(RewardNet(kind, num_classes=10), (3, 16, 16))
+    size = sum(t.numel() * t.element_size() for t in (*real.parameters(), *real.buffers()))
+    assert (found.weights, found.note) == (size, "")
+    shape = (2, 1, 8, 8) if kind.startswith("digits") else (2, 3, 16, 16)
+    assert found.score(torch.empty(shape, device="meta")).shape == (2,)
 
 
 def test_a_user_s_own_reward(own):
