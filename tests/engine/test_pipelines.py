@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmdr_fast import export, sample
+from dmdr_fast import check_export, export, sample
 from dmdr_fast.cli import run_user_command
 from dmdr_fast.data.text_cache import TextCache
 from dmdr_fast.engine.checkpoint_weights import checkpoint_weights
@@ -149,6 +149,22 @@ def test_a_checkpoint_of_two_ranks_is_the_generator(finished, tmp_path, family):
     start = load_file(run_dir / "cold_start/generator.safetensors")
     assert all(torch.equal(first[name], start[name]) for name in start)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.thorough
+def test_diffusers_alone_draws_the_images_of_the_run(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check_export, "TOLERANCE", 1e-4)  # two updates move an image by 1e-3
+    run_dir, out, prompts = finished("sd3"), tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("sea\na red cat\n")
+    arguments = [str(run_dir), str(out), "--prompts", str(prompts)]
+    assert run_user_command(check_export.main, arguments) == 2
+    assert "no exported pipeline" in capsys.readouterr().err
+    export_run(run_dir, out, dtype="fp32")
+    assert run_user_command(check_export.main, arguments) == 0
+    assert "2 images; the largest difference of a pixel in [-1, 1] is " in capsys.readouterr().out
+    shutil.rmtree(out)
+    export_run(run_dir, out, dtype="fp32", step=1)  # not what the run ended with
+    assert run_user_command(check_export.main, arguments) == 1
 
 
 @contextmanager
