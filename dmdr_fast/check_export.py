@@ -58,8 +58,9 @@ def main(argv: list[str]) -> int:
     if load(options.run_dir / "config.yaml").eval.features == "scenes":
         from dmdr_fast.eval.features import ScenesFeatures
 
+        verifier = ScenesFeatures()
         for name, images in (("the run", own), ("diffusers alone", alone)):
-            found = ScenesFeatures().accuracy(images, {"prompts": prompts})
+            found = verifier.accuracy(images, {"prompts": prompts})
             print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in found.items())}")
     return int(difference > TOLERANCE)
 

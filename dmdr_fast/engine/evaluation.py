@@ -73,13 +73,10 @@ class Evaluator:
         ranks must call; there is nothing but on rank 0.
         """
         many, student_steps = self.config.eval.teacher_steps, self.config.student.steps
-        rows = {
-            "teacher": (self._teacher(teacher, many), teacher_nfe(self.config, many)),
-            "teacher_no_cfg": (self._teacher(teacher, many, guided=False), many),
-            "teacher_n": (self._teacher(teacher, student_steps), teacher_nfe(self.config, student_steps)),
-        }
-        if not self.config.guides(self.config.teacher.sample_cfg_scale):
-            del rows["teacher_no_cfg"]
+        rows = {"teacher": (self._teacher(teacher, many), teacher_nfe(self.config, many))}
+        if self.config.guides(self.config.teacher.sample_cfg_scale):
+            rows["teacher_no_cfg"] = (self._teacher(teacher, many, guided=False), many)
+        rows["teacher_n"] = (self._teacher(teacher, student_steps), teacher_nfe(self.config, student_steps))
         for name, weights in generators.items():
             rows[name] = (self._generator(weights), student_steps)
         table: dict[str, dict[str, float | None]] = {}
