@@ -35,10 +35,11 @@ def _draw(task: Task, claim: Claim, records: Sequence[Record]) -> Figure:
     names = claim.drawn or [name for name in claim.rows if not name.startswith("cold_")]
     titles = {name: task.titles[name] for name in (*names, "teacher")}
     measures = claim.measures or (task.reward, "held_out_reward")
+    since_rl = not all(name.startswith("cold_") for name in names)
     figure, axes = _figure(len(measures))
     for axis, measure in zip(axes, measures, strict=True):
         if claim.measures:
-            _against_updates(axis, records, titles, measure, since_rl=claim.figure != "cold_start")
+            _against_updates(axis, records, titles, measure, since_rl=since_rl)
         else:
             _one_against_other(axis, records, titles, "fd", measure)
     return figure

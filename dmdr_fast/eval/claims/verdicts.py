@@ -72,6 +72,9 @@ _METHODS = ("dmdr_refl", "dmdr_grpo", "dmdr_dpo")
 _COLD_STARTS = ("cold_start", "cold_no_dyna_dg", "cold_no_dyna_rs", "cold_neither")
 
 
+_FOUR_STEPS = ("cold_four", "cold_four_ode", "cold_four_cps", "cold_four_stops")
+
+
 def _cold_start(key: str, subject: str, other: str, how: str) -> Claim:
     test = Test("cold_start", other, COLD_START_FD)
     return Claim(
@@ -90,6 +93,11 @@ def _hybrid(students: str, end: str) -> Claim:
         (hybrid, refl, grpo, f"cold{end or '_start'}"),
         "hybrid",
     )
+
+
+def _four_steps(key: str, title: str, how: str) -> Claim:
+    other, plain = f"cold_four_{key}", "cold_four"
+    return Claim(key, title, how, (Test(other, plain, "fd"),), (other, plain), "four_steps", ("fd",), _FOUR_STEPS)
 
 
 CLAIMS = (
@@ -203,6 +211,44 @@ CLAIMS = (
         ("dmdr_nft", "dmdr_grpo", "dmd_only"),
         "nft",
         ("reward", "held_out_reward"),
+    ),
+    Claim(
+        "decoupled",
+        "Decoupled DMD makes a better student of a guided teacher than DMD does",
+        "Cold starts at one CFG scale, `dmd.decoupled` in one: its FD must be lower. It costs a score row more.",
+        (Test("cold_decoupled", "cold_guided", "fd"),),
+        ("cold_decoupled", "cold_guided", "cold_start"),
+        "decoupled",
+        ("fd",),
+        ("cold_decoupled", "cold_guided"),
+    ),
+    Claim(
+        "advantage",
+        "The advantage on the guidance alone raises the reward",
+        "The second form of the paper's GRPO, `rl.grpo.mode: advantage_weighted_dmd`, on decoupled DMD's guidance, "
+        "against decoupled DMD alone for as many updates: {reward} must be higher, and the held-out reward not lower.",
+        (
+            Test("dmdr_advantage", "decoupled_only", "reward"),
+            Test("dmdr_advantage", "decoupled_only", "held_out_reward", guard=True),
+        ),
+        ("dmdr_advantage", "decoupled_only", "cold_decoupled"),
+        "advantage",
+        ("reward", "held_out_reward"),
+    ),
+    _four_steps(
+        "ode",
+        "Four deterministic steps make a better student than four renoised ones",
+        "Cold starts with `student.sampler: ode` and with renoise: FD must be lower.",
+    ),
+    _four_steps(
+        "cps",
+        "Four steps that keep a part of their noise make a better student than four renoised ones",
+        "As for ode, with `student.sampler: cps` and its default `student.eta`.",
+    ),
+    _four_steps(
+        "stops",
+        "A stop step per micro-step makes a better student than one per update",
+        "A batch as four micro-steps, each with a stop step of its own, and as one: FD must be lower.",
     ),
     _hybrid("Students of two steps", "_two"),
     _hybrid("Students", ""),
