@@ -63,7 +63,7 @@ class RenoiseLaw:
 
     kind: ``dyna_rs`` (Beta, moving with the step), ``uniform`` or ``logit_normal`` (sigmoid of N(mean, std^2)).
     Draws are mapped to [t_min, t_max] (t_min + (t_max - t_min) u), then shifted.
-    per: ``sample`` draws one t per sample, ``batch`` one for the whole micro-batch.
+    per: ``sample`` draws one t per sample, ``batch`` one for all ``count`` of them.
     """
 
     kind: Literal["dyna_rs", "uniform", "logit_normal"] = "dyna_rs"

@@ -32,7 +32,7 @@ class Renoise(Section):
     t_min: Fraction = key(0.001, "Smallest t.")
     t_max: Fraction = key(0.999, "Largest t.")
     shift: PositiveFloat = key(1.0, "Timestep shift applied to t.")
-    per: Literal["sample", "batch"] = key("sample", "One t per sample, or one per micro-batch.")
+    per: Literal["sample", "batch"] = key("sample", "One t per sample, or one for the whole batch of an update.")
 
 
 class FakeRenoise(Renoise, DynaRS):

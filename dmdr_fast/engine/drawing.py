@@ -20,7 +20,6 @@ from dmdr_fast.algorithm.streams import Streams
 from dmdr_fast.config import Config, DeepSpeed
 from dmdr_fast.data.prompts import Prompt
 from dmdr_fast.engine.conditions import Conditions, Labels, cached_prompts
-from dmdr_fast.engine.engines import DTYPES
 from dmdr_fast.engine.evaluation import teacher_sample
 from dmdr_fast.engine.model import Model, open_model
 from dmdr_fast.engine.networks import frozen_role
@@ -82,11 +81,11 @@ class RunImages:
         )
 
     def _decoded(self, latents: Latents) -> Draw:
-        decode, dtype = self.model.decoder(self.device), DTYPES[self.config.deepspeed.dtype]
+        decode = self.model.decoder(self.device)
 
         @torch.no_grad()
         def draw(rows: Sequence[int], seed: int) -> Tensor:
-            noise = _noise(self.model, image_seeds(rows, seed), dtype, self.device)
+            noise = _noise(self.model, image_seeds(rows, seed), self.device)
             return decode(latents(noise, self.conditions.batch(np.array(rows)))).float().clamp(-1, 1)
 
         return draw
@@ -137,10 +136,10 @@ def _load_pipeline(folder: Path, device: torch.device) -> DiffusionPipeline:
         raise UserError(f"pipeline {folder}: it cannot be loaded ({reason}); copy or export it again") from None
 
 
-def _noise(model: Model, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> Noise:
+def _noise(model: Model, seeds: Sequence[int], device: torch.device) -> Noise:
     """noise(0), noise(1), ..., each asked for once: what the exported pipeline draws with generators of ``seeds``.
 
-    A flow pipeline's scheduler draws the later noise from generators that the first, in ``dtype``, seeds.
+    A flow pipeline's scheduler draws the later noise from generators that the first seeds.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     first = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
@@ -150,7 +149,7 @@ def _noise(model: Model, seeds: Sequence[int], dtype: torch.dtype, device: torch
 
         family, size = model.family, model.latent_shape[1:]
         packed = family.to_pipeline(first)
-        generators, shape = [generator_of(one.to(dtype)) for one in packed], packed.shape[1:]
+        generators, shape = [generator_of(one) for one in packed], packed.shape[1:]
         back = lambda noise: family.from_pipeline(noise, *size)  # noqa: E731
 
     def noise(i: int) -> Tensor:

@@ -20,7 +20,7 @@ class DPO(Method):
     uses_reward = needs_reference = True
 
     beta: float = option(100.0, "Strength of the preference.", gt=0)
-    group_size: int = option(4, "Samples per prompt or class; divides the global micro-batch.", gt=0)
+    group_size: int = option(4, "Samples per prompt or class; divides the global batch.", gt=0)
     times: Literal["grid", "renoise"] = option(
         "grid", "Times of the pairs: the student's own grid, or the renoise law."
     )

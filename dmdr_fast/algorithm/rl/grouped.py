@@ -14,7 +14,7 @@ class Grouped(Method):
 
     uses_reward = True
 
-    group_size: int = option(8, "K, samples per prompt or class; divides the global micro-batch.", gt=0)
+    group_size: int = option(8, "K, samples per prompt or class; divides the global batch.", gt=0)
     std: Literal["group", "global", "none"] = option("group", "What advantages are divided by.")
     unbiased: bool = option(False, "Standard deviation over n - 1 (DanceGRPO) instead of n (Flow-GRPO).")
     eps: float = option(1e-4, "Added to the standard deviation.", ge=0)

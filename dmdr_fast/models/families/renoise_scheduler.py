@@ -24,8 +24,8 @@ class RenoiseScheduler(FlowMatchEulerDiscreteScheduler):
     ``times``, where its config has them, are the sigmas, whatever a pipeline asks for; the others follow from a shift.
 
     Pipelines keep their ``generator`` to themselves: they draw the first noise with it and hand a scheduler none. So
-    the later noise of each sample is drawn from a digest of its first noise: the same generator gives the same image,
-    whatever the batch and the device.
+    the later noise of each sample follows from the signs of its first noise: the same generator gives the same image,
+    whatever the batch, the device and the dtype.
     """
 
     @register_to_config
@@ -86,6 +86,6 @@ class RenoiseScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 def generator_of(sample: Tensor) -> torch.Generator:
-    """A generator whose seed is a digest of ``sample``."""
-    digest = hashlib.sha256(sample.float().cpu().contiguous().numpy().tobytes()).digest()
+    """A generator whose seed is a digest of the signs of ``sample``, which no rounding changes."""
+    digest = hashlib.sha256(sample.signbit().cpu().contiguous().numpy().tobytes()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

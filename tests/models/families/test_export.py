@@ -60,6 +60,15 @@ def draws(scheduler, first):
         yield torch.stack([torch.randn(first.shape[1:], generator=g) for g in generators])
 
 
+def test_the_first_noise_seeds_the_later_one_alike_in_every_dtype():
+    first = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))
+    first[0, 0, 0] = -1e-9  # 0 in fp16
+    seeds = {generator_of(first.to(dtype)).initial_seed() for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert len(seeds) == 1
+    first[0, 0, 0] = 1e-9
+    assert generator_of(first).initial_seed() not in seeds
+
+
 @torch.no_grad()
 def drawn(pipeline, prompts=PROMPTS[:2], seeds=(3, 4), **arguments):
     """Images of a pipeline, one generator each."""
