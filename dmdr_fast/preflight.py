@@ -41,7 +41,8 @@ def _check_groups(config: Config) -> None:
     """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
     micro_batches = config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     batches = {phase.train.micro_batch_size * micro_batches for phase in config.each_phase}
-    for name, batch in product((config.rl.method, *config.rl.chosen.parts), sorted(batches)):
+    methods = (config.rl.method, *config.rl.chosen.parts) if config.has_rl else ()
+    for name, batch in product(methods, sorted(batches)):
         group = config.rl.options(name).compared
         if group is not None and batch % group:
             raise UserError(
@@ -67,21 +68,26 @@ def _check_rewards(config: Config) -> dict[str, str]:
 
 
 def check_terms(where: str, terms: Iterable[RewardTerm], num_classes: int | None) -> dict[str, str]:
-    """Whether every reward exists and takes what it is given. A user's file is read, no weights are loaded.
+    """Whether every reward exists, takes what it is given and reads what there is: ``num_classes`` labels, or prompts.
 
-    Returns what the built-in ones will load, by key: ``where``, the word that an error names the rewards by, in front.
+    A user's file is read, no weights are loaded. Returns what the built-in ones will load, by key: ``where``, the word
+    that an error names the rewards by, in front.
 
     Raises:
         UserError: one does not.
     """
-    from dmdr_fast.rewards.registry import KINDS, prepare_reward, weights_of_reward
+    from dmdr_fast.rewards.registry import KINDS, READS, prepare_reward, weights_of_reward
 
     names: dict[str, str] = {}
+    lacking, there = ("labels", "prompts") if num_classes is None else ("prompts", "labels")
     for term in terms:
         try:
             made = prepare_reward(term.kind, term.path, term.name, term.options, num_classes=num_classes)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error).replace("reward.terms", where)) from None
+        if term.kind in READS[lacking]:
+            name = term.name or term.kind
+            raise UserError(f"{where}: {name} reads {lacking}, and a model of {there} has none; choose another reward")
         if term.kind in KINDS:
             found = weights_of_reward(*made)
             names |= {f"{where}: {term.name or term.kind}: {name}": value for name, value in found.items()}
@@ -91,7 +97,8 @@ def check_terms(where: str, terms: Iterable[RewardTerm], num_classes: int | None
 def _check_gradient(config: Config, reward: str) -> None:
     """Whether no method needs the gradient that a reward does not have."""
     rl, others = config.rl, " or ".join(n for n, m in METHODS.items() if m.uses_reward and not m.needs_gradient)
-    for key, name, remedy in (("rl.tilt.method", rl.tilt.method, "none"), ("rl.method", rl.method, others)):
+    after = rl.method if config.has_rl else "none"
+    for key, name, remedy in (("rl.tilt.method", rl.tilt.method, "none"), ("rl.method", after, others)):
         if rl.options(name).needs_gradient:
             raise UserError(
                 f"reward.terms: {reward} gives scores without a gradient, which {key} {name} needs; set {key} to "

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
 from dmdr_fast import cli, preflight
+from dmdr_fast.engine.inputs import build_evaluation
 from dmdr_fast.errors import UserError
 from dmdr_fast.hub import check_hub
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
+def parsed(tmp_path, *flags, recipe="digits"):
+    return cli.parse(["--config", str(CONFIGS / f"{recipe}.yaml"), "--run_dir", str(tmp_path / "run"), *flags])[0]
+
+
 def refused(tmp_path, *flags, recipe="digits"):
-    config = cli.parse(["--config", str(CONFIGS / f"{recipe}.yaml"), "--run_dir", str(tmp_path / "run"), *flags])[0]
+    config = parsed(tmp_path, *flags, recipe=recipe)
     with pytest.raises(UserError) as raised:
         preflight.check(config)
     return str(raised.value)
@@ -26,8 +32,9 @@ def refused(tmp_path, *flags, recipe="digits"):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--reward.held_out", "[{kind: clip_score, path: /no/where}]"], "reward.held_out: clip_score: path: no such"),
-        (["--reward.terms", "[{kind: hps, options: {clip: a/b/c}}]"], "reward.terms: hps: clip: no such folder"),
+        (["--reward.held_out", "[{kind: classifier, path: /no/where}]"], "held_out: classifier: path: no such"),
+        (["--reward.terms", "[{kind: aesthetic, options: {clip: a/b/c}}]"], "aesthetic: clip: no such folder"),
+        (["--reward.held_out", "[{kind: pickscore, name: p}]"], "reward.held_out: p reads prompts, and a"),
         (["--reward.terms", "[{kind: classifier}]"], "reward.terms: classifier: expected path"),
         (["--reward.terms", "[{kind: hps, options: {typo: 1}}]"], "reward.terms: hps: its constructor does not take"),
         (["--reward.terms", "[{kind: hps, options: {dtype: fp8}}]"], "options.dtype: expected one of fp32, bf16, fp16"),
@@ -40,6 +47,30 @@ def refused(tmp_path, *flags, recipe="digits"):
 )  # fmt: skip
 def test_told_before_loading(tmp_path, flags, words):
     assert words in refused(tmp_path, *flags)
+
+
+def test_rewards_of_labels_are_told_of_prompts(tmp_path):
+    line = refused(tmp_path, "--reward.held_out", "[{kind: classifier, path: /tmp}]", recipe="scenes")
+    assert line.startswith("reward.held_out: classifier reads labels, and a model of prompts has none")
+
+
+def test_a_method_that_no_update_uses_is_not_looked_at(tmp_path):
+    config = parsed(tmp_path, "--train.generator_steps", "500", "--rl.method", "grpo", "--rl.grpo.group_size", "7")
+    preflight.check(config)  # 64 samples
+    short = ("--train.generator_steps", "60", "--rl.kl_weight", "1", "--reward.terms", "[{kind: scenes_right}]")
+    config = parsed(tmp_path, *short, recipe="scenes")
+    preflight.check(config)  # no gradient
+    assert config.reference_kind is None
+
+
+def test_too_few_images_for_precision_and_recall_are_told_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"eval.samples: 3; precision and recall against eval.data need 4 or more"):
+        refused(tmp_path, "--eval.samples", "3")
+    parsed(tmp_path, "--eval.samples", "3", "--eval.data", "null")
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    with pytest.raises(UserError, match=r"eval.data: 3 image\(s\) in .*; give 4 or more"):
+        build_evaluation(parsed(tmp_path, "--eval.data", str(tmp_path), "--eval.features", "a/b"))
 
 
 def test_a_package_that_is_missing_is_told_before_loading(tmp_path, monkeypatch):

@@ -145,10 +145,15 @@ class Config(Section):
         return self.guides(self.teacher.cfg_scale)
 
     @property
+    def has_rl(self) -> bool:
+        """Whether reinforcement learning follows the cold start."""
+        return self.rl.chosen.uses_reward and self.train.cold_start_steps < self.train.generator_steps
+
+    @property
     def reference_kind(self) -> Literal[None, "lora_off", "frozen"]:
         """What a KL or DPO holds the generator to; None where neither is used."""
         rl = self.rl
-        if not self.uses_kl and not rl.chosen.needs_reference:
+        if not self.uses_kl and not (self.has_rl and rl.chosen.needs_reference):
             return None
         if rl.reference == "auto":
             return "lora_off" if self.student.lora.rank else "frozen"
@@ -158,7 +163,7 @@ class Config(Section):
     def uses_kl(self) -> bool:
         """Whether a KL holds the generator to a reference."""
         rl = self.rl
-        return rl.kl_weight > 0 and rl.regularizer != "none" and rl.chosen.uses_reward
+        return rl.kl_weight > 0 and rl.regularizer != "none" and self.has_rl
 
     @property
     def reference_passes(self) -> dict[str, Any]:

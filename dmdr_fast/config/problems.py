@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dmdr_fast.algorithm.rl.method import Setting
 from dmdr_fast.algorithm.rl.methods import METHODS
 from dmdr_fast.config.networks import PREDICTIONS
+from dmdr_fast.config.run import LEAST_IMAGES
 
 if TYPE_CHECKING:
     from dmdr_fast.config import Config
@@ -61,6 +62,11 @@ def problems(config: Config) -> Iterator[str]:
     yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:
         yield "eval.features: missing; eval.data needs a feature classifier (digits, scenes, or a folder or hub id)"
+    if config.eval.data is not None and 0 < config.eval.samples < LEAST_IMAGES:
+        yield (
+            f"eval.samples: {config.eval.samples}; precision and recall against eval.data need {LEAST_IMAGES} or more, "
+            "raise it, set it to 0, or leave eval.data out"
+        )
 
 
 def _sit_problems(config: Config) -> Iterator[str]:
@@ -208,7 +214,7 @@ def _rl_problems(config: Config) -> Iterator[str]:
                 "or set the method to none"
             )
         yield from _terms_problems(config, "rl.tilt.method", rl.tilt.method)
-    if not rl.chosen.uses_reward or train.cold_start_steps == train.generator_steps:
+    if not config.has_rl:
         return
     yield from _terms_problems(config, "rl.method", rl.method)
     if rl.regularizer == "dm" and not config.uses_cfg:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from dmdr_fast.config.base import Count, File, Fraction, NonNegative, Place, Positive, PositiveFloat, Section, key
 
+LEAST_IMAGES = 4  # of an evaluation against real ones: precision and recall take three nearest neighbours of each
+
 
 class Train(Section):
     """Lengths and batch."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.config import Config
+from dmdr_fast.config.run import LEAST_IMAGES
 from dmdr_fast.engine.rewards import RewardSet, build_reward_set
 from dmdr_fast.errors import UserError
 from dmdr_fast.eval.features import DigitsFeatures, FeatureExtractor, ScenesFeatures, TransformersFeatures
@@ -59,6 +60,8 @@ def build_evaluation(config: Config) -> EvaluationData | None:
         from dmdr_fast.data.images import load_image_folder
 
         images = load_image_folder(Path(config.eval.data), config.model.sizes[0])
+        if len(images) < LEAST_IMAGES:
+            raise UserError(f"eval.data: {len(images)} image(s) in {config.eval.data}; give {LEAST_IMAGES} or more")
     if config.eval.features == "digits":
         return EvaluationData(images, DigitsFeatures())
     if config.eval.features == "scenes":

@@ -32,6 +32,11 @@ KINDS = {
 }
 NEEDS_PATH = ("classifier",)
 SCORE_ONLY = ("scenes_right",)
+# What a kind scores an image by, where the image alone will not do.
+READS = {
+    "labels": ("digits", "digits_held_out", "classifier"),
+    "prompts": ("scenes", "scenes_held_out", "scenes_right", "clip_score", "pickscore", "hps", "image_reward"),
+}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

@@ -1,5 +1,6 @@
 """Rewards by name: the built-in kinds, a user's own class, and the errors that say what to change."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmdr_fast.rewards.registry import KINDS, build_reward, is_differentiable
+from dmdr_fast.rewards.registry import KINDS, READS, build_reward, is_differentiable
 
 OWN = str(Path(__file__).with_name("own_rewards.py"))
+
+
+def test_what_a_kind_reads_is_what_its_page_says():
+    page = (Path(__file__).parents[2] / "docs" / "rl" / "rewards.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (label|prompt|-) \|", page, re.M))
+    assert said == {k: next((what[:-1] for what, kinds in READS.items() if k in kinds), "-") for k in KINDS}
 
 
 @pytest.mark.parametrize("kind", [f"{OWN}:Brightness", "tests.rewards.own_rewards:Brightness"])
