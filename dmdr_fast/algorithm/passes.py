@@ -17,8 +17,9 @@ class Schedule:
 
     ``rollout_reuse`` fake updates share a rollout. ``stop_ranks`` ranks draw stop steps of their own.
     ``policy_steps`` are the graded generator forwards of a method's own losses, ``reference_steps`` the forwards of the
-    reference in them, ``kl_on_x0`` 1 where there is one more for a KL on x0, ``one_network`` whether all roles share a
-    base. The reference is a network as large as the generator, or the generator without its LoRA.
+    reference in them, ``kl_on_x0`` 1 where there is one more for a KL on x0, ``epochs`` the generator's steps in an
+    update, each with its own score pass, ``one_network`` whether all roles share a base. The reference is a network as
+    large as the generator, or the generator without its LoRA.
     """
 
     steps: int
@@ -31,6 +32,7 @@ class Schedule:
     policy_steps: int = 0
     reference_steps: int = 0
     kl_on_x0: int = 0
+    epochs: int = 1
     one_network: bool = False
 
     @property
@@ -43,6 +45,11 @@ class Schedule:
         """Rollouts of one update and micro-batch."""
         return math.ceil(self.fake_updates / self.rollout_reuse)
 
+    @property
+    def leaf_steps(self) -> int:
+        """Forwards for x0 on which gradients are taken: the rollout's own will do in the first epoch."""
+        return self.epochs - (0 if self.same_step else 1)
+
     def passes(self) -> Passes:
         """Passes of one update; a graded one is two, forward and backward."""
         policy = {
@@ -52,8 +59,8 @@ class Schedule:
         once = {
             "rollout": {"generator": self.rollouts * (1.0 if self.keep_gathered else self.rollout_steps)},
             "fake update": {"fake": 2.0 * self.fake_updates},
-            "score pass": {"fake": 1.0, "teacher": 1.0},
-            "generator update": {"generator": 2.0 + self.same_step + self.kl_on_x0},
+            "score pass": {"fake": float(self.epochs), "teacher": float(self.epochs)},
+            "generator update": {"generator": 2.0 * self.epochs + self.leaf_steps + self.kl_on_x0},
         } | (policy if self.policy_steps else {})
         return {p: {role: n * self.accumulation for role, n in roles.items()} for p, roles in once.items()}
 
@@ -65,17 +72,18 @@ class Schedule:
         released after every pass.
         """
         micro, every = self.accumulation, self.fake_updates * self.accumulation
+        graded = self.epochs * micro
         rolled = self.rollouts * micro
         shared = self.one_network  # between any two backward passes, of either role, its weights are gathered once
         once = {
             "rollout": {"generator": rolled if shared else 1.0},
             "fake update": {"fake": every - rolled if shared else every - 1.0},
-            "score pass": {"fake": micro if shared else 1.0, "teacher": float(micro)},
-            "generator update": {"generator": 0.0 if shared else micro - 1.0},
+            "score pass": {"fake": graded if shared else 1.0, "teacher": float(graded)},
+            "generator update": {"generator": 0.0 if shared else graded - 1.0},
         }
         if self.policy_steps:
-            graded = self.policy_steps * micro
-            once |= {"policy rollout": {"generator": 1.0}, "policy update": {"generator": graded - 1.0}}
+            policy = self.policy_steps * micro
+            once |= {"policy rollout": {"generator": 1.0}, "policy update": {"generator": policy - 1.0}}
         return once
 
 

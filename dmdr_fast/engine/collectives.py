@@ -22,7 +22,7 @@ REUSE_DISTANCE, REDUCE_BUCKET, PERSISTENT = 1_000_000_000, 500_000_000, 100_000
 def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapping[str, int]) -> str:
     """The line of the start-up; ``networks`` by role ("base" where all share one), ``trained`` elements by role."""
     zero = engine_config(config, trained=True)["zero_optimization"]
-    shared = config.sharing == "shared_all"
+    shared, method = config.sharing == "shared_all", config.rl.chosen
     plan = Schedule(
         steps=config.student.steps,
         fake_updates=config.train.fake_updates,
@@ -30,7 +30,8 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
         rollout_reuse=config.train.rollout_reuse,
         same_step=config.student.rollout == "same_step",
         keep_gathered=config.rollout.keep_gathered,
-        policy_steps=config.rl.chosen.graded_forwards(config.student.steps),
+        policy_steps=method.graded_forwards(config.student.steps) if config.has_rl else 0,
+        epochs=method.generator_steps if config.has_rl else 1,
         **(config.reference_passes if config.reference_kind == "lora_off" else {}),
         one_network=shared,
     )
@@ -42,10 +43,11 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
             if one is not None:
                 stays = one.elements <= zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)
                 weights += one.gathers * (plan.fresh_passes()[phase][role] if stays else times)
-    backwards = {"generator": 1 + plan.policy_steps, "fake": plan.fake_updates}
+    backwards = {"generator": plan.epochs + plan.policy_steps, "fake": plan.fake_updates}
+    steps = {"generator": plan.epochs, "fake": plan.fake_updates}
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     gradients = sum(
-        times if shared else plan.accumulation * times * math.ceil(trained[role] / bucket)
+        steps[role] if shared else plan.accumulation * times * math.ceil(trained[role] / bucket)
         for role, times in backwards.items()
     )
     each = ", ".join(f"{name} {p.gathers} a pass ({p.by_layer} layer by layer)" for name, p in passes.items())

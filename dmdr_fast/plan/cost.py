@@ -92,6 +92,7 @@ def schedule(work: Workload, gpus: int = 1) -> Schedule:
         policy_steps=work.policy_steps,
         reference_steps=work.reference_steps,
         kl_on_x0=work.kl_on_x0,
+        epochs=work.epochs,
         one_network=work.sharing == "shared_all",
     )
 
@@ -105,12 +106,12 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
     once = {
         "rollout": plan.rollouts * plan.rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
-        "score pass": 2.0 + work.cfg + work.decoupled,
-        "generator update": work.same_step + 1 + again + generator_backward + work.kl_on_x0,
+        "score pass": work.epochs * (2.0 + work.cfg + work.decoupled),
+        "generator update": plan.leaf_steps + work.epochs * (1 + again + generator_backward) + work.kl_on_x0,
     }
     if work.policy_steps:
-        once["policy rollout"] = float(work.student_steps)
-        once["policy update"] = work.policy_steps * (1 + again + generator_backward) + work.reference_steps
+        policy = work.policy_steps * (1 + again + generator_backward) + work.reference_steps
+        once |= {"policy rollout": float(work.student_steps), "policy update": work.policy_share * policy}
     return {phase: n * work.accumulation for phase, n in once.items()}
 
 
@@ -139,20 +140,21 @@ def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCos
             collectives += gathers(net.weights, prefetch(work, net), net.units) * fresh
         if work.zero.offload_parameters:
             host += net.size * passes / n
-    role = phase.partition(" ")[0]
-    if role in ("fake", "generator"):
-        repeats = work.fake_updates if role == "fake" else 1
+    backwards = {"fake update": work.fake_updates, "generator update": work.epochs, "policy update": work.policy_steps}
+    if repeats := backwards.get(phase, 0):
+        role = "fake" if phase == "fake update" else "generator"
+        steps = 0 if phase == "policy update" else repeats  # of the optimizer
         whole = work.sharing == "shared_all"  # adapters in fp32, their gradients in one flat tensor
         gradients = trained_by(work, role) * (4 if whole else DTYPES[work.dtype].itemsize)
-        if work.zero.stage == 0 or whole:  # all-reduce, once per update: everything is sent twice
-            received += 2 * gradients * repeats * (n - 1) / n
+        if work.zero.stage == 0 or whole:  # all-reduce, once per step: everything is sent twice
+            received += 2 * gradients * steps * (n - 1) / n
         else:
             received += gradients * repeats * micro * (n - 1) / n
         buckets = math.ceil(gradients / (work.zero.reduce_bucket * DTYPES[work.dtype].itemsize))
-        collectives += repeats if whole else repeats * micro * buckets
+        collectives += steps if whole else (steps if work.zero.stage == 0 else repeats * micro) * buckets
         if work.activation == "offload":
             tokens = _block_inputs(work, role)
-            host += 2 * tokens * repeats * micro
+            host += 2 * tokens * repeats * micro * (work.policy_share if phase == "policy update" else 1.0)
     return replace(cost, received=received, collectives=collectives, host=host)
 
 
@@ -181,7 +183,7 @@ def _step(work: Workload, hardware: Hardware) -> PhaseCost:
     whole = work.sharing == "shared_all"
     shards = hardware.gpus if work.zero.stage and not whole else 1
     width = DTYPES[work.dtype].itemsize
-    steps = trained_by(work, "generator") + work.fake_updates * trained_by(work, "fake")
+    steps = work.epochs * trained_by(work, "generator") + work.fake_updates * trained_by(work, "fake")
     touched = steps / shards * (24 + 3 * width + 4)
     received = steps * width * (hardware.gpus - 1) / hardware.gpus if work.zero.stage == 2 and not whole else 0.0
     if work.zero.offload_optimizer and not whole:

@@ -27,7 +27,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
     """
     shape = shape or _shape(config)
     own = _student(config, shape)
-    train, student, phases = config.train, config.student, config.each_phase
+    train, student, phases, method = config.train, config.student, config.each_phase, config.rl.chosen
     return Workload(
         shape=shape,
         student=own,
@@ -53,7 +53,9 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         ema=student.ema is not None,
         keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),
-        policy_steps=config.rl.chosen.graded_forwards(student.steps),
+        epochs=method.generator_steps if config.has_rl else 1,
+        policy_steps=method.graded_forwards(student.steps) if config.has_rl else 0,
+        policy_share=method.graded_share,
         reference=config.reference_kind,
         **config.reference_passes,
         zero=_zero(config),
@@ -105,8 +107,8 @@ def _student(config: Config, teacher: Shape) -> Shape | None:
 
 def _reward(config: Config) -> RewardPass:
     """Decoder and rewards: a run holds them, and those that are only watched, with or without RL."""
-    reward, rl, refl, train = config.reward, config.rl, config.rl.refl_options, config.train
-    methods = [rl.tilting] if train.cold_start_steps == train.generator_steps else [rl.tilting, rl.chosen]
+    reward, rl, refl = config.reward, config.rl, config.rl.refl_options
+    methods = [rl.tilting, rl.chosen] if config.has_rl else [rl.tilting]
     return RewardPass(
         scores=any(method.uses_reward for method in methods) and bool(reward.terms),
         graded=any(method.needs_gradient for method in methods),

@@ -104,7 +104,9 @@ class Workload:
     ema: bool = True
     keep_gathered: bool = False
     reward: RewardPass | None = field(default_factory=RewardPass)
+    epochs: int = 1  # generator steps in an update, each with a DMD gradient
     policy_steps: int = 0  # graded generator forwards that the method's own losses add to an update
+    policy_share: float = 1.0  # the samples of one of them over the micro-batch
     reference: Literal[None, "lora_off", "frozen"] = None  # what a KL or DPO holds the generator to
     reference_steps: int = 0  # its forwards in the method's own losses
     kl_on_x0: int = 0  # 1: one more, for a KL on x0

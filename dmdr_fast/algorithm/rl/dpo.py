@@ -28,6 +28,11 @@ class DPO(Method):
     def graded_forwards(self, student_steps: int) -> int:
         return 1
 
+    @property
+    def graded_share(self) -> float:
+        """Two samples of a group."""
+        return 2 / self.group_size
+
     def reference_forwards(self, student_steps: int) -> int:
         return 1
 

@@ -74,6 +74,11 @@ class Method:
         """Graded generator forwards per micro-batch and update that its losses add."""
         return 0
 
+    @property
+    def graded_share(self) -> float:
+        """The samples of one of these forwards over those of the micro-batch."""
+        return 1.0
+
     def reference_forwards(self, student_steps: int) -> int:
         """Forwards of the reference per micro-batch and update that its losses add, where there is a reference."""
         return 0
