@@ -40,7 +40,7 @@ from dmdr_fast.errors import RunEnded, UserError
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_(\d{8})")
 WEIGHT = "weight.00000.safetensors"
-COUNTERS = {"skipped", "skipped_in_a_row", "reward_weight"}
+COUNTERS = {"skipped", "skipped_in_a_row", "beyond", "reward_weight"}
 # What reading a file with another content than ours raises, of JSON, safetensors, base64, random states and tensors.
 UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
@@ -242,7 +242,8 @@ def _content_fault(path: Path, manifest: Mapping[str, Any]) -> str | None:
     try:
         state = json.loads((path / "trainer.json").read_text())
         step, counters, settings = state["step"], state["counters"], state["settings"]
-        numbers = [step, *(counters[name] for name in counters.keys() - {"reward_weight"})]
+        numbers = [step, *(counters[name] for name in counters.keys() - {"beyond", "reward_weight"})]
+        numbers += counters.get("beyond", {}).values()
         right = all(type(n) is int and n >= 0 for n in numbers) and counters.keys() <= COUNTERS
         right &= {"teacher", "seed", "sharing"} <= settings.keys() and isinstance(state["rewards"], dict)
         files = {f"random.{rank:05d}.json" for rank in range(settings["ranks"])}

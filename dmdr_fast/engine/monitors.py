@@ -21,7 +21,7 @@ WATCHED = {
 
 @dataclass
 class CollapseMonitor:
-    """Counts, per metric, the log intervals in a row beyond its threshold."""
+    """Counts, per metric, the log intervals in a row beyond its threshold; a checkpoint keeps ``in_a_row``."""
 
     thresholds: Monitors
     in_a_row: dict[str, int] = field(default_factory=dict)

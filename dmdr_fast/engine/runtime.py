@@ -63,6 +63,12 @@ class Runtime:
         """The mean over ranks of a tensor on the device."""
         return self.sum(values) / self.world_size
 
+    def nanmean(self, values: torch.Tensor) -> torch.Tensor:
+        """The same over the ranks where an element is a number; nan where it is none on any."""
+        known = ~values.isnan()
+        total, count = self.sum(torch.stack([torch.where(known, values, 0.0), known.to(values.dtype)]))
+        return total / count
+
     def concatenate(self, part: torch.Tensor) -> torch.Tensor:
         """All ranks' equal-shaped parts, concatenated along the first dimension in rank order."""
         if self.world_size == 1:

@@ -151,6 +151,7 @@ class Run:
             if rewards is not None:
                 rewards.load_state_dict(state["rewards"])
             ranks.say(f"resumed from {resume_from}, step {state['step']}")
+        monitor = CollapseMonitor(config.monitors, state["counters"].pop("beyond", {}))
         weight = RewardWeight(ranks)
         weight.load_state_dict(state["counters"].pop("reward_weight", weight.state_dict()))
         checkpoints.drop_after(state["step"])
@@ -169,7 +170,7 @@ class Run:
             ema=ema,
             rewards=rewards,
             decoder=model.decoder(ranks.device),
-            monitor=CollapseMonitor(config.monitors),
+            monitor=monitor,
             evaluation=inputs.build_evaluation(config),
             checkpoints=checkpoints,
             log=RunLog(
@@ -420,7 +421,7 @@ class Run:
             return
         names = sorted(set().union(*self.pending))
         stacked = torch.stack([torch.stack([m[n].float() for m in self.pending if n in m]).nanmean() for n in names])
-        values = dict(zip(names, self.ranks.mean(stacked).tolist(), strict=True))
+        values = dict(zip(names, self.ranks.nanmean(stacked).tolist(), strict=True))
         now, samples = time.monotonic(), self.samples_seen - self.samples_flushed
         self.samples_flushed = self.samples_seen
         self.elapsed = now - self.began_at
@@ -455,6 +456,7 @@ class Run:
         if self.rewards is not None:
             self._look_at_rewards()
         if collapse is not None and self.config.train.stop_on_collapse:
+            self.monitor.in_a_row.clear()  # who goes on from here has changed something
             self._end(
                 f"collapse: {collapse}, {self.config.monitors.patience} log intervals in a row",
                 "lower reward.weight or raise what holds the generator (rl.regularizer, rl.kl_weight), and go on from "
@@ -463,6 +465,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         counters: dict[str, Any] = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        counters["beyond"] = self.monitor.in_a_row
         if self.config.reward.weight == "auto":
             counters["reward_weight"] = self.weight.state_dict()
         rewards = {} if self.rewards is None else self.rewards.state_dict()

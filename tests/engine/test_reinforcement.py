@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from dmdr_fast.config import Monitors
+from dmdr_fast.engine.monitors import CollapseMonitor
 from tests.tiers import sampled, thorough
 
 from .test_distributed import weight_difference
@@ -241,15 +243,27 @@ def test_a_lora_generator_is_saved_merged_and_its_reference_is_its_base(run, tmp
     assert weight_difference(*results) < 1e-4
 
 
+def test_a_resumed_monitor_goes_on_counting():
+    monitor = CollapseMonitor(Monitors(min_diversity=0.2, patience=3), {"diversity": 2})
+    assert monitor.look({"diversity": float("nan")}) == ([], None)
+    assert monitor.look({"diversity": 0.1})[1].startswith("diversity 0.1 is beyond monitors.min_diversity 0.2")
+
+
 def test_collapse_warns_and_ends_the_run_when_asked(run, tmp_path):
+    def beyond(name, step):
+        checkpoint = tmp_path / name / "checkpoints" / f"step_{step:08d}"
+        assert (checkpoint / "manifest.json").is_file()
+        return json.loads((checkpoint / "trainer.json").read_text())["counters"]["beyond"]
+
     options = ["--monitors.min_diversity", "100", "--monitors.patience", "2"]
     code, out, err = run([*FOUR, *options, "--run_dir", tmp_path / "warned"])
     assert code == 0 and out.count("samples of a class grow alike") >= 2 and "monitors.min_diversity 100" in out, err
+    assert beyond("warned", 4) == {"diversity": out.count("samples of a class grow alike")}
     code, _, err = run([*FOUR, *options, "--train.stop_on_collapse", "true", "--run_dir", tmp_path / "ended"])
     line = error_line(code, err)
     assert "collapse: diversity" in line and "2 log intervals in a row" in line
     step = int(re.search(r"checkpoint of step (\d) was written", line)[1])
-    assert step < 4 and (tmp_path / "ended" / "checkpoints" / f"step_0000000{step}" / "manifest.json").is_file()
+    assert step < 4 and beyond("ended", step) == {}  # what goes on has the patience anew
 
 
 def test_evaluations_along_the_way(run, tmp_path):

@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from dmdr_fast.engine import runtime
 from dmdr_fast.engine.telemetry import Telemetry
 
 
@@ -134,3 +135,13 @@ def test_a_process_that_cannot_be_read_does_not_stop_training(monkeypatch):
 
     monkeypatch.setattr(psutil.Process, "memory_info", refuse)
     assert set(telemetry.sample(1)) == {"host_peak_memory_bytes"}
+
+
+def test_a_metric_that_some_ranks_lack_is_the_mean_of_the_others(monkeypatch):
+    """Diversity, where the samples of a rank are all of different classes."""
+    nan, other = float("nan"), torch.tensor([1.0, 4.0, float("nan"), float("nan")])
+    ranks = runtime.Runtime(0, 2, torch.device("cpu"), None)
+    both = torch.stack([other.nan_to_num(), (~other.isnan()).float()])
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda mine: mine.add_(both))
+    found = ranks.nanmean(torch.tensor([3.0, nan, 5.0, nan]))
+    torch.testing.assert_close(found, torch.tensor([2.0, 4.0, 5.0, nan]), equal_nan=True)

@@ -181,6 +181,7 @@ OLDER: dict[str, Spoil] = {  # goes on from step 2
     "signed: another step": TRAINER(lambda t: t.update(step=1)),
     "signed: counters of a newer version": TRAINER(lambda t: t["counters"].update(new=1)),
     "signed: counters as text": TRAINER(lambda t: t["counters"].update(skipped="no")),
+    "signed: intervals as text": TRAINER(lambda t: t["counters"].update(beyond="no")),
     "signed: rewards as text": TRAINER(lambda t: t.update(rewards="no")),
     "signed: ranks as text": TRAINER(lambda t: t["settings"].update(ranks="two")),
     "of an older version": edited(MANIFEST, lambda m: m.update({"rank_00000.pt": [0, ""]})),
