@@ -55,7 +55,7 @@ class _Trained(Role):
     adapter: LoraAdapter | None
     optimizer: Any
     scaler: Any  # DeepSpeed's, with LOSS_SCALE_STATE in fp16
-    gradient_norm = float("nan")  # of the last step that was applied, before clipping
+    gradient_norm = float("nan")  # of the last step that was applied since it was logged, before clipping
     _rates: Sequence[float] = ()
 
     def __init__(self, network: nn.Module, config: Config, worn: Worn) -> None:

@@ -436,6 +436,7 @@ class Run:
         }
         for name, role in _trained(self.roles).items():
             values |= {f"{name}_grad_norm": role.gradient_norm, f"{name}_lr": role.lr}
+            role.gradient_norm = math.nan  # a role that takes no step until the next line has none in it
         if graphs := compiled_graphs():
             values["compilations"] = float(graphs)
         if self.roles.graphs is not None:
