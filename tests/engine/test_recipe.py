@@ -71,6 +71,14 @@ def test_decoupled_dmd_and_the_regulariser_dm():
             cli.parse([*words, *scale, "--rl.regularizer", "dm"])
 
 
+def test_the_advantage_on_the_guidance_takes_one_step_on_its_samples():
+    words = ["--config", str(CONFIGS / "digits.yaml"), "--teacher.cfg_scale", "3", "--rl.method", "grpo"]
+    words += ["--rl.grpo.mode", "advantage_weighted_dmd", "--rl.grpo.inner_epochs"]
+    cli.parse([*words, "1"])
+    with pytest.raises(UserError, match=r"rl\.grpo\.inner_epochs: 2; rl\.grpo\.mode advantage_weighted_dmd takes one"):
+        cli.parse([*words, "2"])
+
+
 def test_flags_override_the_file_and_accept_yaml_values():
     flags = {"optimizer.fake.betas": "[0.5, 0.9]", "student.ema": "null", "optimizer.generator.lr": "1e-5"}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]

@@ -26,6 +26,11 @@ class AdvantageWeightedDMD(GRPOOptions):
 
     def problems(self, setting: Setting) -> Iterator[str]:
         yield from super().problems(setting)
+        if self.inner_epochs > 1:
+            yield (
+                f"rl.grpo.inner_epochs: {self.inner_epochs}; rl.grpo.mode advantage_weighted_dmd takes one step on its "
+                "samples, set it to 1, or the mode to policy"
+            )
         if setting.regularizer != "dmd":
             yield (
                 "rl.grpo.mode: advantage_weighted_dmd weights the DMD gradient; set rl.regularizer to dmd, or the mode "
