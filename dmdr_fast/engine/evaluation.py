@@ -29,9 +29,9 @@ from dmdr_fast.engine.conditions import Conditions
 from dmdr_fast.engine.inputs import EvaluationData
 from dmdr_fast.engine.model import Model
 from dmdr_fast.engine.networks import frozen_role
-from dmdr_fast.engine.rewards import RewardSet
+from dmdr_fast.engine.rewards import RewardError, RewardSet
 from dmdr_fast.engine.runtime import Runtime
-from dmdr_fast.eval.metrics import evaluate
+from dmdr_fast.eval.metrics import MEASURED, evaluate
 from dmdr_fast.eval.sheets import COLUMNS, captioned_sheet, image_png
 
 GRID_SAMPLES, GRID_SIDE = 80, 256  # samples per row kept for pictures, and their largest side in pixels
@@ -71,6 +71,9 @@ class Evaluator:
 
         ``generators`` maps a row's name (cold_start, dmdr) to its weights; the last one has made ``step`` updates. All
         ranks must call; there is nothing but on rank 0.
+
+        Raises:
+            RewardError: a reward failed, on all ranks.
         """
         many, student_steps = self.config.eval.teacher_steps, self.config.student.steps
         rows = {"teacher": (self._teacher(teacher, many), teacher_nfe(self.config, many))}
@@ -86,8 +89,9 @@ class Evaluator:
             pictures["prompts"] = np.array(self.conditions.captions(pictures["labels"]))
         for name, (draw, nfe) in rows.items():
             images = self._images(draw)
-            if self.runtime.is_main:
-                table[name] = self._measure(images, nfe)
+            row = self._measure(images, nfe)
+            if row is not None:
+                table[name] = row
                 pictures[name] = _reduced(images[: self._kept]).cpu().numpy()
         if self.runtime.is_main:
             shown = Shown(table[name], self._write_sheet(pictures[name], step))
@@ -106,17 +110,16 @@ class Evaluator:
         """Add the row of the generator after ``step`` updates to evaluations.jsonl, and write its sheet.
 
         All ranks must call. ``asked`` has the same answer on all ranks: whether to leave, before the next forward,
-        without the row. None then, and on other ranks than 0.
+        without the row. None then, and on other ranks than 0. Raises as :meth:`run`.
         """
         try:
             images = self._images(self._generator(weights, asked))
         except _Left:
             return None
-        shown = None
-        if self.runtime.is_main:
+        shown, row = None, self._measure(images, self.config.student.steps)
+        if row is not None:
             path = self.config.run_dir / "evaluations.jsonl"
             before = path.read_text() if path.is_file() else ""
-            row = self._measure(images, self.config.student.steps)
             shown = Shown(row, self._write_sheet(_reduced(images[: self._kept]).cpu().numpy(), step))
             write_whole(path, f"{before}{json.dumps({'step': step} | row)}\n".encode())
         self.runtime.barrier()
@@ -186,7 +189,25 @@ class Evaluator:
             parts.append(self.runtime.concatenate(image))
         return torch.cat(parts)[: self.config.eval.samples]
 
-    def _measure(self, images: Tensor, nfe: int) -> dict[str, float | None]:
+    def _measure(self, images: Tensor, nfe: int) -> dict[str, float | None] | None:
+        """The row of the images on rank 0; None on others. All ranks must call: a reward's failure is everyone's."""
+        row, fault = None, None
+        if self.runtime.is_main:
+            try:
+                row = self._row(images, nfe)
+            except RewardError as error:
+                fault = str(error)
+        if fault := self.runtime.gather(fault)[0]:
+            raise RewardError(fault)
+        return row
+
+    def _row(self, images: Tensor, nfe: int) -> dict[str, float | None]:
+        broken = int((~images.flatten(1).isfinite().all(1)).sum())
+        if broken:
+            self.runtime.say(
+                f"evaluation: {broken} of {len(images)} images are not finite; nothing is measured of them"
+            )
+            return {**dict.fromkeys(MEASURED), "nfe": float(nfe)}
         (classes, known), rewards = self.conditions.known(self._rows()[: len(images)]), {}
         if self.rewards is not None:
             rewards = self.rewards.mean_scores(images, known, chunk=self.config.eval.batch_size)

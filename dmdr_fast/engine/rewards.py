@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,9 @@ class RewardSet:
         """``reward``, the weighted sum of the terms' means as they are, and the mean ``held_out_reward``.
 
         For an evaluation: no running scale is used or moved. A missing kind is left out. Waits for the device.
+
+        Raises:
+            RewardError: one of them failed, or its scores of these images, which are finite, are not.
         """
         found = {}
         for key, rewards in (
@@ -96,15 +100,7 @@ class RewardSet:
                 continue
             found[key] = 0.0
             for reward, weight in rewards:
-                parts = [
-                    check_reward(
-                        reward(images[i : i + chunk], **{k: v[i : i + chunk] for k, v in inputs.items()}),
-                        images[i : i + chunk],
-                        reward.name,
-                    )
-                    for i in range(0, len(images), chunk)
-                ]
-                found[key] += weight * torch.cat(parts).double().mean().item()
+                found[key] += weight * _mean_score(reward, images, inputs, chunk)
         return found
 
     def end_update(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
@@ -178,6 +174,22 @@ class RewardSet:
 def _sums(images: Tensor) -> Tensor:
     """fp32 [B], connected to the images: what times NaN makes their gradient NaN."""
     return images.flatten(1).sum(1, dtype=torch.float32)
+
+
+def _mean_score(reward: Reward, images: Tensor, inputs: Mapping[str, Any], chunk: int) -> float:
+    try:
+        parts = []
+        for i in range(0, len(images), chunk):
+            scores = reward(images[i : i + chunk], **{k: v[i : i + chunk] for k, v in inputs.items()})
+            parts.append(check_reward(scores, images[i : i + chunk], reward.name))
+        mean = torch.cat(parts).double().mean().item()
+    except Exception as error:
+        raise RewardError(f"reward {reward.name!r}, evaluation: {_text(error, reward.name)}") from error
+    if not math.isfinite(mean):
+        raise RewardError(
+            f"reward {reward.name!r}, evaluation: expected finite scores, got NaN or infinity for finite images"
+        )
+    return mean
 
 
 def _text(error: Exception, name: str) -> str:

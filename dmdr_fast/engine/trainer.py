@@ -36,7 +36,7 @@ from dmdr_fast.engine.monitors import CollapseMonitor
 from dmdr_fast.engine.networks import Roles, build_roles
 from dmdr_fast.engine.recipe import describe, learning_rates, recipe_of, table_text
 from dmdr_fast.engine.reward_weight import RewardWeight, first_rl_loss
-from dmdr_fast.engine.rewards import RewardSet
+from dmdr_fast.engine.rewards import RewardError, RewardSet
 from dmdr_fast.engine.run_lock import lock_run
 from dmdr_fast.engine.score import Rounding, can_measure, rounding_line, score_rounding, take_overflow
 from dmdr_fast.engine.shards import EMA, save_generator
@@ -261,7 +261,10 @@ class Run:
         def asked() -> bool:
             return self.ranks.any(stop.asked)
 
-        self._show(self._evaluator().append(self._role_in_training(), self.step, asked))
+        try:
+            self._show(self._evaluator().append(self._role_in_training(), self.step, asked))
+        except RewardError as error:
+            self._end(str(error), "fix the reward and go on with --resume auto")
         return asked()
 
     def _show(self, shown: Shown | None) -> None:
@@ -331,7 +334,13 @@ class Run:
         if self._evaluates:
             generators = {"cold_start": self._cold_start_weights, "dmdr": final}
             generators = {name: path for name, path in generators.items() if path.is_file()}
-            table, shown = self._evaluator().run(self.roles.teacher, generators, self.step)
+            try:
+                table, shown = self._evaluator().run(self.roles.teacher, generators, self.step)
+            except RewardError as error:
+                self.log.close()
+                raise RunEnded(
+                    f"{error}. The weights are in {final}; fix the reward and go on with --resume auto"
+                ) from None
             if not self._evaluation_due:  # which has shown it
                 self._show(shown)
         self.log.close()

@@ -12,6 +12,9 @@ from torch import Tensor
 from dmdr_fast.algorithm.monitors import diversity
 from dmdr_fast.eval.features import CHUNK, FeatureExtractor
 
+# Of a row, beside ``nfe`` and the parts of the accuracy.
+MEASURED = ("fd", "precision", "recall", "reward", "held_out_reward", "diversity", "accuracy")
+
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Fréchet (2-Wasserstein) distance between Gaussians fitted to two sets of features.

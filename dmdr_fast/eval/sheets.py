@@ -67,8 +67,8 @@ def _placed(samples: np.ndarray, order: np.ndarray, least: int, most: int, below
 
 
 def in_8_bits(image: np.ndarray) -> np.ndarray:
-    """[C, H, W] in [-1, 1] as uint8 [H, W, C]."""
-    return np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
+    """[C, H, W] in [-1, 1] as uint8 [H, W, C]; what is no number is black."""
+    return np.rint((np.clip(np.nan_to_num(image, nan=-1.0), -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
 
 
 def _cell(image: np.ndarray, least: int, most: int) -> np.ndarray:

@@ -267,6 +267,15 @@ def test_collapse_warns_and_ends_the_run_when_asked(run, tmp_path):
     assert step < 4 and beyond("ended", step) == {}  # what goes on has the patience anew
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("every", "words"), [(1, "A checkpoint of step 1 was written"), (0, "The weights are in ")])
+def test_a_reward_that_fails_in_an_evaluation_is_one_line(run, tmp_path, every, words):
+    options = ["--rl.method", "none", "--reward.terms", "[]", "--reward.held_out", f"[{own('Raises')}]"]
+    code, _, err = run([*FOUR, *options, "--eval.samples", "16", "--eval.every", every, "--run_dir", tmp_path])
+    line = error_line(code, err)
+    assert "reward 'darkness', evaluation: the tower fell. " + words in line and "--resume auto" in line
+
+
 def test_evaluations_along_the_way(run, tmp_path):
     options = ["--eval.samples", "64", "--eval.every", "2", "--eval.teacher_steps", "2", "--log.report", "false"]
     code, _, err = run([*FOUR, *options, "--run_dir", tmp_path])

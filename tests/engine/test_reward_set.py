@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from dmdr_fast.engine.evaluation import Evaluator
 from dmdr_fast.engine.rewards import RewardError, RewardSet, build_reward_set
 from dmdr_fast.engine.running_scale import DECAY, EPS, RunningScale
+from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.eval.metrics import MEASURED
 
 OWN = str(Path(__file__).parents[1] / "rewards" / "own_rewards.py")
 DIFFERENTIABLE = {"mean": lambda x: x.flatten(1).mean(1), "square": lambda x: (x.flatten(1) ** 2).mean(1)}
@@ -204,3 +207,29 @@ def test_two_rewards_of_one_name_are_refused(place):
     given = {"reward.terms": (twice, []), "reward.held_out": ([], twice)}[place]
     with pytest.raises(ValueError, match=rf"{place}: expected a name of its own for each, got 'brightness' twice"):
         build_reward_set(*given, timeout=1.0, num_classes=None, device=torch.device("cpu"))
+
+
+def test_what_fails_in_an_evaluation_is_named():
+    mean = Given("mean", lambda x: x.flatten(1).mean(1))
+
+    def broken(x):
+        raise KeyError("tower")
+
+    for odd, words in (
+        (broken, "reward 'odd', evaluation: KeyError: 'tower'"),
+        (lambda x: x.mean((1, 2)), "reward 'odd', evaluation: expected one score per image, floating point [2]"),
+        (lambda x: x.flatten(1).mean(1) * torch.nan, "reward 'odd', evaluation: expected finite scores, got NaN"),
+    ):
+        rewards = RewardSet([(mean, 1.0, "none")], [Given("odd", odd)])
+        with pytest.raises(RewardError) as raised:
+            rewards.mean_scores(images(1), {}, chunk=2)
+        assert str(raised.value).startswith(words), raised.value
+
+
+def test_of_images_that_are_no_numbers_an_evaluation_measures_nothing(capsys):
+    drawn, alone = images(1), Runtime(0, 1, torch.device("cpu"), None)
+    drawn[2, 0, 0, 0] = torch.nan
+    evaluator = Evaluator(None, alone, None, None, None, RewardSet([]), None, None)
+    row = evaluator._measure(drawn, 4)
+    assert row == dict.fromkeys(MEASURED) | {"nfe": 4.0}
+    assert "evaluation: 1 of 4 images are not finite; nothing is measured" in capsys.readouterr().out
