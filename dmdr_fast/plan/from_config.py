@@ -25,7 +25,7 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         UserError: a DeepSpeed JSON that a run would refuse, a teacher or a generator's own network whose shape is not
             known, or that do not fit together.
     """
-    shape = shape or _shape(config)
+    shape = _as_long(shape or _shape(config), config)
     own = _student(config, shape)
     train, student, phases, method = config.train, config.student, config.each_phase, config.rl.chosen
     return Workload(
@@ -72,6 +72,12 @@ def _adapter(lora: Any, shape: Shape) -> Adapter:
     return Adapter(lora.rank, tuple(lora.targets or shape.opened().lora_targets), getattr(lora, "form", "standard"))
 
 
+def _as_long(shape: Shape, config: Config) -> Shape:
+    """With ``data.max_length`` text tokens."""
+    length = config.data.max_length
+    return shape if length is None or not shape.opened().takes_prompts else replace(shape, length=length)
+
+
 def _shape(config: Config) -> Shape:
     model = config.model
     if config.teacher.pipeline is not None:
@@ -97,7 +103,7 @@ def _student(config: Config, teacher: Shape) -> Shape | None:
         sizes = student.model.model_dump(exclude={"weights"})
         name = f"SiT of {student.model.depth} blocks"
         return replace(teacher, name=name, transformer=json.dumps(teacher.config | sizes))
-    shape = find_shape(student.own_network, "student.pipeline")
+    shape = _as_long(find_shape(student.own_network, "student.pipeline"), config)
     try:
         check_student(teacher.opened(), shape.opened(), config.model.sizes)
     except ValueError as error:

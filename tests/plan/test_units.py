@@ -13,7 +13,9 @@ from dmdr_fast.algorithm.rl.nft import NFT
 from dmdr_fast.algorithm.score_pass import separate_scores
 from dmdr_fast.algorithm.step import dmdr_update
 from dmdr_fast.algorithm.streams import Shard, Streams
+from dmdr_fast.cli import CONFIGS, load
 from dmdr_fast.plan.cost import units
+from dmdr_fast.plan.from_config import workload
 from dmdr_fast.plan.workload import Workload
 from tests.algorithm.networks import Denoiser, PlainRole, recipe, reward_model, update
 
@@ -64,3 +66,8 @@ def test_an_update_runs_what_is_planned(method, variant, monkeypatch):
     work = Workload(None, student_steps=STEPS, cfg=False, activation="none", policy_share=method.graded_share, **shared)
     found = [role.samples for role in (generator, fake, teacher, reference)]
     assert sum(units(work).values()) * BATCH == sum(samples[False] + 3 * samples[True] for samples in found)
+
+
+def test_texts_are_as_long_as_data_max_length():
+    work = workload(load(CONFIGS / "sd35_large_lora.yaml"))  # 128, of which CLIP has 77 more
+    assert work.shape.opened().empty_condition(1, torch.float32)["prompt_embeds"].shape[1] == 128 + 77
