@@ -49,13 +49,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("pipeline", type=user_path, help="What dmdr-export --dtype fp32 wrote of it.")
     parser.add_argument("--prompts", type=user_path, required=True, help="A file of prompts, as data.prompts.")
     options = parser.parse_args(argv)
+    config = load(options.run_dir / "config.yaml")
+    if config.deepspeed.dtype != "fp32":
+        raise UserError(
+            f"deepspeed.dtype: {config.deepspeed.dtype} rounds by more than the check allows; run it on a run in fp32"
+        )
     from dmdr_fast.sample import sample_run
 
     prompts = [prompt.text for prompt in load_prompts(options.prompts)]
     own, alone = sample_run(options.run_dir, prompts), _by_diffusers(options.pipeline, prompts)
     difference = (own - alone).abs().max().item()
     print(f"{len(prompts)} images; the largest difference of a pixel in [-1, 1] is {difference:.1e}")
-    if load(options.run_dir / "config.yaml").eval.features == "scenes":
+    if config.eval.features == "scenes":
         from dmdr_fast.eval.features import ScenesFeatures
 
         verifier = ScenesFeatures()

@@ -165,6 +165,9 @@ def test_diffusers_alone_draws_the_images_of_the_run(finished, tmp_path, capsys,
     shutil.rmtree(out)
     export_run(run_dir, out, dtype="fp32", step=1)  # not what the run ended with
     assert run_user_command(check_export.main, arguments) == 1
+    (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text().replace("dtype: fp32", "dtype: bf16"))
+    assert run_user_command(check_export.main, [str(tmp_path), *arguments[1:]]) == 2
+    assert "deepspeed.dtype: bf16 rounds by more than the check allows" in capsys.readouterr().err
 
 
 @contextmanager
