@@ -58,6 +58,11 @@ def problems(config: Config) -> Iterator[str]:
         yield (
             "dmd.decoupled: without guidance there is one part alone; set teacher.cfg_scale, or dmd.decoupled to false"
         )
+    if config.dmd.decoupled and config.dmd.ca.t_min >= (least := _least_time(config)):
+        yield (
+            f"dmd.ca.t_min: {config.dmd.ca.t_min:g} is not below the student's last time, {least:.4g} before "
+            "dmd.ca.shift; lower it"
+        )
     yield from _sharing_problems(config)
     yield from _rl_problems(config)
     if config.eval.data is not None and config.eval.features is None:
@@ -67,6 +72,13 @@ def problems(config: Config) -> Iterator[str]:
             f"eval.samples: {config.eval.samples}; precision and recall against eval.data need {LEAST_IMAGES} or more, "
             "raise it, set it to 0, or leave eval.data out"
         )
+
+
+def _least_time(config: Config) -> float:
+    """The last time that the student is asked at, above 0, before ``dmd.ca.shift``."""
+    student, shift = config.student, config.dmd.ca.shift
+    t = student.times[-1] if student.times else student.shift / (student.steps - 1 + student.shift)
+    return t / (shift - (shift - 1.0) * t)
 
 
 def _sit_problems(config: Config) -> Iterator[str]:

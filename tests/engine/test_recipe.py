@@ -64,6 +64,10 @@ def test_decoupled_dmd_and_the_regulariser_dm():
     assert recipe.regularizer == "dm" and recipe.eta == 0.3
     config, _ = cli.parse(guided)
     assert recipe_of(config, SiTModel(config, Path())).dmd.ca is None
+    last = [*guided, "--dmd.decoupled", "true", "--student.steps", "4", "--student.shift", "3", "--dmd.ca.shift", "2"]
+    cli.parse([*last, "--dmd.ca.t_min", "0.33"])  # t = 0.5 of the grid is 1 / 3 before a shift of 2
+    with pytest.raises(UserError, match=r"dmd\.ca\.t_min: 0\.34 is not below the student's last time, 0\.3333 before"):
+        cli.parse([*last, "--dmd.ca.t_min", "0.34"])
     for scale in ([], ["--teacher.cfg_scale", "1"]):
         with pytest.raises(UserError, match=r"dmd\.decoupled: without guidance there is one part alone; set teacher"):
             cli.parse([*words, *scale, "--dmd.decoupled", "true"])
