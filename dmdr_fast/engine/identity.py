@@ -63,7 +63,7 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     if noted["student.model"] is not None:
         del noted["student.model"]["weights"]
     noted["ranks"] = ranks.world_size
-    noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
+    noted["global batch"] = config.train.batch * ranks.world_size
     if config.model.family != "sit":
         assert config.data.prompts is not None  # every family but SiT has some
         noted["data.prompts (content)"] = f"sha256 {content_hash(prompt_files(config.data.prompts), ranks)[:16]}"

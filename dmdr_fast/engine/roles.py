@@ -127,6 +127,11 @@ class TrainedRole(_Trained):
         self.scales_itself = self.dtype == torch.float16 and not isinstance(self.optimizer, ZeROOptimizer)
         self.own_clip = config.optimizer.clip if clips_itself(config) else None
 
+    def set_batch(self, micro_batch: int, micro_steps: int) -> None:
+        """The batch of this rank's steps to come, in ``micro_steps`` of ``micro_batch``: the losses' mean over them."""
+        self.engine.set_train_micro_batch_size(micro_batch)
+        self.engine.set_train_batch_size(micro_batch * micro_steps * self.engine.dp_world_size)
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; DeepSpeed averages over micro-steps and ranks.
 
@@ -174,12 +179,16 @@ class AdapterRole(_Trained):
         self.lora_scale = cast(float, worn[adapter])  # its own is on
         self.parameters = list(adapter.parameters())
         self.optimizer = build_optimizer(self.parameters, settings, config.optimizer.kind)
-        self.accumulation, self.clip = config.train.gradient_accumulation, config.optimizer.clip
+        self.micro_steps, self.clip = config.train.gradient_accumulation, config.optimizer.clip
         self.scaler = loss_scaler(config)
+
+    def set_batch(self, micro_batch: int, micro_steps: int) -> None:
+        """The same, whatever ``micro_batch`` is."""
+        self.micro_steps = micro_steps
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of one loss; on the last one they are averaged over the ranks."""
-        (loss * self.scaler.cur_scale / self.accumulation).backward()
+        (loss * self.scaler.cur_scale / self.micro_steps).backward()
         for parameter in self.module.parameters():
             # ZeRO-3 lets a module's weights go once its input's gradient is there: before the first adapter, never.
             getattr(parameter, "ds_active_sub_modules", set()).clear()

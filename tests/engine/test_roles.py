@@ -91,6 +91,32 @@ def test_only_the_adapter_of_the_fake_score_is_trained(ranks, tmp_path):
     assert not torch.equal(moved, teacher)
 
 
+BATCHES = [(sharing, stage) for sharing in ("shared_all", "shared_score") for stage in ("2", "0", "3")]
+
+
+@pytest.mark.parametrize(("sharing", "stage"), sampled([BATCHES[0], *BATCHES[3:], *BATCHES[1:3]], 2))
+def test_a_batch_in_other_micro_steps_has_the_same_gradient(ranks, tmp_path, sharing, stage):
+    """Set between steps, as a phase does. The truth for the generator's own weights is torch's gradient."""
+    student = ["--student.lora.rank", "2"] if sharing == "shared_all" else []
+    teacher, roles = roles_of(ranks, tmp_path, "--sharing", sharing, "--deepspeed.stage", stage, *student)
+    x, t, y = inputs()
+    teacher(x, t, y).square().mean().backward()
+    truth = torch.nn.utils.get_total_norm([p.grad for p in teacher.parameters() if p.grad is not None]).item()
+    for role in (roles.generator, roles.fake):
+        norms = []
+        for micro_batch in (4, 2, 1, 4):
+            role.set_lr([0.0])
+            role.set_batch(micro_batch, 4 // micro_batch)
+            for start in range(0, 4, micro_batch):
+                rows = slice(start, start + micro_batch)
+                role.backward(role(x[rows], t[rows], y[rows]).square().mean(), last=start + micro_batch == 4)
+            assert role.step()
+            norms.append(role.gradient_norm)
+        assert norms == pytest.approx([norms[0]] * 4, rel=1e-5) and norms[0] > 0
+        if role is roles.generator and sharing == "shared_score":
+            assert norms[0] == pytest.approx(truth, rel=1e-5)
+
+
 def test_a_reference_that_is_gone_is_named(ranks, tmp_path):
     _, roles = roles_of(ranks, tmp_path, "--rl.method", "dpo", "--reward.terms", "[{kind: digits}]")
     with pytest.raises(UserError, match=r"gone\.safetensors: missing, and the KL or DPO"):

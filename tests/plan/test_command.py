@@ -61,8 +61,11 @@ def test_the_largest_phase_is_planned(capsys):
     assert (work.batch, work.fake_updates, work.cfg, work.rollout_reuse) == (64, 7, True, 2)
     work = workload(parse([*digits, "--phases", "[{from: 9, train.micro_batch_size: 80, train.rollout_reuse: 1}]"])[0])
     assert (work.batch, work.fake_updates, work.cfg, work.rollout_reuse) == (80, 3, False, 1)
+    batches = "[{from: 9, train.micro_batch_size: 32, train.gradient_accumulation: 6}]"  # 64 x 1, then 32 x 6
+    work = workload(parse([*digits, "--phases", batches])[0])
+    assert (work.batch, work.accumulation) == (64, 3)
     assert main([*digits, "--phases", phases]) == 0
-    assert "phases: an update with the largest micro-batch, the largest R and the guidance" in capsys.readouterr().out
+    assert "phases: an update with the largest micro-batch, batch and R and the guidance" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line():
