@@ -56,6 +56,8 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         ema=student.ema is not None,
         keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),
+        epochs=config.epochs,
+        plain_steps=config.rl.chosen.plain_forwards(),
         policy_steps=config.rl.chosen.graded_forwards(student.steps),
         reference=config.reference_kind,
         **config.reference_passes,
@@ -113,6 +115,7 @@ def _reward(config: Config) -> RewardPass:
     return RewardPass(
         scores=any(method.uses_reward for method in methods) and bool(reward.terms),
         graded=any(method.needs_gradient for method in methods),
+        times=max(method.reward_passes() for method in methods),
         chunk=refl.chunk,
         models=tuple(
             RewardNet(term.kind, term.path, json.dumps(term.options, default=str), config.num_classes)
