@@ -17,6 +17,7 @@ from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.engines import DTYPES, clips_itself, engine_config
 from dmdr_fast.engine.optimizers import build_optimizer
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, Scale
 from dmdr_fast.models.partitioned import kept_whole
 
@@ -109,6 +110,9 @@ class TrainedRole(_Trained):
     """A role with an engine behind it (``dmdr_fast.algorithm.recipe.Trained``).
 
     A LoRA role passes its adapter, which acts in the graded forward at ``lora_scale``.
+
+    Raises:
+        UserError: the engine steps a parameter beside the adapter, which no checkpoint would have.
     """
 
     def __init__(
@@ -121,6 +125,12 @@ class TrainedRole(_Trained):
         super().__init__(engine, config, {} if adapter is None else {adapter: lora_scale})
         self.engine, self.module, self.adapter, self.lora_scale = engine, engine.module, adapter, lora_scale
         self.optimizer = engine.optimizer
+        kept = {id(p) for p in self.trained.values()}
+        beside = [n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in kept]
+        if beside:
+            raise UserError(
+                f"{beside[0]} is trainable beside the LoRA, and no checkpoint has it: let the network's family freeze it"
+            )
         if self.dtype == torch.float16:  # ZeRO's optimizers have a scaler, those of stage 0 its numbers
             self.scaler = getattr(self.optimizer, "loss_scaler", None) or self.optimizer.loss_scale_config
             self.scaler.raise_error_at_min_scale = False  # train.max_skipped ends such a run, with a checkpoint

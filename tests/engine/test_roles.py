@@ -6,11 +6,12 @@ from safetensors.torch import save_file
 
 from dmdr_fast import cli
 from dmdr_fast.algorithm.score_pass import scores_at
-from dmdr_fast.engine import runtime
+from dmdr_fast.engine import networks, runtime
 from dmdr_fast.engine.conditions import Labels
 from dmdr_fast.engine.networks import build_roles
 from dmdr_fast.engine.sit_model import SiTModel, build_network
 from dmdr_fast.errors import UserError
+from dmdr_fast.models.lora import add_lora
 from tests.tiers import sampled
 
 SMALL = [
@@ -115,6 +116,18 @@ def test_a_batch_in_other_micro_steps_has_the_same_gradient(ranks, tmp_path, sha
         assert norms == pytest.approx([norms[0]] * 4, rel=1e-5) and norms[0] > 0
         if role is roles.generator and sharing == "shared_score":
             assert norms[0] == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", sampled(["0", "2", "3"]))
+def test_a_weight_that_trains_beside_the_adapter_is_refused(ranks, tmp_path, monkeypatch, stage):
+    def unfrozen(network, *given, **options):
+        adapter = add_lora(network, *given, **options)
+        network.final_layer.linear.bias.requires_grad_(True)
+        return adapter
+
+    monkeypatch.setattr(networks, "add_lora", unfrozen)
+    with pytest.raises(UserError, match=r"^final_layer\.linear\.bias is trainable beside the LoRA"):
+        roles_of(ranks, tmp_path, "--deepspeed.stage", stage)
 
 
 def test_a_reference_that_is_gone_is_named(ranks, tmp_path):
