@@ -155,13 +155,13 @@ def test_the_fake_score_s_warm_up_counts_its_own_updates():
     assert rates == pytest.approx([*(k / 10 for k in range(1, 11)), 1.0])
 
 
+def noted(*flags):
+    alone, files = Runtime(0, 1, torch.device("cpu"), None), SimpleNamespace(weight_files=list)
+    return run_settings(parsed(*flags), files, alone)
+
+
 def test_what_a_checkpoint_notes_of_them():
     """The fake update's law makes another run; phases may change, and are said."""
-    alone, files = Runtime(0, 1, torch.device("cpu"), None), SimpleNamespace(weight_files=list)
-
-    def noted(*flags):
-        return run_settings(parsed(*flags), files, alone)
-
     plain, own, later = (
         noted(),
         noted("--fake.renoise", "{kind: uniform}"),
@@ -169,5 +169,25 @@ def test_what_a_checkpoint_notes_of_them():
     )
     assert other_run(plain, own)[0].startswith("fake.renoise None, this run has {") and not other_run(plain, later)
     assert differences(plain, later) == ['phases [] -> [{"from": 9, "reward.weight": 1.0}]']
-    before = {name: value for name, value in plain.items() if name not in ("fake.renoise", "phases")}
-    assert not other_run(before, own) and not differences(before, later)
+
+
+YOUNGER = ("student.sampler", "student.eta", "student.times", "student.network", "fake.renoise", "phases")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--student.sampler", "ode"], "student.sampler 'renoise', this run has 'ode'"),
+        (["--student.times", "[1.0]"], "student.times None, this run has [1.0]"),
+        (["--fake.renoise", "{kind: uniform}"], "fake.renoise None, this run has {"),
+        (["--phases", "[{from: 9, reward.weight: 1}]"], None),
+    ],
+)
+def test_a_checkpoint_that_is_older_than_a_key_had_its_default(flags, words):
+    before = {name: value for name, value in noted().items() if name not in YOUNGER}
+    assert not other_run(before, noted()) and not differences(before, noted())
+    found = other_run(before, noted(*flags))
+    assert (found[0].startswith(words) and len(found) == 1) if words else not found
+    assert other_run(before, noted() | {"student.network": "x (sha256 0)"})
+    said = differences(before, noted(*flags))
+    assert said == (['phases [] -> [{"from": 9, "reward.weight": 1.0}]'] if flags[0] == "--phases" else [])

@@ -129,7 +129,7 @@ class TrainedRole(_Trained):
         beside = [n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in kept]
         if beside:
             raise UserError(
-                f"{beside[0]} is trainable beside the LoRA, and no checkpoint has it: let the network's family freeze it"
+                f"{beside[0]} is trainable beside the LoRA, and no checkpoint has it: let the family freeze it"
             )
         if self.dtype == torch.float16:  # ZeRO's optimizers have a scaler, those of stage 0 its numbers
             self.scaler = getattr(self.optimizer, "loss_scaler", None) or self.optimizer.loss_scale_config
