@@ -9,7 +9,9 @@ from dmdr_fast.algorithm.score_pass import scores_at
 from dmdr_fast.engine import networks, runtime
 from dmdr_fast.engine.conditions import Labels
 from dmdr_fast.engine.networks import build_roles
+from dmdr_fast.engine.shards import master_shard
 from dmdr_fast.engine.sit_model import SiTModel, build_network
+from dmdr_fast.engine.state import slots
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import add_lora
 from tests.tiers import sampled
@@ -116,6 +118,25 @@ def test_a_batch_in_other_micro_steps_has_the_same_gradient(ranks, tmp_path, sha
         assert norms == pytest.approx([norms[0]] * 4, rel=1e-5) and norms[0] > 0
         if role is roles.generator and sharing == "shared_score":
             assert norms[0] == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), sampled([("0", "bf16"), ("2", "bf16"), ("3", "bf16"), ("0", "fp32")], 2))
+def test_the_first_step_is_adam_s_first(ranks, tmp_path, stage, dtype):
+    """w <- (1 - lr decay) w - lr g / |g|, whatever the moments' decays, from masters that are the weights."""
+    engine = ["--deepspeed.stage", stage, "--deepspeed.dtype", dtype]
+    _, roles = roles_of(ranks, tmp_path, *engine, "--optimizer.generator.weight_decay", "2")
+    role, lr = roles.generator, 1e-2
+    (x, t, y), name = inputs(), "final_layer.linear.weight"
+    if stage == "0":
+        masters = [slot.master.detach().reshape(-1) for slot in slots(role)]
+        weights = [p.detach().float().reshape(-1) for p in role.trained.values()]
+        assert torch.equal(torch.cat(masters), torch.cat(weights))
+    before = {n: master_shard(p).detach().float().clone() for n, p in role.trained.items()}
+    role.set_lr([lr])
+    role.backward((role(x, t, y) - x).square().mean(), last=True)
+    assert role.step()
+    moved = (master_shard(role.trained[name]) - (1 - 2 * lr) * before[name]).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, lr), rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("stage", sampled(["0", "2", "3"]))
