@@ -111,6 +111,7 @@ def test_every_key_of_a_phase_is_one_of_the_configuration():
         ("[{from: 9, fake.renoise: {knd: uniform}}]", "phases.0.fake.renoise.knd: unknown key"),
         ("[{from: 9, reward.weight: auto}]", "phases.0.reward.weight: auto is found once, as RL starts"),
         ("[{from: 650, optimizer.generator.lr: 1e-6}]", "after the cold start optimizer.generator.rl_lr (0.0001) hol"),
+        ("[{from: 500, rl.tilt.weight: 1}]", "rl.tilt.weight: the tilt ends with the cold start, at step 500; set rew"),
         ("7", "phases: expected [{from, teacher.cfg_scale, "),
     ],
 )  # fmt: skip

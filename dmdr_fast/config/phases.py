@@ -148,6 +148,11 @@ def phase_problems(config: Config) -> Iterator[str]:
             yield f"{here}: it changes nothing; name a key beside {START}, or leave it out"
         if phase.overrides.get("reward.weight") == "auto":
             yield f"{here}.reward.weight: auto is found once, as RL starts; set a number here"
+        if "rl.tilt.weight" in phase.overrides and phase.start >= train.cold_start_steps:
+            yield (
+                f"{here}.rl.tilt.weight: the tilt ends with the cold start, at step {train.cold_start_steps}; set "
+                "reward.weight"
+            )
         called = [term.called for term in config.reward.terms]
         for path in phase.overrides:
             if (term := TERM.fullmatch(path)) and term[1] not in called:
