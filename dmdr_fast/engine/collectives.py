@@ -30,6 +30,8 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
         rollout_reuse=config.train.rollout_reuse,
         same_step=config.student.rollout == "same_step",
         keep_gathered=config.rollout.keep_gathered,
+        epochs=config.epochs,
+        plain_steps=config.rl.chosen.plain_forwards(),
         policy_steps=config.rl.chosen.graded_forwards(config.student.steps),
         **(config.reference_passes if config.reference_kind == "lora_off" else {}),
         one_network=shared,
@@ -42,7 +44,7 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
             if one is not None:
                 stays = one.elements <= zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)
                 weights += one.gathers * (plan.fresh_passes()[phase][role] if stays else times)
-    backwards = {"generator": 1 + plan.policy_steps, "fake": plan.fake_updates}
+    backwards = {"generator": plan.epochs + plan.policy_steps, "fake": plan.fake_updates}
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     gradients = sum(
         times if shared else plan.accumulation * times * math.ceil(trained[role] / bucket)

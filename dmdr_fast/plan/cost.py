@@ -89,7 +89,9 @@ def schedule(work: Workload, gpus: int = 1) -> Schedule:
         stop_ranks=gpus if work.stop_step_per_rank else 1,
         same_step=work.same_step,
         keep_gathered=work.keep_gathered,
+        epochs=work.epochs,
         policy_steps=work.policy_steps,
+        plain_steps=work.plain_steps,
         reference_steps=work.reference_steps,
         kl_on_x0=work.kl_on_x0,
         one_network=work.sharing == "shared_all",
@@ -105,12 +107,13 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
     once = {
         "rollout": plan.rollouts * plan.rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
-        "score pass": 2.0 + work.cfg + work.decoupled,
-        "generator update": work.same_step + 1 + again + generator_backward + work.kl_on_x0,
+        "score pass": work.epochs * (2.0 + work.cfg + work.decoupled),
+        "generator update": work.epochs * (1 + again + generator_backward + work.kl_on_x0) + plan.redrawn,
     }
     if work.policy_steps:
         once["policy rollout"] = float(work.student_steps)
-        once["policy update"] = work.policy_steps * (1 + again + generator_backward) + work.reference_steps
+        graded = work.policy_steps * (1 + again + generator_backward)
+        once["policy update"] = graded + work.reference_steps + work.plain_steps
     return {phase: n * work.accumulation for phase, n in once.items()}
 
 
@@ -122,7 +125,7 @@ def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     }
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None and work.reward.scores:
-        samples = work.batch * work.accumulation
+        samples = work.batch * work.accumulation * work.reward.times
         products, convolutions = reward_cost(work).flops
         found["reward"] = PhaseCost(products=products * samples, convolutions=convolutions * samples)
     found["optimizer step"] = _step(work, hardware)
@@ -141,7 +144,7 @@ def _with_traffic(work: Workload, hardware: Hardware, phase: str, cost: PhaseCos
             host += net.size * passes / n
     role = phase.partition(" ")[0]
     if role in ("fake", "generator"):
-        repeats = work.fake_updates if role == "fake" else 1
+        repeats = work.fake_updates if role == "fake" else work.epochs
         whole = work.sharing == "shared_all"  # adapters in fp32, their gradients in one flat tensor
         gradients = trained_by(work, role) * (4 if whole else DTYPES[work.dtype].itemsize)
         if work.zero.stage == 0 or whole:  # all-reduce, once per update: everything is sent twice
@@ -181,7 +184,7 @@ def _step(work: Workload, hardware: Hardware) -> PhaseCost:
     whole = work.sharing == "shared_all"
     shards = hardware.gpus if work.zero.stage and not whole else 1
     width = DTYPES[work.dtype].itemsize
-    steps = trained_by(work, "generator") + work.fake_updates * trained_by(work, "fake")
+    steps = work.epochs * trained_by(work, "generator") + work.fake_updates * trained_by(work, "fake")
     touched = steps / shards * (24 + 3 * width + 4)
     received = steps * width * (hardware.gpus - 1) / hardware.gpus if work.zero.stage == 2 and not whole else 0.0
     if work.zero.offload_optimizer and not whole:
