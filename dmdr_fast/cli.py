@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dmdr_fast.config import Config
+from dmdr_fast.config.base import Section
 from dmdr_fast.disk import told
 from dmdr_fast.errors import UserError
 
@@ -240,14 +241,14 @@ def _innermost(words: list[str], path: str, fields: dict[str, FieldInfo]) -> tup
     """The key that a fault's place names inside ``path``, a list of groups or one that may be null, and its field."""
     field = fields[path]
     for n in range(path.count(".") + 1, len(words)):
-        inner = next((m.model_fields[words[n]] for m in _groups(field.annotation) if words[n] in m.model_fields), None)
+        inner = next((found for m in _groups(field.annotation) if (found := m.field(words[n]))), None)
         if inner is not None:
             path, field = ".".join(words[: n + 1]), inner
     return path, {path: field}
 
 
-def _groups(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _groups(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for inner in get_args(annotation):
         yield from _groups(inner)

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from dmdr_fast import placement
+from dmdr_fast import cache, placement
 from dmdr_fast.cli import Parser, load, read_value, run_user_command, user_path
 from dmdr_fast.config import Config, Reward, RewardTerm
 from dmdr_fast.disk import told, write_whole
@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace) -> Subject:
         raise UserError(f"--step: {options.source} is a run on class labels; give a phase's file with --weights")
     captions = [f"class {label}" for label in range(config.model.num_classes)] if on_labels else _prompts(options)
     settings = {
-        "generator": _stamp(weights_file(options.source, options.weights, options.step)),
+        "generator": _content([weights_file(options.source, options.weights, options.step)]),
         "eval.teacher_steps": config.eval.teacher_steps,
         "data.negative_prompt": config.data.negative_prompt,
         "deepspeed.dtype": config.deepspeed.dtype,
@@ -125,8 +125,7 @@ def _run(options: argparse.Namespace) -> Subject:
 
 def _pipeline(options: argparse.Namespace) -> Subject:
     """A pipeline as it is called; there is no teacher beside it."""
-    stamps = "".join(sorted(_stamp(file) for file in options.source.rglob("*") if file.is_file()))
-    settings = {"pipeline": f"sha256 {hashlib.sha256(stamps.encode()).hexdigest()[:16]} of its files' sizes and times"}
+    settings = {"pipeline": _content(sorted(file for file in options.source.rglob("*") if file.is_file()))}
     return Subject(None, ("pipeline",), tuple(_prompts(options)), _rewards(options, Reward()), settings)
 
 
@@ -136,10 +135,10 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts_of(options.prompts)
 
 
-def _stamp(file: Path) -> str:
-    """What tells one content of a file from another without reading it."""
-    found = file.stat()
-    return f"{file.name}, {found.st_size} bytes, changed at {found.st_mtime_ns} ns"
+def _content(files: Sequence[Path]) -> str:
+    """What tells one content from another, wherever it lies."""
+    hashes = "".join(cache.file_hash(file) for file in files)
+    return f"sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
 
 
 def _rewards(options: argparse.Namespace, own: Reward) -> Reward:

@@ -39,8 +39,8 @@ def check(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     """Whether the global batch, over the ranks that the launcher has started, is whole groups."""
-    micro_batches = config.train.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    batches = {phase.train.micro_batch_size * micro_batches for phase in config.each_phase}
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = {phase.train.batch * ranks for phase in config.each_phase}
     methods = (config.rl.method, *config.rl.chosen.parts) if config.has_rl else ()
     for name, batch in product(methods, sorted(batches)):
         group = config.rl.options(name).compared
@@ -63,7 +63,7 @@ def _check_rewards(config: Config) -> dict[str, str]:
         names |= check_terms(where, terms, config.num_classes)
         for term in terms:
             if where == "reward.terms" and not is_differentiable(term.kind):
-                _check_gradient(config, term.name or term.kind)
+                _check_gradient(config, term.called)
     return names
 
 
@@ -86,11 +86,12 @@ def check_terms(where: str, terms: Iterable[RewardTerm], num_classes: int | None
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error).replace("reward.terms", where)) from None
         if term.kind in READS[lacking]:
-            name = term.name or term.kind
-            raise UserError(f"{where}: {name} reads {lacking}, and a model of {there} has none; choose another reward")
+            raise UserError(
+                f"{where}: {term.called} reads {lacking}, and a model of {there} has none; choose another reward"
+            )
         if term.kind in KINDS:
             found = weights_of_reward(*made)
-            names |= {f"{where}: {term.name or term.kind}: {name}": value for name, value in found.items()}
+            names |= {f"{where}: {term.called}: {name}": value for name, value in found.items()}
     return names
 
 

@@ -58,8 +58,23 @@ def test_each_switch_says_what_was_and_what_comes():
     assert config.switches[400][0] == "teacher.cfg_scale 3 -> null" and config.switches[400][2].endswith("0.05 -> 0.5")
 
 
-def test_phases_read_back_as_themselves(tmp_path):
-    config = parsed("--phases", TWO)
+TERMS = ["--reward.terms", "[{kind: digits}, {kind: digits_held_out, name: v1.5, weight: 0.5}]"]
+BY_NAME = "[{from: 9, reward.terms.v1.5.weight: 2}, {from: 20, reward.terms.digits.weight: 0, reward.weight: 0.2}]"
+
+
+def test_the_weight_of_a_reward_is_named_by_the_reward():
+    config = parsed(*TERMS, "--reward.held_out", "[]", "--phases", BY_NAME)
+    assert [[t.weight for t in config.at(k).reward.terms] for k in (8, 9, 20)] == [[1, 0.5], [1, 2], [0, 2]]
+    assert [t.weight for t in config.reward.terms] == [1, 0.5]
+    assert config.switches == {
+        9: ["reward.terms.v1.5.weight 0.5 -> 2"],
+        20: ["reward.weight 0.05 -> 0.2", "reward.terms.digits.weight 1 -> 0"],
+    }
+
+
+@pytest.mark.parametrize("flags", [["--phases", TWO], [*TERMS, "--reward.held_out", "[]", "--phases", BY_NAME]])
+def test_phases_read_back_as_themselves(tmp_path, flags):
+    config = parsed(*flags)
     (tmp_path / "resolved.yaml").write_text(cli.dump(config))
     assert cli.load(tmp_path / "resolved.yaml") == config
 
@@ -79,7 +94,12 @@ def test_every_key_of_a_phase_is_one_of_the_configuration():
         ("[{from: 9, train.fake_updates: 0}]", "phases.0.train.fake_updates: expected int > 0; got 0"),
         ("[{from: 9, reward.weight: 1}, {from: 20, teacher.cfg_scale: x}]", "phases.1.teacher.cfg_scale: expected fl"),
         ("[{from: 9, student.steps: 2}]", "student.steps cannot change in a phase; these can, by their dotted names: "),
-        ("[{from: 9, train.gradient_accumulation: 2}]", "train.gradient_accumulation cannot change in a phase"),
+        ("[{from: 9, train.gradient_accumulation: 0}]", "phases.0.train.gradient_accumulation: expected int > 0; got"),
+        ("[{from: 9, reward.terms.digits.weight: x}]", "phases.0.reward.terms.digits.weight: expected float; got 'x'"),
+        ("[{from: 9, reward.terms.digit.weight: 2}]", "digit.weight: no reward has this name; reward.terms has digits"),
+        ("[{from: 9, reward.terms.digits.path: x}]", "reward.terms.digits.path cannot change in a phase; these can"),
+        ("[{from: 9, reward.terms: []}]", "reward.terms cannot change in a phase; these can"),
+        ("[{from: 9, 7: 2}]", "7 cannot change in a phase; these can"),
         ("[{from: 9, teacher: {cfg_scale: 2}}]", "phases: teacher cannot change in a phase; these can"),
         ("[{teacher.cfg_scale: 2}]", "phases.0.from: expected int > 0; got"),
         ("[{from: 0, teacher.cfg_scale: 2}]", "phases.0.from: expected int > 0; got 0"),
@@ -91,6 +111,7 @@ def test_every_key_of_a_phase_is_one_of_the_configuration():
         ("[{from: 9, fake.renoise: {knd: uniform}}]", "phases.0.fake.renoise.knd: unknown key"),
         ("[{from: 9, reward.weight: auto}]", "phases.0.reward.weight: auto is found once, as RL starts"),
         ("[{from: 650, optimizer.generator.lr: 1e-6}]", "after the cold start optimizer.generator.rl_lr (0.0001) hol"),
+        ("[{from: 500, rl.tilt.weight: 1}]", "rl.tilt.weight: the tilt ends with the cold start, at step 500; set rew"),
         ("7", "phases: expected [{from, teacher.cfg_scale, "),
     ],
 )  # fmt: skip
@@ -115,9 +136,12 @@ def test_a_phase_that_needs_guidance_needs_it_there():
 
 def test_groups_divide_the_batch_of_every_phase(tmp_path):
     flags = ["--run_dir", tmp_path, "--rl.method", "grpo", "--student.steps", "2", "--rl.grpo.group_size", "8"]
-    config = parsed(*flags, "--phases", "[{from: 9, train.micro_batch_size: 12}]")
-    with pytest.raises(UserError, match=r"rl\.grpo\.group_size: 8 does not divide the global batch of 12"):
-        preflight.check(config)
+    for batch in ("train.micro_batch_size: 3, train.gradient_accumulation: 4", "train.micro_batch_size: 12"):
+        config = parsed(*flags, "--phases", f"[{{from: 9, {batch}}}]")
+        with pytest.raises(UserError, match=r"rl\.grpo\.group_size: 8 does not divide the global batch of 12"):
+            preflight.check(config)
+    batch = "train.micro_batch_size: 2, train.gradient_accumulation: 4"
+    preflight.check(parsed(*flags, "--phases", f"[{{from: 9, {batch}}}]"))
 
 
 def test_the_fake_score_s_warm_up_counts_its_own_updates():
@@ -132,13 +156,13 @@ def test_the_fake_score_s_warm_up_counts_its_own_updates():
     assert rates == pytest.approx([*(k / 10 for k in range(1, 11)), 1.0])
 
 
+def noted(*flags):
+    alone, files = Runtime(0, 1, torch.device("cpu"), None), SimpleNamespace(weight_files=list)
+    return run_settings(parsed(*flags), files, alone)
+
+
 def test_what_a_checkpoint_notes_of_them():
     """The fake update's law makes another run; phases may change, and are said."""
-    alone, files = Runtime(0, 1, torch.device("cpu"), None), SimpleNamespace(weight_files=list)
-
-    def noted(*flags):
-        return run_settings(parsed(*flags), files, alone)
-
     plain, own, later = (
         noted(),
         noted("--fake.renoise", "{kind: uniform}"),
@@ -146,5 +170,25 @@ def test_what_a_checkpoint_notes_of_them():
     )
     assert other_run(plain, own)[0].startswith("fake.renoise None, this run has {") and not other_run(plain, later)
     assert differences(plain, later) == ['phases [] -> [{"from": 9, "reward.weight": 1.0}]']
-    before = {name: value for name, value in plain.items() if name not in ("fake.renoise", "phases")}
-    assert not other_run(before, own) and not differences(before, later)
+
+
+YOUNGER = ("student.sampler", "student.eta", "student.times", "student.network", "fake.renoise", "phases")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--student.sampler", "ode"], "student.sampler 'renoise', this run has 'ode'"),
+        (["--student.times", "[1.0]"], "student.times None, this run has [1.0]"),
+        (["--fake.renoise", "{kind: uniform}"], "fake.renoise None, this run has {"),
+        (["--phases", "[{from: 9, reward.weight: 1}]"], None),
+    ],
+)
+def test_a_checkpoint_that_is_older_than_a_key_had_its_default(flags, words):
+    before = {name: value for name, value in noted().items() if name not in YOUNGER}
+    assert not other_run(before, noted()) and not differences(before, noted())
+    found = other_run(before, noted(*flags))
+    assert (found[0].startswith(words) and len(found) == 1) if words else not found
+    assert other_run(before, noted() | {"student.network": "x (sha256 0)"})
+    said = differences(before, noted(*flags))
+    assert said == (['phases [] -> [{"from": 9, "reward.weight": 1.0}]'] if flags[0] == "--phases" else [])

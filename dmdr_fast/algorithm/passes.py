@@ -15,11 +15,11 @@ Passes = Mapping[str, Mapping[str, float]]  # phase of the update -> role -> pas
 class Schedule:
     """What decides how often networks run: N, R, micro-steps, and what RL adds.
 
-    ``rollout_reuse`` fake updates share a rollout. ``stop_ranks`` ranks draw stop steps of their own.
-    ``policy_steps`` are the graded generator forwards of a method's own losses, ``reference_steps`` the forwards of the
-    reference in them, ``kl_on_x0`` 1 where there is one more for a KL on x0, ``epochs`` the generator's steps in an
-    update, each with its own score pass, ``one_network`` whether all roles share a base. The reference is a network as
-    large as the generator, or the generator without its LoRA.
+    ``rollout_reuse`` fake updates share a rollout. ``stop_ranks`` ranks draw stop steps of their own. ``epochs`` steps
+    of the generator have a DMD gradient each. ``policy_steps`` are the graded generator forwards of a method's own
+    losses, ``reference_steps`` the forwards of the reference in them, ``plain_steps`` others without grad,
+    ``kl_on_x0`` 1 where there is one more for a KL on x0, ``one_network`` whether all roles share a base. The reference
+    is a network as large as the generator, or the generator without its LoRA.
     """
 
     steps: int
@@ -29,10 +29,11 @@ class Schedule:
     stop_ranks: int = 1
     same_step: bool = False
     keep_gathered: bool = False
+    epochs: int = 1
     policy_steps: int = 0
     reference_steps: int = 0
+    plain_steps: int = 0
     kl_on_x0: int = 0
-    epochs: int = 1
     one_network: bool = False
 
     @property
@@ -46,21 +47,21 @@ class Schedule:
         return math.ceil(self.fake_updates / self.rollout_reuse)
 
     @property
-    def leaf_steps(self) -> int:
-        """Forwards for x0 on which gradients are taken: the rollout's own will do in the first epoch."""
-        return self.epochs - (0 if self.same_step else 1)
+    def redrawn(self) -> int:
+        """Forwards in the generator's update that draw x0 anew: its own rollout has it, until G has moved."""
+        return self.epochs if self.same_step else self.epochs - 1
 
     def passes(self) -> Passes:
         """Passes of one update; a graded one is two, forward and backward."""
         policy = {
             "policy rollout": {"generator": 1.0 if self.keep_gathered else float(self.steps)},
-            "policy update": {"generator": 2.0 * self.policy_steps + self.reference_steps},
+            "policy update": {"generator": 2.0 * self.policy_steps + self.reference_steps + self.plain_steps},
         }
         once = {
             "rollout": {"generator": self.rollouts * (1.0 if self.keep_gathered else self.rollout_steps)},
             "fake update": {"fake": 2.0 * self.fake_updates},
             "score pass": {"fake": float(self.epochs), "teacher": float(self.epochs)},
-            "generator update": {"generator": 2.0 * self.epochs + self.leaf_steps + self.kl_on_x0},
+            "generator update": {"generator": self.epochs * (2.0 + self.kl_on_x0) + self.redrawn},
         } | (policy if self.policy_steps else {})
         return {p: {role: n * self.accumulation for role, n in roles.items()} for p, roles in once.items()}
 
@@ -71,19 +72,18 @@ class Schedule:
         find them, and so does the graded pass that follows. A teacher by itself has no backward pass: its weights are
         released after every pass.
         """
-        micro, every = self.accumulation, self.fake_updates * self.accumulation
-        graded = self.epochs * micro
-        rolled = self.rollouts * micro
+        micro, every = self.epochs * self.accumulation, self.fake_updates * self.accumulation
+        rolled = self.rollouts * self.accumulation
         shared = self.one_network  # between any two backward passes, of either role, its weights are gathered once
         once = {
             "rollout": {"generator": rolled if shared else 1.0},
             "fake update": {"fake": every - rolled if shared else every - 1.0},
-            "score pass": {"fake": graded if shared else 1.0, "teacher": float(graded)},
-            "generator update": {"generator": 0.0 if shared else graded - 1.0},
+            "score pass": {"fake": micro if shared else 1.0, "teacher": float(micro)},
+            "generator update": {"generator": 0.0 if shared else micro - 1.0},
         }
         if self.policy_steps:
-            policy = self.policy_steps * micro
-            once |= {"policy rollout": {"generator": 1.0}, "policy update": {"generator": policy - 1.0}}
+            graded = self.policy_steps * self.accumulation
+            once |= {"policy rollout": {"generator": 1.0}, "policy update": {"generator": graded - 1.0}}
         return once
 
 

@@ -175,6 +175,11 @@ class Config(Section):
         }
 
     @property
+    def epochs(self) -> int:
+        """Steps of the generator in an update of RL that have a DMD gradient each."""
+        return self.rl.chosen.generator_steps if self.has_rl and self.rl.regularizer in ("dmd", "dm") else 1
+
+    @property
     def decoder_factor(self) -> int:
         """Image pixels per latent pixel: 8 for the AutoencoderKL of Stable Diffusion, 1 without a decoder."""
         return 8 if self.decoder.kind == "vae" else 1

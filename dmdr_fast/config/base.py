@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 
@@ -46,6 +47,11 @@ class Section(BaseModel):
     """A group of keys: unknown ones are errors, values do not change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def field(cls, name: str) -> FieldInfo | None:
+        """What a key takes; None where there is no such key."""
+        return cls.model_fields.get(name)
 
 
 def key(default, description: str):

@@ -252,7 +252,7 @@ def _terms_problems(config: Config, key: str, method: str) -> Iterator[str]:
     reward = config.reward
     if not reward.terms:
         yield f"reward.terms: missing; {key} {method} needs a reward, or set {key} to none"
-    names = [term.name or term.kind for term in (*reward.terms, *reward.held_out)]
+    names = [term.called for term in (*reward.terms, *reward.held_out)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         yield f"reward.terms: two rewards are called {twice!r}; give each a name of its own"

@@ -36,6 +36,11 @@ class RewardTerm(Section):
     normalize: Literal["none", "running"] = key("none", "running: divided by its own running standard deviation.")
     options: dict[str, Any] = key({}, "Further keyword arguments of its constructor.")
 
+    @property
+    def called(self) -> str:
+        """What the configuration knows it by."""
+        return self.name or self.kind
+
 
 class Reward(Section):
     """What the generator maximises after the cold start, and what is only watched."""

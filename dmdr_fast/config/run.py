@@ -23,6 +23,11 @@ class Train(Section):
     max_skipped: Positive = key(10, "Skipped updates (non-finite gradients) in a row that end the run.")
     stop_on_collapse: bool = key(False, "End the run, with a checkpoint, when a monitor says that it collapses.")
 
+    @property
+    def batch(self) -> int:
+        """Samples per rank and update."""
+        return self.micro_batch_size * self.gradient_accumulation
+
 
 class AdamW(Section):
     """AdamW of one role."""

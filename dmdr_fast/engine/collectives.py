@@ -30,8 +30,9 @@ def collectives(config: Config, networks: Mapping[str, nn.Module], trained: Mapp
         rollout_reuse=config.train.rollout_reuse,
         same_step=config.student.rollout == "same_step",
         keep_gathered=config.rollout.keep_gathered,
+        epochs=config.epochs,
+        plain_steps=method.plain_forwards(),
         policy_steps=method.graded_forwards(config.student.steps) if config.has_rl else 0,
-        epochs=method.generator_steps if config.has_rl else 1,
         **(config.reference_passes if config.reference_kind == "lora_off" else {}),
         one_network=shared,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -91,8 +92,26 @@ def trained_engine(module: nn.Module, config: Config, optimizer: AdamW) -> deeps
     if config.deepspeed.stage == 3:
         trace_graded_passes(engine)
     if isinstance(engine.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+        forget_first_step(engine.optimizer)
         keep_masters(engine.optimizer)
     return engine
+
+
+def forget_first_step(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
+    """Undo the step on zero gradients by which DeepSpeed makes the moments at stage 0, and at no other stage.
+
+    The moments are zeros. Adam would count the step: with betas 0 and 0.999 the next one would be sqrt(2) as long. And
+    weight decay has moved the masters.
+    """
+    for state in optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"] * 0
+    if isinstance(optimizer, FP16_Optimizer):
+        masters, weights = optimizer.fp32_groups_flat, optimizer.fp16_groups_flat
+    else:
+        masters, weights = ([*chain(*groups)] for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
+    for master, start in zip(masters, weights, strict=True):
+        master.data.copy_(start.data)
 
 
 def keep_masters(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:

@@ -53,8 +53,7 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     the same of the generator's own network before training; "ranks", "global batch"; "data.prompts (content)" and
     "optimizer (deepspeed.config)", where there are such files.
     """
-    values = config.model_dump(mode="json")
-    noted: dict[str, Any] = {path: reduce(getitem, path.split("."), values) for path, _ in leaves()}
+    noted = _by_key(config)
     origin = config.teacher.weights or config.teacher.pipeline or "trained on " + str(config.teacher.train.data)
     noted["teacher"] = f"{origin} (sha256 {content_hash(model.weight_files(), ranks)[:16]})"
     noted["student.network"] = config.student.own_network
@@ -63,13 +62,23 @@ def run_settings(config: Config, model: Model, ranks: Runtime) -> dict[str, Any]
     if noted["student.model"] is not None:
         del noted["student.model"]["weights"]
     noted["ranks"] = ranks.world_size
-    noted["global batch"] = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
+    noted["global batch"] = config.train.batch * ranks.world_size
     if config.model.family != "sit":
         assert config.data.prompts is not None  # every family but SiT has some
         noted["data.prompts (content)"] = f"sha256 {content_hash(prompt_files(config.data.prompts), ranks)[:16]}"
     optimizer = read_deepspeed_json(config).get("optimizer") or {}
     noted["optimizer (deepspeed.config)"] = optimizer.get("type")
     return json.loads(json.dumps(noted))
+
+
+def _by_key(config: Config) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    return {path: reduce(getitem, path.split("."), values) for path, _ in leaves()}
+
+
+def _then(before: dict[str, Any]) -> dict[str, Any]:
+    """``before`` with the keys that are younger than it: its run was what their defaults are."""
+    return _by_key(Config.model_construct()) | {"student.network": None} | before
 
 
 def content_hash(files: list[Path], ranks: Runtime) -> str:
@@ -84,7 +93,7 @@ def content_hash(files: list[Path], ranks: Runtime) -> str:
 
 def other_run(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What makes ``now`` another run than the one that noted ``before``: "student.steps 1, this run has 2" each."""
-    found = []
+    before, found = _then(before), []
     for name in sorted(before.keys() & now.keys()):
         if _content(name, before[name]) != _content(name, now[name]) and _is_identity(name, now):
             found.append(f"{name} {before[name]!r}, this run has {now[name]!r}")
@@ -92,7 +101,8 @@ def other_run(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The other keys that differ: "optimizer.generator.lr 2e-06 -> 1e-06" each, of those that both starts have."""
+    """The other keys that differ: "optimizer.generator.lr 2e-06 -> 1e-06" each."""
+    before = _then(before)
     return [
         f"{name} {json.dumps(before[name])} -> {json.dumps(now[name])}"
         for name in sorted(before.keys() & now.keys())

@@ -90,7 +90,7 @@ def describe(config: Config, step: int, recipe: Recipe, roles: Roles, ranks: Run
     # fp32 gradients, and two moments per parameter: fp32 or 8 bits
     master = sum(roles.trained_parameters.values()) * (12 if config.optimizer.kind == "adamw" else 6)
     stored = sum(roles.total_parameters.values()) * (4 if config.deepspeed.dtype == "fp32" else 2)
-    batch = config.train.micro_batch_size * config.train.gradient_accumulation * ranks.world_size
+    batch = config.train.batch * ranks.world_size
     lines = [
         f"student    {config.student.steps} step(s) at t = {', '.join(f'{t:.4g}' for t in recipe.grid[:-1])}, "
         f"sampler {config.student.sampler}" + (f" with eta {recipe.eta:g}" if config.student.sampler == "cps" else ""),
@@ -188,7 +188,7 @@ def _tilt_words(config: Config) -> str:
 
 
 def _reward_words(config: Config) -> str:
-    return " + ".join(f"{term.weight:g} {term.name or term.kind}" for term in config.reward.terms)
+    return " + ".join(f"{term.weight:g} {term.called}" for term in config.reward.terms)
 
 
 def table_text(table: dict[str, dict[str, float | None]]) -> str:

@@ -35,6 +35,7 @@ class RewardSet:
         device: of the images.
 
     Attributes:
+        weights: of ``terms`` in the totals to come; an evaluation's stay those that they were given with.
         differentiable: whether all of ``terms`` are, so that ReFL can use the total.
         failure: the first error on this rank, None until there is one. Says nothing of values that are not finite.
         nonfinite: per reward (held-out ones as ``held_out_NAME``) a 0-d int64 tensor on the device: 0, or the number
@@ -49,6 +50,7 @@ class RewardSet:
         device: torch.device | str = "cpu",
     ) -> None:
         self.terms, self.held_out = list(terms), list(held_out)
+        self.weights = [weight for _, weight, _ in terms]
         self.differentiable = all(reward.differentiable for reward, _, _ in self.terms)
         self.failure: RewardError | None = None
         watched = [reward.name for reward, _, _ in self.terms] + [f"held_out_{r.name}" for r in self.held_out]
@@ -66,7 +68,7 @@ class RewardSet:
         """
         self._batches.append(batch)
         total, values = torch.zeros(len(images), device=images.device), {}
-        for reward, weight, _ in self.terms:
+        for (reward, _, _), weight in zip(self.terms, self.weights, strict=True):
             scores = self._scores(reward, reward.name, images, inputs)
             values[reward.name] = scores.detach()
             if scale := self._scales.get(reward.name):

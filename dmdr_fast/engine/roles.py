@@ -17,6 +17,7 @@ from dmdr_fast.config import AdamW, Config
 from dmdr_fast.engine.engines import DTYPES, clips_itself, engine_config
 from dmdr_fast.engine.optimizers import build_optimizer
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.errors import UserError
 from dmdr_fast.models.lora import LoraAdapter, Scale
 from dmdr_fast.models.partitioned import kept_whole
 
@@ -109,6 +110,9 @@ class TrainedRole(_Trained):
     """A role with an engine behind it (``dmdr_fast.algorithm.recipe.Trained``).
 
     A LoRA role passes its adapter, which acts in the graded forward at ``lora_scale``.
+
+    Raises:
+        UserError: the engine steps a parameter beside the adapter, which no checkpoint would have.
     """
 
     def __init__(
@@ -121,11 +125,22 @@ class TrainedRole(_Trained):
         super().__init__(engine, config, {} if adapter is None else {adapter: lora_scale})
         self.engine, self.module, self.adapter, self.lora_scale = engine, engine.module, adapter, lora_scale
         self.optimizer = engine.optimizer
+        kept = {id(p) for p in self.trained.values()}
+        beside = [n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in kept]
+        if beside:
+            raise UserError(
+                f"{beside[0]} is trainable beside the LoRA, and no checkpoint has it: let the family freeze it"
+            )
         if self.dtype == torch.float16:  # ZeRO's optimizers have a scaler, those of stage 0 its numbers
             self.scaler = getattr(self.optimizer, "loss_scaler", None) or self.optimizer.loss_scale_config
             self.scaler.raise_error_at_min_scale = False  # train.max_skipped ends such a run, with a checkpoint
         self.scales_itself = self.dtype == torch.float16 and not isinstance(self.optimizer, ZeROOptimizer)
         self.own_clip = config.optimizer.clip if clips_itself(config) else None
+
+    def set_batch(self, micro_batch: int, micro_steps: int) -> None:
+        """The batch of this rank's steps to come, in ``micro_steps`` of ``micro_batch``: the losses' mean over them."""
+        self.engine.set_train_micro_batch_size(micro_batch)
+        self.engine.set_train_batch_size(micro_batch * micro_steps * self.engine.dp_world_size)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; DeepSpeed averages over micro-steps and ranks.
@@ -174,12 +189,16 @@ class AdapterRole(_Trained):
         self.lora_scale = cast(float, worn[adapter])  # its own is on
         self.parameters = list(adapter.parameters())
         self.optimizer = build_optimizer(self.parameters, settings, config.optimizer.kind)
-        self.accumulation, self.clip = config.train.gradient_accumulation, config.optimizer.clip
+        self.micro_steps, self.clip = config.train.gradient_accumulation, config.optimizer.clip
         self.scaler = loss_scaler(config)
+
+    def set_batch(self, micro_batch: int, micro_steps: int) -> None:
+        """The same, whatever ``micro_batch`` is."""
+        self.micro_steps = micro_steps
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of one loss; on the last one they are averaged over the ranks."""
-        (loss * self.scaler.cur_scale / self.accumulation).backward()
+        (loss * self.scaler.cur_scale / self.micro_steps).backward()
         for parameter in self.module.parameters():
             # ZeRO-3 lets a module's weights go once its input's gradient is there: before the first adapter, never.
             getattr(parameter, "ds_active_sub_modules", set()).clear()

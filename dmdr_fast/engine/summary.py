@@ -59,7 +59,7 @@ def write_summary(
         "ranks": ranks.world_size,
         "samples_per_rank": train.micro_batch_size,
         "gradient_accumulation": train.gradient_accumulation,
-        "batch": ranks.world_size * train.micro_batch_size * train.gradient_accumulation,
+        "batch": ranks.world_size * train.batch,
         "phase": {f"at step {step}": ", ".join(changes) for step, changes in config.switches.items()},
         "parameters_trained": dict(trained),
         "generator_network": config.student.own_network,

@@ -272,7 +272,7 @@ class Run:
             self.log.evaluation(self.step - 1, shown.row, shown.sheet)
 
     def _begin_update(self) -> None:
-        """What changes with the step: the phases, the cold start's end, the reference, the learning rates."""
+        """What changes with the step: the phases, the cold start, the reference, rates, batch, weights of rewards."""
         self._snapshot_cold_start()
         if any(phase.start == self.step for phase in self.config.phases):
             self.now = self.config.at(self.step)
@@ -285,6 +285,10 @@ class Run:
         before = self.config.fake_updates_before(self.step)
         self.roles.generator.set_lr(learning_rates(optimizer.generator, *lengths))
         self.roles.fake.set_lr(learning_rates(optimizer.fake, *lengths, train.fake_updates, before))
+        for role in _trained(self.roles).values():
+            role.set_batch(train.micro_batch_size, train.gradient_accumulation)
+        if self.rewards is not None:
+            self.rewards.weights = [term.weight for term in self.now.reward.terms]
 
     def _shards(self) -> list[Shard]:
         """This rank's micro-batches of the global batch."""

@@ -177,7 +177,7 @@ def _plan(work: Any, config: Any, options: argparse.Namespace) -> int:
     plan = make_plan(work, _hardware(options))
     print("\n".join(lines(plan)))
     if config is not None and config.phases:
-        print("phases: an update with the largest micro-batch, the largest R and the guidance that any of them has")
+        print("phases: an update with the largest micro-batch, batch and R and the guidance that any of them has")
     if config is not None:
         print("\n".join(disk.lines(disk.disk(config, work))))
     if plan.fits:

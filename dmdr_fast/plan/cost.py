@@ -89,10 +89,11 @@ def schedule(work: Workload, gpus: int = 1) -> Schedule:
         stop_ranks=gpus if work.stop_step_per_rank else 1,
         same_step=work.same_step,
         keep_gathered=work.keep_gathered,
+        epochs=work.epochs,
         policy_steps=work.policy_steps,
+        plain_steps=work.plain_steps,
         reference_steps=work.reference_steps,
         kl_on_x0=work.kl_on_x0,
-        epochs=work.epochs,
         one_network=work.sharing == "shared_all",
     )
 
@@ -107,11 +108,12 @@ def units(work: Workload, gpus: int = 1) -> dict[str, float]:
         "rollout": plan.rollouts * plan.rollout_steps,
         "fake update": work.fake_updates * (1 + again + fake_backward),
         "score pass": work.epochs * (2.0 + work.cfg + work.decoupled),
-        "generator update": plan.leaf_steps + work.epochs * (1 + again + generator_backward) + work.kl_on_x0,
+        "generator update": work.epochs * (1 + again + generator_backward + work.kl_on_x0) + plan.redrawn,
     }
     if work.policy_steps:
-        policy = work.policy_steps * (1 + again + generator_backward) + work.reference_steps
-        once |= {"policy rollout": float(work.student_steps), "policy update": work.policy_share * policy}
+        once["policy rollout"] = float(work.student_steps)
+        policy = work.policy_steps * (1 + again + generator_backward) + work.reference_steps + work.plain_steps
+        once["policy update"] = work.policy_share * policy
     return {phase: n * work.accumulation for phase, n in once.items()}
 
 
@@ -123,7 +125,7 @@ def costs(work: Workload, hardware: Hardware) -> dict[str, PhaseCost]:
     }
     found = {phase: _with_traffic(work, hardware, phase, cost) for phase, cost in found.items()}
     if work.reward is not None and work.reward.scores:
-        samples = work.batch * work.accumulation
+        samples = work.batch * work.accumulation * work.reward.times
         products, convolutions = reward_cost(work).flops
         found["reward"] = PhaseCost(products=products * samples, convolutions=convolutions * samples)
     found["optimizer step"] = _step(work, hardware)

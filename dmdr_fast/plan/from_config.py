@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,8 @@ SD_VAE = find_shape("sit-xl-2").vae
 
 
 def workload(config: Config, shape: Shape | None = None) -> Workload:
-    """One update of the run: of ``phases`` the largest micro-batch and R, the least reuse, and guidance if any guides.
+    """One update of the run: of ``phases`` the largest micro-batch, in as many micro-steps as their largest batch has,
+    the largest R, the least reuse, and guidance if any guides.
 
     ``shape`` takes the place of the configuration's teacher.
 
@@ -27,13 +29,14 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
     """
     shape = _as_long(shape or _shape(config), config)
     own = _student(config, shape)
-    train, student, phases, method = config.train, config.student, config.each_phase, config.rl.chosen
+    student, phases, method = config.student, config.each_phase, config.rl.chosen
+    micro_batch = max(phase.train.micro_batch_size for phase in phases)
     return Workload(
         shape=shape,
         student=own,
         resolution=_largest(config.model.sizes),
-        batch=max(phase.train.micro_batch_size for phase in phases),
-        accumulation=train.gradient_accumulation,
+        batch=micro_batch,
+        accumulation=math.ceil(max(phase.train.batch for phase in phases) / micro_batch),
         sharing=config.sharing,
         activation=config.memory.activation,
         blocks="compiled" if config.compute.blocks == "auto" else config.compute.blocks,  # auto on CUDA
@@ -53,7 +56,8 @@ def workload(config: Config, shape: Shape | None = None) -> Workload:
         ema=student.ema is not None,
         keep_gathered=config.rollout.keep_gathered,
         reward=_reward(config),
-        epochs=method.generator_steps if config.has_rl else 1,
+        epochs=config.epochs,
+        plain_steps=method.plain_forwards(),
         policy_steps=method.graded_forwards(student.steps) if config.has_rl else 0,
         policy_share=method.graded_share,
         reference=config.reference_kind,
@@ -118,6 +122,7 @@ def _reward(config: Config) -> RewardPass:
     return RewardPass(
         scores=any(method.uses_reward for method in methods) and bool(reward.terms),
         graded=any(method.needs_gradient for method in methods),
+        times=max(method.reward_passes() for method in methods),
         chunk=refl.chunk,
         models=tuple(
             RewardNet(term.kind, term.path, json.dumps(term.options, default=str), config.num_classes)

@@ -59,7 +59,7 @@ class RewardPass:
 
     tiling, recompute and dtype are the keys of ``decoder``, checkpoint that of ``rl.refl``. Reward models are fp32
     unless their options say otherwise. ``scores``: an update runs them; a run without RL only holds their weights.
-    ``stated``: bytes of rewards that cannot be counted.
+    ``times``: as often for each sample. ``stated``: bytes of rewards that cannot be counted.
     """
 
     graded: bool = True
@@ -70,6 +70,7 @@ class RewardPass:
     checkpoint: bool = False
     dtype: Literal["fp32", "bf16"] = "bf16"
     scores: bool = True
+    times: int = 1
     stated: float = 0.0
 
 
@@ -104,8 +105,9 @@ class Workload:
     ema: bool = True
     keep_gathered: bool = False
     reward: RewardPass | None = field(default_factory=RewardPass)
-    epochs: int = 1  # generator steps in an update, each with a DMD gradient
+    epochs: int = 1  # steps of the generator with a DMD gradient each
     policy_steps: int = 0  # graded generator forwards that the method's own losses add to an update
+    plain_steps: int = 0  # and without grad
     policy_share: float = 1.0  # the samples of one of them over the micro-batch
     reference: Literal[None, "lora_off", "frozen"] = None  # what a KL or DPO holds the generator to
     reference_steps: int = 0  # its forwards in the method's own losses

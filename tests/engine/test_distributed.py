@@ -109,7 +109,7 @@ def test_ranks_do_not_stop_apart_under_zero_3(run, tmp_path):
     assert code == 2 and "rollout.stop_step_per: rank; under deepspeed.stage 3" in err
 
 
-@pytest.mark.parametrize(("stage", "ranks"), sampled([("2", 2), ("3", 0)]))
+@pytest.mark.parametrize(("stage", "ranks"), sampled([("2", 2), ("3", 0), ("0", 0)]))
 def test_bf16_follows_fp32(run, tmp_path, stage, ranks):
     """bf16 compute over fp32 master weights: losses agree to bf16's precision, and the EMA moves as far as in fp32.
 

@@ -1,6 +1,7 @@
 """``dmdr-evaluate``: images, scores and tables of runs and pipelines, on one rank or two, at once or bit by bit."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -166,11 +167,16 @@ def test_other_images_need_another_folder_and_other_scores_do_not(folder, whole,
     }
     assert set(json.loads(second["scores.jsonl"].splitlines()[0])["scores"]) == {"darkness"}
     capsys.readouterr()
-    cold = folder / "run/cold_start.safetensors"
-    cold.write_bytes((folder / "run" / FINAL).read_bytes())
+    copy, cold = folder / "run/copy.safetensors", folder / "run/cold_start.safetensors"
+    copy.write_bytes((folder / "run" / FINAL).read_bytes())  # the same weights elsewhere are the same
+    assert evaluated(folder / "run", out, "--student-only", "--weights", copy) == second
+    found = (folder / "run" / FINAL).stat()
+    *same, last = copy.read_bytes()
+    cold.write_bytes(bytes([*same, last ^ 1]))
+    os.utime(cold, ns=(found.st_atime_ns, found.st_mtime_ns))  # others, of the same size and age
     for change, said in (
         (["--prompts", "sea"], "prompts '3, sha256"),
-        (["--weights", str(cold)], "generator 'generator.safetensors, "),
+        (["--weights", str(cold)], "generator 'sha256 "),
     ):
         command = [*words(folder), "--out", str(out), *change]
         assert run_user_command(evaluate.main, command) == 2

@@ -10,7 +10,7 @@ from torch import nn
 
 from dmdr_fast.disk import Writes
 from dmdr_fast.engine import runtime
-from dmdr_fast.engine.engines import keep_masters
+from dmdr_fast.engine.engines import forget_first_step, keep_masters
 from dmdr_fast.engine.shards import EMA
 from dmdr_fast.engine.state import StoredRole, load_role, save_role
 
@@ -61,3 +61,20 @@ def test_the_average_follows_the_masters_and_resumes_exactly(tmp_path, kind):
         again.update()
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ema.full(alone), again.full(alone), strict=True))
     assert all(torch.equal(p, two.trained[n]) for n, p in one.trained.items())
+
+
+@pytest.mark.parametrize("kind", [FP16_Optimizer, FP16_UnfusedOptimizer])
+def test_the_first_step_is_adam_s_first(kind):
+    """w <- (1 - lr decay) w - lr g / |g|: DeepSpeed has made a step on zeros before it."""
+    module = nn.Linear(8, 4).bfloat16()
+    scale = {"static_loss_scale": 1.0} if kind is FP16_Optimizer else {}
+    optimizer = kind(torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.5, betas=(0.0, 0.999)), **scale)
+    first = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+    forget_first_step(optimizer)
+    keep_masters(optimizer)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.fp32_master, first[name])
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.fp32_master, 0.95 * first[name] - 0.1, rtol=0, atol=1e-6)

@@ -63,6 +63,14 @@ def test_the_total_is_the_weighted_sum_and_differentiable():
     assert not RewardSet([(Given("a", torch.mean, differentiable=False), 1.0, "none")]).differentiable
 
 
+def test_other_weights_are_those_of_the_update_and_not_of_an_evaluation():
+    rewards, x = reward_set(("mean", 2.0, "none"), ("square", 1.0, "none")), images(0)
+    before = rewards.mean_scores(x, {})
+    rewards.weights = [0.0, 3.0]
+    torch.testing.assert_close(rewards.score(x, {}, batch="")[0], 3 * (x**2).mean((1, 2, 3)))
+    assert rewards.mean_scores(x, {}) == before == {"reward": pytest.approx((2 * x + x**2).mean().item())}
+
+
 def spread(batches):
     """The running standard deviation after these batches of scores, by its definition, in fp64."""
     weights = torch.tensor([DECAY ** (len(batches) - 1 - k) for k in range(len(batches))], dtype=torch.float64)

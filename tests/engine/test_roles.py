@@ -6,11 +6,14 @@ from safetensors.torch import save_file
 
 from dmdr_fast import cli
 from dmdr_fast.algorithm.score_pass import scores_at
-from dmdr_fast.engine import runtime
+from dmdr_fast.engine import networks, runtime
 from dmdr_fast.engine.conditions import Labels
 from dmdr_fast.engine.networks import build_roles
+from dmdr_fast.engine.shards import master_shard
 from dmdr_fast.engine.sit_model import SiTModel, build_network
+from dmdr_fast.engine.state import slots
 from dmdr_fast.errors import UserError
+from dmdr_fast.models.lora import add_lora
 from tests.tiers import sampled
 
 SMALL = [
@@ -89,6 +92,63 @@ def test_only_the_adapter_of_the_fake_score_is_trained(ranks, tmp_path):
     torch.testing.assert_close(scores.fake, moved)
     torch.testing.assert_close(scores.real, teacher)
     assert not torch.equal(moved, teacher)
+
+
+BATCHES = [(sharing, stage) for sharing in ("shared_all", "shared_score") for stage in ("2", "0", "3")]
+
+
+@pytest.mark.parametrize(("sharing", "stage"), sampled([BATCHES[0], *BATCHES[3:], *BATCHES[1:3]], 2))
+def test_a_batch_in_other_micro_steps_has_the_same_gradient(ranks, tmp_path, sharing, stage):
+    """Set between steps, as a phase does. The truth for the generator's own weights is torch's gradient."""
+    student = ["--student.lora.rank", "2"] if sharing == "shared_all" else []
+    teacher, roles = roles_of(ranks, tmp_path, "--sharing", sharing, "--deepspeed.stage", stage, *student)
+    x, t, y = inputs()
+    teacher(x, t, y).square().mean().backward()
+    truth = torch.nn.utils.get_total_norm([p.grad for p in teacher.parameters() if p.grad is not None]).item()
+    for role in (roles.generator, roles.fake):
+        norms = []
+        for micro_batch in (4, 2, 1, 4):
+            role.set_lr([0.0])
+            role.set_batch(micro_batch, 4 // micro_batch)
+            for start in range(0, 4, micro_batch):
+                rows = slice(start, start + micro_batch)
+                role.backward(role(x[rows], t[rows], y[rows]).square().mean(), last=start + micro_batch == 4)
+            assert role.step()
+            norms.append(role.gradient_norm)
+        assert norms == pytest.approx([norms[0]] * 4, rel=1e-5) and norms[0] > 0
+        if role is roles.generator and sharing == "shared_score":
+            assert norms[0] == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), sampled([("0", "bf16"), ("2", "bf16"), ("3", "bf16"), ("0", "fp32")], 2))
+def test_the_first_step_is_adam_s_first(ranks, tmp_path, stage, dtype):
+    """w <- (1 - lr decay) w - lr g / |g|, whatever the moments' decays, from masters that are the weights."""
+    engine = ["--deepspeed.stage", stage, "--deepspeed.dtype", dtype]
+    _, roles = roles_of(ranks, tmp_path, *engine, "--optimizer.generator.weight_decay", "2")
+    role, lr = roles.generator, 1e-2
+    (x, t, y), name = inputs(), "final_layer.linear.weight"
+    if stage == "0":
+        masters = [slot.master.detach().reshape(-1) for slot in slots(role)]
+        weights = [p.detach().float().reshape(-1) for p in role.trained.values()]
+        assert torch.equal(torch.cat(masters), torch.cat(weights))
+    before = {n: master_shard(p).detach().float().clone() for n, p in role.trained.items()}
+    role.set_lr([lr])
+    role.backward((role(x, t, y) - x).square().mean(), last=True)
+    assert role.step()
+    moved = (master_shard(role.trained[name]) - (1 - 2 * lr) * before[name]).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, lr), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("stage", sampled(["0", "2", "3"]))
+def test_a_weight_that_trains_beside_the_adapter_is_refused(ranks, tmp_path, monkeypatch, stage):
+    def unfrozen(network, *given, **options):
+        adapter = add_lora(network, *given, **options)
+        network.final_layer.linear.bias.requires_grad_(True)
+        return adapter
+
+    monkeypatch.setattr(networks, "add_lora", unfrozen)
+    with pytest.raises(UserError, match=r"^final_layer\.linear\.bias is trainable beside the LoRA"):
+        roles_of(ranks, tmp_path, "--deepspeed.stage", stage)
 
 
 def test_a_reference_that_is_gone_is_named(ranks, tmp_path):

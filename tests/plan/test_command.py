@@ -54,6 +54,16 @@ def test_the_configuration_reaches_the_workload():
     assert work.reward.models == (dino,) and work.reward.graded and work.reward.scores
 
 
+def test_inner_epochs_are_planned():
+    grpo = ["--config", str(CONFIGS / "digits.yaml"), "--student.steps", "2", "--rl.grpo.inner_epochs", "3"]
+    work = workload(parse([*grpo, "--rl.method", "grpo"])[0])
+    assert (work.epochs, work.policy_steps, work.plain_steps, work.reward.times) == (3, 3, 0, 1)
+    work = workload(parse([*grpo, "--rl.method", "hybrid"])[0])
+    assert (work.epochs, work.policy_steps, work.plain_steps, work.reward.times) == (3, 6, 2, 3)
+    work = workload(parse([*grpo, "--rl.method", "grpo", "--rl.regularizer", "kl", "--rl.kl_weight", "0.1"])[0])
+    assert (work.epochs, work.policy_steps, work.reference_steps) == (1, 3, 3)
+
+
 def test_the_largest_phase_is_planned(capsys):
     phases = "[{from: 9, train.micro_batch_size: 32, teacher.cfg_scale: 2}, {from: 20, train.fake_updates: 7}]"
     digits = ["--config", str(CONFIGS / "digits.yaml"), "--train.rollout_reuse", "2"]
@@ -61,8 +71,11 @@ def test_the_largest_phase_is_planned(capsys):
     assert (work.batch, work.fake_updates, work.cfg, work.rollout_reuse) == (64, 7, True, 2)
     work = workload(parse([*digits, "--phases", "[{from: 9, train.micro_batch_size: 80, train.rollout_reuse: 1}]"])[0])
     assert (work.batch, work.fake_updates, work.cfg, work.rollout_reuse) == (80, 3, False, 1)
+    batches = "[{from: 9, train.micro_batch_size: 32, train.gradient_accumulation: 6}]"  # 64 x 1, then 32 x 6
+    work = workload(parse([*digits, "--phases", batches])[0])
+    assert (work.batch, work.accumulation) == (64, 3)
     assert main([*digits, "--phases", phases]) == 0
-    assert "phases: an update with the largest micro-batch, the largest R and the guidance" in capsys.readouterr().out
+    assert "phases: an update with the largest micro-batch, batch and R and the guidance" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line():

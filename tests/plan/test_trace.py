@@ -3,10 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from dmdr_fast.algorithm.dmd import DMDOptions
+from dmdr_fast.algorithm.rl.grpo import GRPO
+from dmdr_fast.algorithm.rl.hybrid import Hybrid
+from dmdr_fast.algorithm.step import dmdr_update
+from dmdr_fast.algorithm.streams import Shard, Streams
 from dmdr_fast.plan.cost import forward_flops, units
 from dmdr_fast.plan.trace import traced_peaks, update_peaks
 from dmdr_fast.plan.workload import Adapter, Zero
+from tests.algorithm.networks import networks, recipe, reward_model, update
 
 from .measured import workload
 
@@ -34,6 +41,41 @@ def test_offloaded_inputs_are_not_counted():
     assert deep["generator update"] == pytest.approx(shallow["generator update"], rel=1e-3)
     full = phases(update_peaks(replace(work, activation="full", shape=work.shape.with_depths((2, 30)))))
     assert full["generator update"] > 1.2 * deep["generator update"]
+
+
+METHODS = [
+    (Hybrid(grpo=GRPO(group_size=2, inner_epochs=3)), "backward_simulation"),
+    (GRPO(group_size=2, inner_epochs=3), "same_step"),
+    (GRPO(group_size=2), "backward_simulation"),
+]
+
+
+@pytest.mark.parametrize(("method", "variant"), METHODS)
+def test_f_units_are_the_forwards_of_an_update_in_epochs(method, variant, monkeypatch):
+    """Counted on an update itself; a backward pass of all weights is two. Rollouts stop at 0, then at 1 of 2 steps."""
+    monkeypatch.setattr(Streams, "stop_step", lambda self, steps, step, r: r)
+    nets, *modules = networks(torch.float32)
+    counted, scored = [], []
+
+    def count(module, given, out):
+        counted.append(len(out) * (3 if out.requires_grad else 1))
+
+    for module in modules:
+        module.register_forward_hook(count)
+    model = reward_model(lambda x0: x0, lambda images, labels: scored.append(len(images)) or images.flatten(1).sum(1))
+    plan = recipe(2, dmd=DMDOptions(cfg_scale=4.0), method=method, reward_weight=0.1, rollout_variant=variant)
+    dmdr_update(update(nets, plan, Streams(0), [Shard(0, 4, 4)], reward=model))
+    work = workload("flux", sharing="separate", fake_lora=None, activation="none", cfg=True, student_steps=2)
+    work = replace(
+        work,
+        fake_updates=2,
+        same_step=variant == "same_step",
+        epochs=method.generator_steps,
+        policy_steps=method.graded_forwards(2),
+        plain_steps=method.plain_forwards(),
+    )
+    assert sum(units(work).values()) == sum(counted) / 4
+    assert method.reward_passes() == sum(scored) / 4
 
 
 def test_f_units_and_flops():

@@ -9,6 +9,7 @@ from dmdr_fast.algorithm.passes import Schedule
 from dmdr_fast.algorithm.recipe import Networks
 from dmdr_fast.algorithm.rl.dpo import DPO
 from dmdr_fast.algorithm.rl.grpo import GRPO
+from dmdr_fast.algorithm.rl.hybrid import Hybrid
 from dmdr_fast.algorithm.rl.nft import NFT
 from dmdr_fast.algorithm.score_pass import separate_scores
 from dmdr_fast.algorithm.step import dmdr_update
@@ -20,6 +21,7 @@ from dmdr_fast.plan.workload import Workload
 from tests.algorithm.networks import Denoiser, PlainRole, recipe, reward_model, update
 
 BATCH, PARTS, STEPS = 8, 2, 3
+TWICE = GRPO(group_size=4, inner_epochs=2, trained_steps=1)
 
 
 class Counting(PlainRole):
@@ -39,8 +41,8 @@ class Counting(PlainRole):
 @pytest.mark.parametrize("variant", ["backward_simulation", "same_step"])
 @pytest.mark.parametrize(
     "method",
-    [GRPO(group_size=4, inner_epochs=2, trained_steps=1), NFT(group_size=4), DPO(group_size=4)],
-    ids=["grpo in two epochs", "nft", "dpo"],
+    [TWICE, NFT(group_size=4), DPO(group_size=4), Hybrid(grpo=TWICE)],
+    ids=["grpo in two epochs", "nft", "dpo", "hybrid in two epochs"],
 )
 def test_an_update_runs_what_is_planned(method, variant, monkeypatch):
     """With a score pass and a graded forward of DMD's for every epoch, and of DPO two samples in K."""
@@ -54,7 +56,8 @@ def test_an_update_runs_what_is_planned(method, variant, monkeypatch):
     dmdr_update(update(nets, numbers, Streams(3), shards, reward=reward))
 
     count = {"policy_steps": method.graded_forwards(STEPS), "reference_steps": method.reference_forwards(STEPS)}
-    count |= {"reference_steps": 0} if isinstance(method, GRPO) else {}  # a KL's, which there is none of
+    count |= {"reference_steps": 0} if not method.needs_reference else {}  # a KL's, which there is none of
+    count["plain_steps"] = method.plain_forwards()
     same_step, epochs = variant == "same_step", method.generator_steps
     shared = {"fake_updates": 2, "accumulation": PARTS, "same_step": same_step, "epochs": epochs, **count}
     passes = Schedule(STEPS, **shared).passes()

@@ -40,6 +40,14 @@ class Hybrid(Method):
         """GRPO's: no KL holds the last step."""
         return self.grpo.reference_forwards(student_steps)
 
+    def plain_forwards(self) -> int:
+        """x0 of each epoch but the first."""
+        return self.generator_steps - 1
+
+    def reward_passes(self) -> int:
+        """At the x0 of each epoch."""
+        return self.generator_steps
+
     def problems(self, setting: Setting) -> Iterator[str]:
         if self.grpo.mode != "policy":
             yield f"rl.grpo.mode: {self.grpo.mode} has no policy loss, which rl.method hybrid takes; set it to policy"

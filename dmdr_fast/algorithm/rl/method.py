@@ -83,6 +83,14 @@ class Method:
         """Forwards of the reference per micro-batch and update that its losses add, where there is a reference."""
         return 0
 
+    def plain_forwards(self) -> int:
+        """Forwards of the generator without grad per micro-batch and update that its losses add."""
+        return 0
+
+    def reward_passes(self) -> int:
+        """How often an update scores a micro-batch."""
+        return 1
+
     def problems(self, setting: Setting) -> Iterator[str]:
         """A line for each option that does not fit, naming its key and the remedy."""
         if self.compared is not None and self.compared < 2:
