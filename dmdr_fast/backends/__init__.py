@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast import reference
-from dmdr_fast.backends.plans import Plan, Recorder
+from dmdr_fast.backends.plans import Outputs, Plan, Recorder, on_device
 from dmdr_fast.reference import RESULTS, first_tensor
 
 _LOG = logging.getLogger("dmdr_fast")
@@ -43,8 +43,6 @@ _BACKEND = os.environ.encodekey("DMDR_FAST_BACKEND")
 
 _loaded: dict[str, Backend | str] = {}
 _logged: set[tuple[str, str]] = set()
-
-Outputs = Tensor | tuple[Tensor, ...]
 
 
 class FallbackError(RuntimeError):
@@ -130,6 +128,9 @@ class Backend:
         """The results, and how to run such a call again; None where every call has to go this way."""
         if not self._takes_empty and any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
             return reference.run(name, args), None
+        return on_device(first_tensor(args).device, self._run, name, args)
+
+    def _run(self, name: str, args: tuple) -> tuple[Outputs, Plan | None]:
         run, results = self._recorder(args), RESULTS[name](args)
         made = tuple(run.result(result) for result in results)
         written = [not (result.shape is None or result.zero) for result in results]

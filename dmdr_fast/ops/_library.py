@@ -57,9 +57,9 @@ _named: Callable[[str, Sequence[str]], type[Any]] = namedtuple
 RAW: dict[str, Raw] = {}
 
 
-# A call as :class:`Raw` sees it: the key of its plan; the pointers of its tensors, then its live ints; whether
-# gradients are on and an argument requires one. A plain tuple: a named one costs 0.3 us.
-Signature = tuple[tuple, list[int], bool]
+# A call as :class:`Raw` sees it: its signature; the pointers of its tensors, then its live ints; whether gradients are
+# on and an argument requires one; the signature's plan, None for a new one. A plain tuple: a named one costs 0.3 us.
+Call = tuple[tuple, list[int], bool, Plan | None]
 
 
 class Raw:
@@ -70,7 +70,7 @@ class Raw:
         arguments: makes a named tuple of them.
         hints: their types by name.
         results: the names of the results.
-        plans: by the key of a signature.
+        plans: by signature.
         live: number of the argument that is :class:`Live`; None without one.
         operator: ``torch.ops.dmdr_fast.<name>.default``.
     """
@@ -104,13 +104,12 @@ class Raw:
         if _transformed():
             self._check(op, args)
             return self.formula(*args)
-        signature = self.signature(args)
-        plan = None if signature is None else self.plans.get(signature[0])
-        if plan is None:
+        call = self.look(args)
+        if call is None or call[3] is None:
             self._check(op, args)
         if self._check_values is not None and _checks._readable(args[0]):
             self._check_values(op, self.arguments(*args))
-        return self._graded(args, signature, plan)
+        return self.eager(args, call)
 
     def __call__(self, *args: Any) -> Any:
         """As the rule of a derivative calls it: the arguments are known to be right."""
@@ -118,7 +117,7 @@ class Raw:
             return self.operator(*args)
         if _transformed():
             return self.formula(*args)
-        return self.eager(args, self.signature(args))
+        return self.eager(args, self.look(args))
 
     def _check(self, op: str, args: tuple) -> None:
         a = self.arguments(*args)
@@ -140,39 +139,36 @@ class Raw:
         made = [like.new_empty((0,) if one.shape is None else one.shape, dtype=one.dtype) for one in results]
         return tuple(made) if len(made) > 1 else made[0]
 
-    def run(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
+    def run(self, args: tuple, call: Call | None) -> Any:
         """The results, without a derivative."""
-        if plan is not None and signature is not None:
-            return plan(signature[1])
+        if call is not None and (plan := call[3]) is not None:
+            return plan(call[1])
         # Each tensor becomes one of its own, whatever the caller passed twice: the recorder tells them apart so.
         own = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         if self.live is not None:
             own[self.live] = Live(own[self.live])
         outputs, plan = backends.run(self.name, self.arguments(*own))
-        if plan is not None and signature is not None:
+        if plan is not None and call is not None:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
-            self.plans[signature[0]] = plan
+            self.plans[call[0]] = plan
         return outputs
 
-    def eager(self, args: tuple, signature: Signature | None) -> Any:
-        return self._graded(args, signature, None if signature is None else self.plans.get(signature[0]))
-
-    def _graded(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
-        if signature is None:
+    def eager(self, args: tuple, call: Call | None) -> Any:
+        if call is None:
             return self.operator(*args)
-        if signature[2]:
-            return self.formula(*args) if self._function is None else self._function.apply(signature, plan, *args)
-        return self.run(args, signature, plan)
+        if call[2]:
+            return self.formula(*args) if self._function is None else self._function.apply(call, *args)
+        return self.run(args, call)
 
-    def signature(self, args: tuple) -> Signature | None:
+    def look(self, args: tuple) -> Call | None:
         """None where the dispatcher has to see the call: a dispatch mode is on, or a tensor is of a subclass or has no
         memory of its own (a batch of gradients, ``is_grads_batched=True``)."""
         if torch._C._len_torch_dispatch_stack():
             return None
         values, live = [], self.live
-        grads = torch.is_grad_enabled()
-        key, graded = [grads, backends.wanted()], False
+        grads, graded = torch.is_grad_enabled(), False
+        key = [grads, backends.wanted()]
         if live is not None:
             position = args[live]
             key += (position % _LARGEST_BLOCK, position == 1, position >= 2**31)
@@ -181,23 +177,25 @@ class Raw:
             kind = type(arg)
             if kind in _TENSORS:
                 try:
-                    pointer, wants = arg.data_ptr(), grads and arg.requires_grad
+                    pointer = arg.data_ptr()
                 except RuntimeError:
                     return None
-                key += (arg.shape, arg.stride(), arg.dtype, arg.device, wants, pointer & 15)
                 values.append(pointer)
-                graded = graded or wants
-            elif kind in _OPTIONS:
-                key.append(arg)
+                # The strides of a contiguous tensor follow from its shape, where they matter.
+                key += (arg.shape, arg.is_contiguous() or arg.stride(), arg.dtype, arg.device, pointer & 15)
+                if grads and arg.requires_grad:
+                    key.append(True)
+                    graded = True
             elif kind is list:
                 key += arg
-            elif isinstance(arg, Tensor):
+            elif kind not in _OPTIONS and isinstance(arg, Tensor):
                 return None
             else:
                 key.append(arg)
         if live is not None:
             values.append(position)
-        return tuple(key), values, graded
+        signature = tuple(key)
+        return signature, values, graded, self.plans.get(signature)
 
 
 class Rule(NamedTuple):
@@ -343,7 +341,7 @@ def define(
         raw._function = _function(raw, backward(raw), constants)
     if flops is not None:
         _flop_formulas[name] = flops
-    _LIBRARY.impl(name, _implementation(raw), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda *args: raw.run(args, raw.look(args)), "CompositeExplicitAutograd")
     _LIBRARY.impl(name, _autograd(raw), "Autograd")
     return raw
 
@@ -377,12 +375,12 @@ def _transformed() -> bool:
 def _function(raw: Raw, rule: Rule, constants: tuple[int, ...]) -> type[torch.autograd.Function]:
     save, backward, missing = *rule, (None,) * len(raw.arguments._fields)
 
-    def forward(ctx, signature, plan, *args):
-        if signature is None:  # the dispatcher below has to see it: fake tensors, counters, subclasses
+    def forward(ctx, call, *args):
+        if call is None:  # the dispatcher below has to see it: fake tensors, counters, subclasses
             with _BELOW_AUTOGRAD():
                 outputs = raw.operator(*args)
         else:
-            outputs = raw.run(args, signature, plan)
+            outputs = raw.run(args, call)
         if constants:
             ctx.mark_non_differentiable(*[outputs[index] for index in constants])
         ctx.set_materialize_grads(False)  # a zero tensor for each result without a gradient costs a launch
@@ -392,20 +390,12 @@ def _function(raw: Raw, rule: Rule, constants: tuple[int, ...]) -> type[torch.au
     def backward_of(ctx, *grads):
         gradients: list[Tensor | None] = list(missing)
         if any(grad is not None for grad in grads):
-            for index, gradient in backward(ctx, ctx.needs_input_grad[2:], *grads).items():
+            for index, gradient in backward(ctx, ctx.needs_input_grad[1:], *grads).items():
                 gradients[index] = gradient
-        return None, None, *gradients
+        return None, *gradients
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
     return type(raw.name, (torch.autograd.Function,), members)
-
-
-def _implementation(raw: Raw) -> Callable:
-    def implementation(*args):
-        signature = raw.signature(args)
-        return raw.run(args, signature, None if signature is None else raw.plans.get(signature[0]))
-
-    return implementation
 
 
 # Plain tensors go past the rest of the dispatcher, which costs 4 us. For others the operator is called again below the
@@ -416,10 +406,10 @@ def _autograd(raw: Raw) -> Callable:
             _register_flops()
         if _transformed():
             return raw.formula(*args)
-        if (signature := raw.signature(args)) is not None:
-            return raw.eager(args, signature)
+        if (call := raw.look(args)) is not None:
+            return raw.eager(args, call)
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return raw.formula(*args) if raw._function is None else raw._function.apply(None, None, *args)
+            return raw.formula(*args) if raw._function is None else raw._function.apply(None, *args)
         with _BELOW_AUTOGRAD():
             return raw.operator(*args)
 

@@ -105,7 +105,7 @@ def _check_values(op: str, a) -> None:
 
 
 def _save(ctx, a, x_t) -> None:
-    _, need_alpha, need_sigma, *_ = ctx.needs_input_grad[2:]
+    _, need_alpha, need_sigma, *_ = ctx.needs_input_grad[1:]
     # The latents are kept only where a schedule is learned: alpha needs x0, sigma the noise.
     ctx.save_for_backward(a.alpha, a.sigma, a.x0 if need_alpha else None, a.noise if need_sigma else None, a.seed)
     ctx.options = a.offset, a.x0.dtype, None if a.noise is None else a.noise.dtype

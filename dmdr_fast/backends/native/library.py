@@ -145,21 +145,23 @@ class Calls(Recorder):
         super().__init__(arguments)
         self.library = library
 
-    def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor that a kernel is about to fill.
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Makes an uninitialised contiguous tensor that a kernel is about to fill.
 
         On a CPU large ones ask for huge pages first: the allocator hands them back to the system when they are freed,
         and taking 4 KiB pages anew costs more than the kernel (renoise_bwd of 100 MB: 64 ms, 17 ms with huge pages;
         one thread, Zen 4).
         """
-        if self.library.device_type == "cpu" and torch.Size(shape).numel() * dtype.itemsize >= _HUGE:
-            return self.allocate(self._huge, tuple(shape), dtype=dtype)
-        return super().new(shape, dtype)
+        empty, library = super().empty(shape, dtype), self.library
+        if library.device_type != "cpu" or torch.Size(shape).numel() * dtype.itemsize < _HUGE:
+            return empty
 
-    def _huge(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        output = torch.empty(shape, dtype=dtype, device=device)
-        self.library.functions.dmdr_cpu_expect_writes(output.data_ptr(), output.nbytes)
-        return output
+        def huge() -> Tensor:
+            output = empty()
+            library.functions.dmdr_cpu_expect_writes(output.data_ptr(), output.nbytes)
+            return output
+
+        return huge
 
     def workspace(self, name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """What ``dmdr_<name>_workspace`` asks for."""
@@ -224,8 +226,8 @@ class Calls(Recorder):
                 struct.pack_into("=q", arguments, position, values[place] + offset)
             entry(arguments)
 
-        self.on_device(entry, template)
-        self.note(functools.partial(self.on_device, again) if self.device.type == "cuda" else again)
+        entry(template)
+        self.note(again)
 
 
 def library_path(stem: str) -> Path:

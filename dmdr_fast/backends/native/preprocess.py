@@ -60,11 +60,11 @@ def preprocess_reward_bwd(run: Calls, a, out) -> None:
 
 def _call(run: Calls, name: str, a, out, sizes: tuple[int, ...], /, **given: Any) -> None:
     """``sizes``: batch, channels, those of the image and those of the result."""
-    antialias = a.antialias
+    library, antialias, device = run.library, a.antialias, run.device
 
-    def workspace(device: torch.device) -> Tensor:
+    def workspace() -> Tensor:
         # Per thread, and the number of threads may change from call to call; the CUDA kernels want none.
-        size = run.library.workspace_size("preprocess_reward", *sizes[2:], antialias, torch.get_num_threads())
+        size = library.workspace_size("preprocess_reward", *sizes[2:], antialias, torch.get_num_threads())
         return torch.empty(size, dtype=torch.int64, device=device)
 
     names = ("batch", "channels", "height", "width", "out_height", "out_width")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def dmd_gradient_fwd(run: Launches, a, out) -> None:
     scalars = Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
     largest = torch.finfo(out.grad.dtype).max
     options = Options(a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest)
-    arrived = run.allocate(counters, 1 + a.x0.shape[0])
+    arrived = run.allocate(functools.partial(counters, 1 + a.x0.shape[0], run.device))
     totals = Totals(out.norm, out.loss, out.loss_scale, arrived, float(a.x0.numel()), float(a.factor))
     fits = a.normalizer != "global" and view.shape.count <= _LARGEST_BLOCK
     (_one_reading if fits else _two_readings)(run, view, scalars, out.grad, totals, options)

@@ -38,7 +38,7 @@ class Launches(Recorder):
         same under every version of Triton (its default differs) and in every specialisation of a kernel.
         """
         options = {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
-        compiled = self.on_device(kernel[grid], *_plain(args), **options)
+        compiled = kernel[grid](*_plain(args), **options)
         if self.device.type == "meta":  # compiled ahead of time, launched nowhere
             return
         if INTERPRETED:
@@ -59,9 +59,7 @@ class Launches(Recorder):
         written = ", ".join(self._written(value, names) for value in values)
         x, y, z = (*grid, 1, 1)[:3]
         source = f"lambda p: run({x}, {y}, {z}, stream(device), function, metadata, None, None, None, {written})"
-        again = eval(source, names)
-        alone = self.device.type != "cuda" or torch.cuda.device_count() == 1
-        return again if alone else functools.partial(self.on_device, again)
+        return eval(source, names)
 
     def _written(self, value: Any, names: dict[str, Any]) -> str:
         """``value`` as Python source: a pointer is one of ``p`` (at some bytes), all else a name in ``names``."""
