@@ -20,7 +20,7 @@ import types
 import typing
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,13 +63,27 @@ Call = tuple[tuple, list[int], bool, Plan | None]
 
 
 class Raw:
-    """A raw function; made by :func:`define`.
+    """A raw function: its arguments, its results, its formula and its derivative; the backends implement it.
+
+    Args:
+        name: e.g. ``gated_residual_fwd``.
+        results: the names of the results, ``"y mean rstd"``; all are tensors.
+        describe: of the arguments as a named tuple, as all below but the formula: a :class:`Result` for each result.
+        formula: the results in plain PyTorch, see :data:`dmdr_fast.reference.FUNCTIONS`. Its parameters are the raw
+            function's, their annotations make the schema. A string is one of its Literal, a dtype one of floats.
+        check: of the public op's name and the arguments: raises unless they are right; reads no values.
+        check_values: likewise, and reads them; called where that costs nothing.
+        backward: the rule of the derivative, see :func:`by`. Without it differentiating goes through the formula.
+        constants: numbers of the results that have no gradient.
+        recompute: of the arguments: those that are functions of others (a backward's statistics), by name. Derivatives
+            of the formula take them so.
+        derived: of the arguments: the results for all derivatives but the first in reverse mode, where that is not the
+            formula.
+        flops: for torch's FlopCounterMode, as ``torch.utils.flop_counter.register_flop_formula`` takes it.
 
     Attributes:
-        name: e.g. ``renoise_fwd``.
         arguments: makes a named tuple of them.
         hints: their types by name.
-        results: the names of the results.
         plans: by signature.
         live: number of the argument that is :class:`Live`; None without one.
         operator: ``torch.ops.dmdr_fast.<name>.default``.
@@ -78,23 +92,42 @@ class Raw:
     def __init__(
         self,
         name: str,
-        results: tuple[str, ...],
+        results: str,
+        describe: Callable[[Any], Result | tuple[Result, ...]],
         formula: Callable[..., Any],
-        derived: Callable[[Any], Any],
-        check: Callable[[str, Any], None] | None,
-        check_values: Callable[[str, Any], None] | None,
+        *,
+        check: Callable[[str, Any], None] | None = None,
+        check_values: Callable[[str, Any], None] | None = None,
+        backward: Callable[[Raw], Rule] | None = None,
+        constants: tuple[int, ...] = (),
+        recompute: Callable[[Any], dict[str, Tensor]] | None = None,
+        derived: Callable[[Any], Any] | None = None,
+        flops: Callable | None = None,
     ) -> None:
-        self.name, self.results = name, results
+        self.name, self.results = name, tuple(results.split())
         self.hints = typing.get_type_hints(formula)
         self.hints.pop("return", None)
         self.arguments = _named(name, tuple(self.hints))
-        self.operator: Callable[..., Any]
-        self._derived, self._own_check, self._check_values = derived, check, check_values
-        self._choices = {name: typing.get_args(hint) for name, hint in self.hints.items() if _is_choice(hint)}
-        self._dtypes = [name for name, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
-        self._function: type[torch.autograd.Function] | None = None
+        self._own_check, self._check_values = check, check_values
+        self._choices = {field: typing.get_args(hint) for field, hint in self.hints.items() if _is_choice(hint)}
+        self._dtypes = [field for field, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
+        self._derived = derived or (lambda a: reference.run(name, a._replace(**recompute(a)) if recompute else a))
         self.plans: dict[tuple, Plan] = {}
         self.live = next((index for index, hint in enumerate(self.hints.values()) if hint is Live), None)
+
+        made, several = _named(name, self.results), len(self.results) > 1
+        FUNCTIONS[name], RAW[name] = formula, self
+        RESULTS[name] = lambda a: made(*describe(a)) if several else made(describe(a))
+        returned = "(" + ", ".join(f"Tensor {result}" for result in self.results) + ")" if several else "Tensor"
+        schema = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in self.hints.items())
+        _LIBRARY.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
+        self.operator: Callable[..., Any] = getattr(torch.ops.dmdr_fast, name).default
+        self._function = None if backward is None else _function(self, backward(self), constants)
+        if flops is not None:
+            _flop_formulas[name] = flops
+        torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: self.fake(self.arguments(*args)), lib=_LIBRARY)
+        _LIBRARY.impl(name, lambda *args: self.run(args, self.look(args)), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._autograd, "Autograd")
 
     def checked(self, op: str, *args: Any) -> Any:
         """As the public op ``op`` calls it: arguments of a new signature are checked, values on the CPU always."""
@@ -197,18 +230,25 @@ class Raw:
         signature = tuple(key)
         return signature, values, graded, self.plans.get(signature)
 
+    def _autograd(self, *args: Any) -> Any:
+        """What the dispatcher calls first. Plain tensors go past the rest of it, which costs 4 us; for others the
+        operator is called again below the Autograd key: modes (fake tensors, flop counts) must see it."""
+        if _flop_formulas:
+            _register_flops()
+        if _transformed():
+            return self.formula(*args)
+        if (call := self.look(args)) is not None:
+            return self.eager(args, call)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return self.formula(*args) if self._function is None else self._function.apply(None, *args)
+        with _BELOW_AUTOGRAD():
+            return self.operator(*args)
 
-class Rule(NamedTuple):
-    """The derivative of a raw function, as ``torch.autograd.Function`` has it.
 
-    Attributes:
-        save: ``save(ctx, arguments, results)`` keeps what ``backward`` reads.
-        backward: ``backward(ctx, needed, *gradients of the results)``: gradients by the number of their argument, None
-            or left out where there is none. ``needed`` has a bool per argument.
-    """
-
-    save: Callable[[Any, tuple, Any], None]
-    backward: Callable[..., dict[int, Tensor | None]]
+# The derivative of a raw function: ``save(ctx, arguments, results)`` keeps what ``backward(ctx, needed, *gradients of
+# the results)`` reads; that gives gradients by the number of their argument, None or left out where there is none.
+# ``needed`` has a bool per argument.
+Rule = tuple[Callable[[Any, tuple, Any], None], Callable[..., dict[int, Tensor | None]]]
 
 
 def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[Raw], Rule]:
@@ -265,7 +305,7 @@ def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[
                         found[index] = part
             return found
 
-        return Rule(save, backward)
+        return save, backward
 
     return rule
 
@@ -286,70 +326,9 @@ def written(save: Callable[[Any, Any, Any], None], backward: Callable[..., dict]
         def by_number(ctx, needed, *grads):
             return {number(name): part for name, part in backward(ctx, made._make(needed), *grads).items()}
 
-        return Rule(lambda ctx, args, results: save(ctx, made._make(args), results), by_number)
+        return lambda ctx, args, results: save(ctx, made._make(args), results), by_number
 
     return rule
-
-
-def define(
-    name: str,
-    results: str,
-    describe: Callable[[Any], Result | tuple[Result, ...]],
-    formula: Callable[..., Any],
-    *,
-    check: Callable[[str, Any], None] | None = None,
-    check_values: Callable[[str, Any], None] | None = None,
-    backward: Callable[[Raw], Rule] | None = None,
-    constants: tuple[int, ...] = (),
-    recompute: Callable[[Any], dict[str, Tensor]] | None = None,
-    derived: Callable[[Any], Any] | None = None,
-    flops: Callable | None = None,
-) -> Raw:
-    """Register a raw function: its arguments, its results, its formula and its derivative; the backends implement it.
-
-    Args:
-        name: of the function, e.g. ``gated_residual_fwd``.
-        results: the names of the results, ``"y mean rstd"``; all are tensors.
-        describe: of the arguments as a named tuple, as all below but the formula: a :class:`Result` for each result.
-        formula: the results in plain PyTorch, see :data:`dmdr_fast.reference.FUNCTIONS`. Its parameters are the raw
-            function's, their annotations make the schema. A string is one of its Literal, a dtype one of floats.
-        check: of the public op's name and the arguments: raises unless they are right; reads no values.
-        check_values: likewise, and reads them; called where that costs nothing.
-        backward: the rule of the derivative, see :func:`by`. Without it differentiating goes through the formula.
-        constants: numbers of the results that have no gradient.
-        recompute: of the arguments: those that are functions of others (a backward's statistics), by name. Derivatives
-            of the formula take them so.
-        derived: of the arguments: the results for all derivatives but the first in reverse mode, where that is not the
-            formula.
-        flops: for torch's FlopCounterMode, as ``torch.utils.flop_counter.register_flop_formula`` takes it.
-    """
-    names = tuple(results.split())
-    several = len(names) > 1
-    FUNCTIONS[name] = formula
-    if derived is None:
-        derived = _formula_of(name, recompute)
-    raw = Raw(name, names, formula, derived, check, check_values)
-    made = _named(name, names)
-    RESULTS[name] = (lambda a: made(*describe(a))) if several else (lambda a: made(describe(a)))
-    returned = "(" + ", ".join(f"Tensor {result}" for result in names) + ")" if several else "Tensor"
-    schema = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in raw.hints.items())
-    _LIBRARY.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
-    raw.operator = getattr(torch.ops.dmdr_fast, name).default
-    RAW[name] = raw
-    torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: raw.fake(raw.arguments(*args)), lib=_LIBRARY)
-    if backward is not None:
-        raw._function = _function(raw, backward(raw), constants)
-    if flops is not None:
-        _flop_formulas[name] = flops
-    _LIBRARY.impl(name, lambda *args: raw.run(args, raw.look(args)), "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, _autograd(raw), "Autograd")
-    return raw
-
-
-def _formula_of(name: str, recompute: Callable[[Any], dict[str, Tensor]] | None) -> Callable[[Any], Any]:
-    if recompute is None:
-        return functools.partial(reference.run, name)
-    return lambda a: reference.run(name, a._replace(**recompute(a)))
 
 
 def _is_tensor(hint: Any) -> bool:
@@ -396,24 +375,6 @@ def _function(raw: Raw, rule: Rule, constants: tuple[int, ...]) -> type[torch.au
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
     return type(raw.name, (torch.autograd.Function,), members)
-
-
-# Plain tensors go past the rest of the dispatcher, which costs 4 us. For others the operator is called again below the
-# Autograd key: modes (fake tensors, flop counts) must see it.
-def _autograd(raw: Raw) -> Callable:
-    def implementation(*args):
-        if _flop_formulas:
-            _register_flops()
-        if _transformed():
-            return raw.formula(*args)
-        if (call := raw.look(args)) is not None:
-            return raw.eager(args, call)
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return raw.formula(*args) if raw._function is None else raw._function.apply(None, *args)
-        with _BELOW_AUTOGRAD():
-            return raw.operator(*args)
-
-    return implementation
 
 
 # Formulas that torch's flop counter has not got yet: to import it is to import triton, so they wait here.

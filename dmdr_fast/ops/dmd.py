@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._library import Raw, written
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
 CFGMode = Literal["standard", "offset"]
@@ -359,8 +359,8 @@ def _without_nonfinite(g: Tensor, nan_policy: str, out_dtype: torch.dtype) -> Te
     return torch.where(finite, g, g.nan_to_num(nan=0.0).clamp(-largest, largest))
 
 
-_bwd = define("dmd_loss_bwd", "grad_x0", lambda a: like(a.g, a.dtype), _formula_bwd)
-_fwd = define(
+_bwd = Raw("dmd_loss_bwd", "grad_x0", lambda a: like(a.g, a.dtype), _formula_bwd)
+_fwd = Raw(
     "dmd_gradient_fwd", "grad norm loss loss_scale", _results, _formula, check=_check, check_values=_check_values,
     backward=written(_save, _backward), constants=(0, 1, 3), derived=_derived,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import broadcast, gate_gradients, modulation
 from dmdr_fast.reference import compute_dtype, like
 
@@ -47,10 +47,8 @@ def _formula_bwd(grad_residual: Tensor, h: Tensor, gate: Tensor, need_h: bool, n
     return gate_gradients(grad_residual.to(compute), h, gate, need_h, need_gate)
 
 
-_bwd = define(
+_bwd = Raw(
     "gated_residual_bwd", "grad_h grad_gate",
     lambda a: (like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate)), _formula_bwd,
 )  # fmt: skip
-_fwd = define(
-    "gated_residual_fwd", "residual", lambda a: like(a.x), formula, check=_check, backward=by(_bwd, through="x")
-)
+_fwd = Raw("gated_residual_fwd", "residual", lambda a: like(a.x), formula, check=_check, backward=by(_bwd, through="x"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import (
     gate_gradients,
     layer_norm_gradients,
@@ -100,11 +100,11 @@ def _formula_bwd(
     return total, *gate_gradients(total, h, gate, need_h, need_gate), *sums
 
 
-_bwd = define(
+_bwd = Raw(
     "gated_residual_layer_norm_modulate_bwd", "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd,
     _formula_bwd, recompute=lambda a: layer_norm_statistics(a.residual, a.eps, a.mean.dtype)._asdict(),
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "gated_residual_layer_norm_modulate_fwd", "residual y mean rstd", _results, _formula, check=_check,
     backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import broadcast, modulation, rms_norm_statistic, weighted
 from dmdr_fast.ops.rms_norm_scale import check_weight, rms_norm_scale_bwd
 from dmdr_fast.reference import Result, compute_dtype, like
@@ -55,7 +55,7 @@ def _formula(x: Tensor, h: Tensor, gate: Tensor, weight: Tensor | None, eps: flo
     return x.to(compute) + update, rstd
 
 
-_fwd = define(
+_fwd = Raw(
     "gated_residual_rms_norm_fwd", "y rstd", _results, _formula, check=_check,
     backward=by(rms_norm_scale_bwd, through="x", x="h", scale="gate"), constants=(1,),
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
 
@@ -118,12 +118,12 @@ def _flops_bwd(
     return 2 * math.prod(x_shape[:-1]) * (with_a * math.prod(a_shape) + with_b * math.prod(b_shape))
 
 
-_bwd = define(
+_bwd = Raw(
     "multi_lora_bwd", "grad_x grad_A grad_B", _results_bwd, _formula_bwd, flops=_flops_bwd,
     recompute=lambda a: {"low_rank": _low_rank(a.x, a.A, a.scale, a.low_rank.dtype)},
 )  # fmt: skip
 # low_rank is kept: it is r / in of x's size, and to make it again would read all of x.
-_fwd = define(
+_fwd = Raw(
     "multi_lora_fwd", "out low_rank", _results, _formula,
     check=_check, check_values=lambda op, a: check.values(op, "scale", a.scale),
     backward=by(_bwd, through="base_out"), constants=(1,), flops=_flops_fwd,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import rms_norm_statistic, weighted
 from dmdr_fast.reference import Result, compute_dtype, like
 
@@ -158,11 +158,11 @@ def _statistics(a) -> dict[str, Tensor]:
     return {f"{side}_rstd": rms_norm_statistic(x, a.eps, a.q_rstd.dtype) for side, x in (("q", a.q), ("k", a.k))}
 
 
-_bwd = define(
+_bwd = Raw(
     "qk_norm_rope_bwd", "grad_q grad_k grad_q_weight grad_k_weight", _results_bwd, _formula_bwd,
     recompute=_statistics,
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "qk_norm_rope_fwd", "q_out k_out q_rstd k_rstd", _results, _formula,
     check=_check, backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._library import Raw, written
 from dmdr_fast.ops._noise import seeded_normals
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
@@ -145,13 +145,13 @@ def _formula_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
     return (grad.to(compute) * factor.to(compute)).flatten(1).sum(1)
 
 
-_noise = define("normal_noise_fwd", "out", lambda a: Result(a.size, a.dtype), seeded_normals)
-_bwd = define("renoise_bwd", "out", lambda a: like(a.grad, a.dtype), _formula_bwd)
-_scale_bwd = define(
+_noise = Raw("normal_noise_fwd", "out", lambda a: Result(a.size, a.dtype), seeded_normals)
+_bwd = Raw("renoise_bwd", "out", lambda a: like(a.grad, a.dtype), _formula_bwd)
+_scale_bwd = Raw(
     "renoise_scale_bwd", "sample_sum", lambda a: Result(a.grad.shape[:1], compute_dtype(a.grad, a.factor)),
     _formula_scale_bwd,
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "renoise_fwd", "out", lambda a: like(a.x0), _formula,
     check=_check, check_values=_check_values, backward=written(_save, _backward),
 )  # fmt: skip

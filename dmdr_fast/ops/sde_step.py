@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._library import Raw, written
 from dmdr_fast.ops._noise import seeded_normals
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
@@ -198,10 +198,10 @@ def _coefficients(sigma: Tensor, sigma_next: Tensor, kind: str, eta: float) -> t
     return 1 + drift * dt, dt * (1 + drift * (1 - sigma)), gamma * torch.sqrt(-dt)
 
 
-_bwd = define(
+_bwd = Raw(
     "sde_step_bwd", "grad_x grad_v", lambda a: (like(a.x, needed=a.need_x), like(a.v, needed=a.need_v)), _formula_bwd
 )
-_fwd = define(
+_fwd = Raw(
     "sde_step_fwd", "drawn logprob mean std", _results, _formula,
     check=_check, check_values=_check_values, backward=written(_save, _backward), constants=(3,),
 )  # fmt: skip
