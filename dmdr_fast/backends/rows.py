@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 from torch import Tensor
 
@@ -48,6 +48,17 @@ def refuses(longest: float, x: str, *vectors: str) -> Callable[[Any], str | None
     return refusal
 
 
+def matrix(run: Recorder, tensor: Tensor) -> Tensor:
+    """[..., D] as [R, D] with contiguous rows."""
+    return run.view(tensor, math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def halves(run: Recorder, packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """(value, gate) of a packed matrix, views."""
+    first, second = (run.part(half, packed) for half in packed.chunk(2, 1))
+    return (second, first) if gate_first else (first, second)
+
+
 class Grouped:
     """Tensors of one call as rows.
 
@@ -64,20 +75,12 @@ class Grouped:
         self.groups, self.width = math.prod(x.shape[: self.depth]), x.shape[-1]
         self.tokens = math.prod(x.shape[self.depth : -1])
 
-    @overload
-    def rows(self, tensor: Tensor) -> Tensor: ...
-    @overload
-    def rows(self, tensor: None) -> None: ...
-    def rows(self, tensor: Tensor | None) -> Tensor | None:
-        """A tensor of x's shape as [G, S, D]; copied where its strides do not merge."""
+    def rows(self, tensor: Tensor | None) -> Any:
+        """A tensor of x's shape as [G, S, D], copied where its strides do not merge; None as it is."""
         return None if tensor is None else self._run.view(tensor, self.groups, self.tokens, self.width)
 
-    @overload
-    def vectors(self, tensor: Tensor) -> Tensor: ...
-    @overload
-    def vectors(self, tensor: None) -> None: ...
-    def vectors(self, tensor: Tensor | None) -> Tensor | None:
-        """A vector as [1 or G, 1 or S, D]."""
+    def vectors(self, tensor: Tensor | None) -> Any:
+        """A vector as [1 or G, 1 or S, D]; None as it is."""
         return None if tensor is None else self._run.view(tensor, *self.vector_shape(tensor.shape))
 
     def vector_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:

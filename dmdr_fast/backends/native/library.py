@@ -205,8 +205,8 @@ class Calls(Recorder):
         """The same where all tensors have one shape [B, ...]."""
         fields = self.fields(struct_name, a, out, **given)
         names = [name for kind, names in abi.STRUCTS[struct_name] if kind == "tensor" for name in names.split()]
-        view = shared_view(*(fields[name] for name in names))
-        return fields | dict(zip(names, view.strided(), strict=True)) | {"shape": view.shape}
+        shape, views = shared_view(*(fields[name] for name in names))
+        return fields | dict(zip(names, views, strict=True)) | {"shape": shape}
 
     def call(self, name: str, struct_name: str, fields: dict[str, Any]) -> None:
         """``dmdr_<name>`` with the fields of its argument struct by name, see :func:`abi.packed`."""

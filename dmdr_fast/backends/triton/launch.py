@@ -107,13 +107,7 @@ def too_large(name: str) -> Callable[[Any], str | None]:
 
 
 class Samples(NamedTuple):
-    """Tensors of one shape [B, ...] as samples.
-
-    Attributes:
-        batch: number of samples.
-        shape: their shape for the kernel.
-        views: the tensors for the kernel; None for an absent one. Those whose rows are not contiguous are copies.
-    """
+    """Tensors of one shape [B, ...] as a kernel takes them: B samples of ``shape``, ``views`` of them, None for none."""
 
     batch: int
     shape: Shape
@@ -121,19 +115,17 @@ class Samples(NamedTuple):
 
 
 def samples(*tensors: Tensor | None) -> Samples:
-    """The tensors as samples; the first is present and not empty."""
-    sizes, outer_strides, held = shared_view(*tensors)
+    """The tensors as samples, copies of those whose rows are not contiguous; the first is present and not empty."""
+    sizes, held = shared_view(*tensors)
     kept = [dim for dim in range(1, len(sizes) - 1) if sizes[dim] != 1]
     outer = tuple(sizes[dim] for dim in kept)
-    strides = [steps and tuple(steps[dim] for dim in (0, *kept)) for steps in outer_strides]
-    reach = max(
-        sum((size - 1) * step for size, step in zip(outer, steps[1:], strict=True)) for steps in strides if steps
-    )
-    if reach + sizes[-1] >= 2**31:  # the kernels index within a sample in 32 bits
+    views = [one and View(one.tensor, tuple(one.strides[dim] for dim in (0, *kept))) for one in held]
+    reaches = [
+        sum((size - 1) * step for size, step in zip(outer, one.strides[1:], strict=True)) for one in views if one
+    ]
+    if max(reaches) + sizes[-1] >= 2**31:  # the kernels index within a sample in 32 bits
         return samples(*(tensor if tensor is None else tensor.contiguous() for tensor in tensors))
-    views = (None if tensor is None else View(tensor, steps) for tensor, steps in zip(held, strides, strict=True))
-    count = math.prod(outer) * sizes[-1]
-    return Samples(sizes[0], Shape(count, sizes[-1], outer), tuple(views))
+    return Samples(sizes[0], Shape(math.prod(outer) * sizes[-1], sizes[-1], outer), tuple(views))
 
 
 def block_and_warps(count: int, per_thread: int, most: int) -> tuple[int, int]:
