@@ -16,6 +16,7 @@ float64 always runs in the reference: the kernels compute in float32. That is no
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -37,6 +38,9 @@ _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 # Raw functions for which a committed result in benchmarks/results shows the CUDA kernel right and faster than
 # Triton's on the same machine; on all others Triton comes first.
 CUDA_FIRST: frozenset[str] = frozenset()
+
+# What the kernels are compiled for begins with this compute capability.
+_OLDEST = (8, 0)
 
 # What os.environ decodes at every look, which takes four times as long.
 _ENVIRONMENT = vars(os.environ)["_data"]
@@ -80,24 +84,26 @@ def at_most(most: float, unit: str, what: str, size: Callable[[Any], int]) -> Ca
     return refusal
 
 
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """Why the device cannot run the kernels, None where it can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= _OLDEST:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"its kernels need compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, this device has {major}.{minor}"
+
+
 class Backend:
     """The raw functions that one kind of kernel has.
 
     Args:
         recorder: makes the recorder that its functions take, from the call's arguments.
-        refuses: why it can run nothing on this device, or None.
         takes_empty: its functions take tensors without elements; else the reference answers for them.
     """
 
-    def __init__(
-        self,
-        recorder: Callable[[tuple], Recorder],
-        refuses: Callable[[torch.device], str | None],
-        *,
-        takes_empty: bool = False,
-    ) -> None:
+    def __init__(self, recorder: Callable[[tuple], Recorder], *, takes_empty: bool = False) -> None:
         self.functions: dict[str, tuple[Callable, Callable[[Any], str | None] | None]] = {}
-        self._recorder, self._refuses, self._takes_empty = recorder, refuses, takes_empty
+        self._recorder, self._takes_empty = recorder, takes_empty
 
     def implements(self, name: str, *, refuses: Callable[[Any], str | None] | None = None) -> Callable:
         """Register the decorated ``function(run, args, out)`` as this backend's ``name``.
@@ -116,7 +122,7 @@ class Backend:
         """Why it cannot run ``name(*args)``; None where it can."""
         if name not in self.functions:
             return f"it has no {name}"
-        why, (_, refuses) = self._refuses(first_tensor(args).device), self.functions[name]
+        why, (_, refuses) = too_old(first_tensor(args).device), self.functions[name]
         return refuses(args) if why is None and refuses is not None else why
 
     def run(self, name: str, args: tuple) -> tuple[Outputs, Plan | None]:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,21 +25,14 @@ from dmdr_fast.backends.views import Strided, shared_view
 
 # From here on a fresh output is likely to be new pages of the system, and two huge ones fit in.
 _HUGE = 4 << 20
-# What the CUDA kernels are compiled for begins with this compute capability.
-_OLDEST = (8, 0)
 
 
 class NativeError(RuntimeError):
     """A kernel library refused a call."""
 
 
-class _Registered(NamedTuple):
-    function: Callable
-    entry: str
-    refuses: Callable[[Library, Any], str | None] | None
-
-
-_REGISTERED: dict[str, _Registered] = {}
+# (function, entry, refuses) by the name of a raw function.
+_REGISTERED: dict[str, tuple[Callable, str, Callable[[Library, Any], str | None] | None]] = {}
 
 
 def implements(
@@ -53,7 +46,7 @@ def implements(
     """
 
     def register(function: Callable) -> Callable:
-        _REGISTERED[name] = _Registered(function, entry or name, refuses)
+        _REGISTERED[name] = function, entry or name, refuses
         return function
 
     return register
@@ -102,7 +95,7 @@ class Library:
 
     def backend(self) -> Backend:
         """The backend of all registered functions that the library has."""
-        backend = Backend(functools.partial(Calls, self), _too_old, takes_empty=self.device_type == "cpu")
+        backend = Backend(functools.partial(Calls, self), takes_empty=self.device_type == "cpu")
         for name, (function, entry, refuses) in _REGISTERED.items():
             if hasattr(self.functions, f"dmdr_{entry}"):
                 refusal = None if refuses is None else functools.partial(refuses, self)
@@ -249,12 +242,3 @@ def library_path(stem: str) -> Path:
         f"lib{stem}.so is not in {looked}. Build it with `pip install .` or, in a checkout, "
         "`cmake -S . -B build && cmake --build build` (needs a C++ compiler)"
     )
-
-
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    """Why the device cannot run the kernels, None where it can."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= _OLDEST:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"its kernels need compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, this device has {major}.{minor}"

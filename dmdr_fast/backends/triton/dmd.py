@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.backends.triton.counters import counters
-from dmdr_fast.backends.triton.launch import Launches, Samples, block_and_warps, cdiv, implements, samples, too_large
+from dmdr_fast.backends.triton.launch import Launches, Samples, block_and_warps, implements, samples, tiles, too_large
 from dmdr_fast.kernels.dmd_gradient import (
     Latents,
     Options,
@@ -62,23 +62,18 @@ def _two_readings(
     run: Launches, view: Samples, scalars: Scalars, grad: Tensor, totals: Totals, options: Options
 ) -> None:
     """As ``_one_reading``, for samples beyond a block and for the normaliser over all samples."""
-    batch, shape, latents = view.batch, view.shape, Latents(*view.views)
-    block, warps = block_and_warps(shape.count, 16, 2048)
-    grid = batch, min(cdiv(shape.count, block), _MOST_PARTS)
+    (batch, blocks), tile = tiles(view, 16)
+    grid, latents = (batch, min(blocks, _MOST_PARTS)), Latents(*view.views)
     squares, distances = (run.new(grid, torch.float32) for _ in range(2))
     counts, broken = (run.new(grid, torch.int32) for _ in range(2))
     parts = Parts(squares, distances, counts, broken)
-    constants = {"OPTIONS": options, "BLOCK": block, "num_warps": warps}
     if options.normalizer != "none":
-        run.launch(dmd_distance_kernel, grid, latents, scalars, parts, totals, shape, **constants)
-    run.launch(dmd_gradient_kernel, grid, latents, scalars, grad, parts, totals, shape, **constants)
+        run.launch(dmd_distance_kernel, grid, latents, scalars, parts, totals, view.shape, OPTIONS=options, **tile)
+    run.launch(dmd_gradient_kernel, grid, latents, scalars, grad, parts, totals, view.shape, OPTIONS=options, **tile)
 
 
 @implements("dmd_loss_bwd", refuses=too_large("g"))
 def dmd_loss_bwd(run: Launches, a, out) -> None:
-    batch, shape, (view,) = samples(a.g)
-    block, warps = block_and_warps(shape.count, 8, 2048)
-    grid = batch, cdiv(shape.count, block)
-    run.launch(
-        dmd_loss_bwd_kernel, grid, a.grad_loss, view, a.loss_scale, out.grad_x0, shape, BLOCK=block, num_warps=warps
-    )
+    view = samples(a.g)
+    grid, tile = tiles(view)
+    run.launch(dmd_loss_bwd_kernel, grid, a.grad_loss, *view.views, a.loss_scale, out.grad_x0, view.shape, **tile)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -82,18 +81,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Live) else value
 
 
-def _refuses(device: torch.device) -> str | None:
-    if device.type != "cuda" or (capability := _capability(device.index)) >= (8, 0):
-        return None
-    return f"the GPU's compute capability is {'.'.join(map(str, capability))}, below 8.0"
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-BACKEND = Backend(Launches, _refuses)
+BACKEND = Backend(Launches)
 implements = BACKEND.implements
 
 
@@ -107,7 +95,7 @@ def too_large(name: str) -> Callable[[Any], str | None]:
 
 
 class Samples(NamedTuple):
-    """Tensors of one shape [B, ...] as a kernel takes them: B samples of ``shape``, ``views`` of them, None for none."""
+    """Tensors of one shape [B, ...] for a kernel: B samples of ``shape``; ``views`` of them, None for an absent one."""
 
     batch: int
     shape: Shape
@@ -132,6 +120,12 @@ def block_and_warps(count: int, per_thread: int, most: int) -> tuple[int, int]:
     """(block size, warps) for ``count`` elements at ``per_thread`` elements a thread, at most ``most`` a block."""
     block = min(most, max(128, next_power_of_2(count)))
     return block, max(1, min(32, block // (32 * per_thread)))
+
+
+def tiles(view: Samples, per_thread: int = 8, most: int = 2048) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid (samples, blocks of each) and tile of a kernel over elements, see :func:`block_and_warps`."""
+    block, warps = block_and_warps(view.shape.count, per_thread, most)
+    return (view.batch, cdiv(view.shape.count, block)), {"BLOCK": block, "num_warps": warps}
 
 
 def group_of(dtype: torch.dtype) -> int:
