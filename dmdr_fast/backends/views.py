@@ -31,6 +31,12 @@ def strided(tensor: Tensor) -> Strided:
     return Strided(rows, rows.stride()[:-1])
 
 
+def broadcast(tensor: Tensor) -> Strided:
+    """A view of which all but the last dimension are outer ones, one of size 1 with stride 0."""
+    steps = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return Strided(tensor, tuple(0 if size == 1 else step for size, step in steps))
+
+
 def table(tensor: Tensor | None) -> Strided | None:
     """cos or sin [T, D] or [B, T, D] with the strides of B, 0 where it is one for the whole batch, and of T."""
     if tensor is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
-from dmdr_fast.backends.views import Strided, strided
+from dmdr_fast.backends.views import Strided, broadcast, strided
 
 _STRUCT = struct_of(
     "dmdr_multi_lora_args",
@@ -48,7 +48,4 @@ def _fields(run: Calls, a, out, backward: int, /, **given: Any) -> dict[str, Any
 
 def _rows(run: Calls, tensor: Tensor) -> Strided:
     """[B, ..., D] as [B, rows, D]; copied only where the strides of the middle dimensions do not merge."""
-    rows = run.view(tensor, tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
-    return Strided(
-        rows, [0 if size == 1 else step for size, step in zip(rows.shape[:2], rows.stride()[:2], strict=True)]
-    )
+    return broadcast(run.view(tensor, tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1]))

@@ -13,7 +13,7 @@ from dmdr_fast.backends import rows
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, implements
 from dmdr_fast.backends.rows import Grouped
-from dmdr_fast.backends.views import Strided
+from dmdr_fast.backends.views import broadcast
 
 # A block of the CUDA kernels holds a row in registers: 512 threads of 16 columns.
 _LONGEST_CUDA_ROW = 8192
@@ -71,14 +71,8 @@ def on_rows(
             sums = 3 if struct_name == _GATED else 2  # see abi.h
             given["workspace"] = run.workspace("modulation", g.groups, g.tokens, g.width, sums)
         given["shape"] = g.groups, g.tokens, 1, 1, 1, g.width
-        made = run.fields(struct_name, a, out, lambda tensor: _strided(g.vectors(tensor)), **given)
+        made = run.fields(struct_name, a, out, lambda tensor: broadcast(g.vectors(tensor)), **given)
         run.call(entry or name, struct_name, made)
-
-
-def _strided(tensor: Tensor) -> Strided:
-    """[1 or G, 1 or S, D]: a dimension of size 1 gets stride 0."""
-    steps = zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
-    return Strided(tensor, tuple(0 if size == 1 else step for size, step in steps))
 
 
 def _gather(g: Grouped, vector: Tensor, grad: Tensor | None) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from dmdr_fast.kernels.preprocess_reward import (
     resize_rows_kernel,
 )
 
-_MOST_CHANNELS = 64
+_at_most = functools.partial(at_most, 64, "channels", "images")
 
 
 class _Filter(NamedTuple):
@@ -39,11 +39,7 @@ class _Filter(NamedTuple):
     reach: float
 
 
-def _refuses(name: str) -> Callable[[Any], str | None]:
-    return at_most(_MOST_CHANNELS, "channels", "images", lambda a: getattr(a, name).shape[1])
-
-
-@implements("preprocess_reward_fwd", refuses=_refuses("image"))
+@implements("preprocess_reward_fwd", refuses=_at_most(lambda a: a.image.shape[1]))
 def preprocess_reward_fwd(run: Launches, a, out) -> None:
     batch, channels, in_height, in_width = a.image.shape
     planes = batch * channels
@@ -65,7 +61,7 @@ def preprocess_reward_fwd(run: Launches, a, out) -> None:
     )  # fmt: skip
 
 
-@implements("preprocess_reward_bwd", refuses=_refuses("grad"))
+@implements("preprocess_reward_bwd", refuses=_at_most(lambda a: a.grad.shape[1]))
 def preprocess_reward_bwd(run: Launches, a, out) -> None:
     batch, channels, height, width = a.grad.shape
     planes, in_height, in_width = batch * channels, a.inside.shape[2], a.in_width

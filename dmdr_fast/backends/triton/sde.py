@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import Launches, group_of, implements, samples, tiles, too_large
-from dmdr_fast.backends.triton.renoise import seeded_block, windows
+from dmdr_fast.backends.triton.launch import Launches, implements, samples, seeded_tiles, tiles, too_large
 from dmdr_fast.kernels.sde_step import sde_draw_kernel, sde_logprob_kernel, sde_square_kernel, sde_step_bwd_kernel
 
 
@@ -16,7 +14,12 @@ from dmdr_fast.kernels.sde_step import sde_draw_kernel, sde_logprob_kernel, sde_
 def sde_step_fwd(run: Launches, a, out) -> None:
     sigma, sigma_next = a.sigma.contiguous(), a.sigma_next.contiguous()
     if a.next_sample is None:
-        _draw(run, a, sigma, sigma_next, out.drawn)
+        view = samples(a.x, a.v)
+        grid, tile = seeded_tiles(view.batch, view.shape.count, a.offset, a.x.dtype)
+        run.launch(
+            sde_draw_kernel, grid, *view.views, sigma, sigma_next, a.seed.contiguous(), out.drawn, view.shape, a.offset,
+            *_angles(a.eta), KIND=a.kind, **tile,
+        )  # fmt: skip
     view = samples(a.x, a.v, out.drawn if a.next_sample is None else a.next_sample)
     grid, tile = tiles(view)
     parts = run.new(grid, torch.float64)
@@ -38,17 +41,6 @@ def sde_step_bwd(run: Launches, a, out) -> None:
     run.launch(
         sde_step_bwd_kernel, grid, grad_next, grad_logprob, grad_mean, *step, a.sigma.contiguous(),
         a.sigma_next.contiguous(), *out, view.shape, float(view.shape.count), *_angles(a.eta), KIND=a.kind, **tile,
-    )  # fmt: skip
-
-
-def _draw(run: Launches, a, sigma: Tensor, sigma_next: Tensor, drawn: Tensor) -> None:
-    """Write the next sample."""
-    batch, shape, views = samples(a.x, a.v)
-    block, warps = seeded_block(shape.count)
-    run.launch(
-        sde_draw_kernel, (batch, windows(shape.count, a.offset, block)), *views, sigma, sigma_next,
-        a.seed.contiguous(), drawn, shape, a.offset, *_angles(a.eta), KIND=a.kind, BLOCK=block,
-        GROUP=group_of(a.x.dtype), num_warps=warps,
     )  # fmt: skip
 
 
