@@ -140,7 +140,7 @@ class Raw:
         call = self.look(args)
         if call is None or call[3] is None:
             self._check(op, args)
-        if self._check_values is not None and _checks._readable(args[0]):
+        if self._check_values is not None and _checks.readable(args[0]):
             self._check_values(op, self.arguments(*args))
         return self.eager(args, call)
 

@@ -227,8 +227,8 @@ def _check_values(op: str, a) -> None:
     check.values(op, "alpha", a.alpha, minimum=0)
     check.values(op, "cfg_scale", a.cfg_tensor)
     check.values(op, "weight", a.weight)
-    if a.mask is not None:
-        check.selects_something(op, a.mask)
+    if a.mask is not None and check.readable(a.mask) and not a.mask.any():
+        raise ValueError(f"{op}: mask: expected at least one selected element, got none")
 
 
 def _save(ctx, a, results) -> None:
@@ -248,7 +248,7 @@ def _backward(ctx, needed, _grad, _norm, grad_loss, _scale) -> dict:
 
 def _is_one(number: Tensor) -> bool:
     """Whether a tensor that can be read without waiting (on the CPU, not traced) is 1."""
-    return check._readable(number) and number.item() == 1
+    return check.readable(number) and number.item() == 1
 
 
 def _reads_last() -> bool:

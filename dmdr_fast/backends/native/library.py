@@ -208,10 +208,10 @@ class Calls(Recorder):
         for position, source, offset in pointers:
             if isinstance(source, Live):
                 places.append((position, source.place, 0))
-                continue
-            place, start = self.place(source) or (0, 0)
-            places.append((position, place, start + offset))
-            struct.pack_into("=q", template, position, source.data_ptr() + offset)
+            else:
+                place, start = self.place(source) or (0, 0)
+                places.append((position, place, start + offset))
+                struct.pack_into("=q", template, position, source.data_ptr() + offset)
 
         def again(values: list[int]) -> None:
             arguments = bytearray(template)  # one for each call: backwards run on threads of their own
