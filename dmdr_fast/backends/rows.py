@@ -29,11 +29,15 @@ def depth_of(shape: Sequence[int], x_shape: Sequence[int]) -> int:
     return depth
 
 
+def _depths(x: Tensor, vectors: Sequence[Tensor | None]) -> set[int]:
+    """Of the vectors that neither all rows share nor each row has one of its own."""
+    return {depth_of(vector.shape, x.shape) for vector in vectors if vector is not None} - {0, x.dim() - 1}
+
+
 def mixed(x: Tensor, *vectors: Tensor | None) -> str | None:
     """Why the vectors of one call have no grouping in common; None where they have."""
-    depths = {depth_of(vector.shape, x.shape) for vector in vectors if vector is not None}
-    middle = depths - {0, x.dim() - 1}
-    return "it takes vectors per frame beside vectors per sample or token of one kind only" if len(middle) > 1 else None
+    several = len(_depths(x, vectors)) > 1
+    return "it takes vectors per frame beside vectors per sample or token of one kind only" if several else None
 
 
 def refuses(longest: float, x: str, *vectors: str) -> Callable[[Any], str | None]:
@@ -68,10 +72,7 @@ class Grouped:
 
     def __init__(self, run: Recorder, x: Tensor, *vectors: Tensor | None) -> None:
         self._run, self._shape = run, x.shape
-        depths = {depth_of(vector.shape, x.shape) for vector in vectors if vector is not None}
-        middle = depths - {0, x.dim() - 1}
-        # One vector per token is one per row of any grouping.
-        self.depth = max(middle, default=1)
+        self.depth = max(_depths(x, vectors), default=1)
         self.groups, self.width = math.prod(x.shape[: self.depth]), x.shape[-1]
         self.tokens = math.prod(x.shape[self.depth : -1])
 

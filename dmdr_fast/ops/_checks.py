@@ -124,6 +124,17 @@ def seed(op: str, value: Tensor | None, on: Tensor, on_name: str) -> None:
     on_device(op, "seed", value, on, on_name)
 
 
+def given_or_drawn(op: str, name: str, value: Tensor | None, drawn: Tensor | None, x: Tensor, x_name: str) -> None:
+    """Exactly one of a tensor like x and the seed that draws it."""
+    if (value is None) == (drawn is None):
+        got = "none" if value is None else "both"
+        raise ValueError(f"{op}: {name}, seed: expected exactly one of them, got {got}")
+    if value is not None:
+        like(op, name, value, x, x_name)
+    else:
+        seed(op, drawn, x, x_name)
+
+
 def offset(op: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: offset: expected an int (an element index), got {type(value).__name__}")

@@ -25,6 +25,13 @@ def modulation(op: str, name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name}: expected shape {given} or x's {list(full)}, got {list(shape)}")
 
 
+def gated(op: str, x: Tensor, h: Tensor, gate: Tensor) -> None:
+    """x [B, ..., D] is a residual stream, h a branch's output, which the gate modulates."""
+    check.floating(op, "x", x, min_dim=2)
+    check.like(op, "h", h, x, "x")
+    modulation(op, "gate", gate, x)
+
+
 def shift_and_scale(op: str, shift: Tensor, scale: Tensor, x: Tensor) -> None:
     """Both modulate x, and alike."""
     modulation(op, "shift", shift, x)

@@ -9,9 +9,9 @@ from dmdr_fast.ops import _checks as check
 from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import (
     gate_gradients,
+    gated,
     layer_norm_gradients,
     layer_norm_statistics,
-    modulation,
     shift_and_scale,
     summed,
 )
@@ -55,9 +55,7 @@ def gated_residual_layer_norm_modulate(
 
 
 def _check(op: str, a) -> None:
-    check.floating(op, "x", a.x, min_dim=2)
-    check.like(op, "h", a.h, a.x, "x")
-    modulation(op, "gate", a.gate, a.x)
+    gated(op, a.x, a.h, a.gate)
     shift_and_scale(op, a.shift, a.scale, a.x)
     check.number(op, "eps", a.eps, above=0)
 

@@ -67,21 +67,15 @@ def _check(op: str, a) -> None:
             check.shaped(op, name, weight, (width,), "D", a.q, "q")
     if (a.cos is None) != (a.sin is None):
         raise ValueError(f"{op}: {'cos' if a.cos is None else 'sin'}: expected with its counterpart, got None")
-    if a.cos is not None and a.sin is not None:
-        if width % 2:
-            raise ValueError(f"{op}: q: expected an even D for the rotation, got {width}")
-        _check_table(op, "cos", a.cos, a.q)
-        _check_table(op, "sin", a.sin, a.q)
+    if a.cos is not None and width % 2:
+        raise ValueError(f"{op}: q: expected an even D for the rotation, got {width}")
+    for name, table in (("cos", a.cos), ("sin", a.sin)):
+        check.constant(op, name, table)
+        if isinstance(table, Tensor) and table.dim() == 3:
+            check.shaped(op, name, table, (batch, tokens, width), "B, T, D", a.q, "q")
+        elif table is not None:
+            check.shaped(op, name, table, (tokens, width), "T, D", a.q, "q")
     check.number(op, "eps", a.eps, above=0)
-
-
-def _check_table(op: str, name: str, value: Tensor, q: Tensor) -> None:
-    batch, tokens, _, width = q.shape
-    check.constant(op, name, value)
-    if isinstance(value, Tensor) and value.dim() == 3:
-        check.shaped(op, name, value, (batch, tokens, width), "B, T, D", q, "q")
-    else:
-        check.shaped(op, name, value, (tokens, width), "T, D", q, "q")
 
 
 def _results(a):

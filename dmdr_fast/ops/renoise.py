@@ -88,13 +88,7 @@ def renoise(
 
 
 def _check(op: str, a) -> None:
-    if (a.noise is None) == (a.seed is None):
-        got = "both" if a.seed is not None else "none"
-        raise ValueError(f"{op}: noise, seed: expected exactly one of them, got {got}")
-    if a.noise is not None:
-        check.like(op, "noise", a.noise, a.x0, "x0")
-    else:
-        check.seed(op, a.seed, a.x0, "x0")
+    check.given_or_drawn(op, "noise", a.noise, a.seed, a.x0, "x0")
     for name, scalar in (("alpha", a.alpha), ("sigma", a.sigma)):
         check.per_sample(op, name, scalar, a.x0, "x0")
 

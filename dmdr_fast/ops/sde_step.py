@@ -99,21 +99,12 @@ def sde_step_logprob(
 
 def _check(op: str, a) -> None:
     check.like(op, "v", a.v, a.x, "x")
-    if a.kind == "cps":
-        check.number(op, "eta", a.eta, minimum=0)
-    else:
-        check.number(op, "eta", a.eta, above=0)
-    if (a.next_sample is None) == (a.seed is None):
-        got = "none" if a.seed is None else "both"
-        raise ValueError(f"{op}: next_sample, seed: expected exactly one of them, got {got}")
-    if a.next_sample is not None:
-        check.like(op, "next_sample", a.next_sample, a.x, "x")
-        check.constant(op, "next_sample", a.next_sample)
-    else:
-        check.seed(op, a.seed, a.x, "x")
-    for name, value in (("sigma", a.sigma), ("sigma_next", a.sigma_next)):
-        check.per_sample(op, name, value, a.x, "x")
-        check.constant(op, name, value)
+    check.number(op, "eta", a.eta, **({"minimum": 0} if a.kind == "cps" else {"above": 0}))
+    check.given_or_drawn(op, "next_sample", a.next_sample, a.seed, a.x, "x")
+    for name in ("sigma", "sigma_next"):
+        check.per_sample(op, name, getattr(a, name), a.x, "x")
+    for name in ("next_sample", "sigma", "sigma_next"):
+        check.constant(op, name, getattr(a, name))
 
 
 def _check_values(op: str, a) -> None:

@@ -84,37 +84,30 @@ def preprocess_reward_bwd(run: Launches, a, out) -> None:
     )  # fmt: skip
 
 
+# Made once for a device: two launches less in each pass.
+_tables: dict[tuple, Filter] = {}
+
+
 def _filter(run: Launches, size_in: int, size_out: int, antialias: bool) -> _Filter:
-    scale = size_in / size_out
+    scale, device = size_in / size_out, run.device
     # Half the window of the cubic kernel, stretched where the image shrinks.
     support = 2 * max(scale, 1.0) if antialias else 2.0
     taps = 2 * math.ceil(support) + 1 if antialias else 4
-    weights, starts, stops = (run.kept(tensor) for tensor in _table(size_in, size_out, antialias, taps, run.device))
-    return _Filter(Filter(weights, starts, stops), taps, scale, support + 1)
-
-
-_tables: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
-
-
-def _table(
-    size_in: int, size_out: int, antialias: bool, taps: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, starts, stops) of a filter, made once for a device: two launches less in each pass."""
     key = size_in, size_out, antialias, device
-    if key in _tables:
-        return _tables[key]
-    weights = torch.empty((taps, size_out), dtype=torch.float32, device=device)
-    starts, stops = (torch.empty(size_out, dtype=torch.int32, device=device) for _ in range(2))
-    Launches((weights,)).launch(
-        filter_kernel, (cdiv(size_out, 64),), Filter(weights, starts, stops), size_in, size_out, size_in / size_out,
-        ANTIALIAS=antialias, TAPS=taps, BLOCK=64, num_warps=2,
-    )  # fmt: skip
-    if device.type != "cuda":
-        _tables[key] = weights, starts, stops
-    elif not torch.cuda.is_current_stream_capturing():  # what a graph allocates is the graph's
-        torch.cuda.synchronize(device)  # whatever stream reads it next
-        _tables[key] = weights, starts, stops
-    return weights, starts, stops
+    table = _tables.get(key)
+    if table is None:
+        weights = torch.empty((taps, size_out), dtype=torch.float32, device=device)
+        table = Filter(weights, *(torch.empty(size_out, dtype=torch.int32, device=device) for _ in range(2)))
+        Launches((weights,)).launch(
+            filter_kernel, (cdiv(size_out, 64),), table, size_in, size_out, scale, ANTIALIAS=antialias, TAPS=taps,
+            BLOCK=64, num_warps=2,
+        )  # fmt: skip
+        if device.type != "cuda":
+            _tables[key] = table
+        elif not torch.cuda.is_current_stream_capturing():  # what a graph allocates is the graph's
+            torch.cuda.synchronize(device)  # whatever stream reads it next
+            _tables[key] = table
+    return _Filter(Filter(*map(run.kept, table)), taps, scale, support + 1)
 
 
 def _columns(width: int, pixels: Tensor) -> int:
