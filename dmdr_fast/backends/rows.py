@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dmdr_fast.backends import at_most
 from dmdr_fast.backends.plans import Recorder
 
 
@@ -42,14 +43,8 @@ def mixed(x: Tensor, *vectors: Tensor | None) -> str | None:
 
 def refuses(longest: float, x: str, *vectors: str) -> Callable[[Any], str | None]:
     """Why rows of the argument ``x`` are longer than ``longest``, or do not go with the vectors; None where they do."""
-
-    def refusal(a: Any) -> str | None:
-        tensor = getattr(a, x)
-        if tensor.shape[-1] > longest:
-            return f"it takes rows of at most {longest} features, these have {tensor.shape[-1]}"
-        return mixed(tensor, *(getattr(a, name) for name in vectors))
-
-    return refusal
+    too_long = at_most(longest, "features", "rows", lambda a: getattr(a, x).shape[-1])
+    return lambda a: too_long(a) or mixed(getattr(a, x), *(getattr(a, name) for name in vectors))
 
 
 def matrix(run: Recorder, tensor: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ import ctypes
 import functools
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +136,7 @@ class Calls(Recorder):
     def __init__(self, library: Library, arguments: tuple) -> None:
         super().__init__(arguments)
         self.library = library
+        self._wide: list[tuple[Tensor, Tensor]] = []  # results, and what is written in their place
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
         """Makes an uninitialised contiguous tensor that a kernel is about to fill.
@@ -160,28 +160,16 @@ class Calls(Recorder):
         """What ``dmdr_<name>_workspace`` asks for."""
         return self.new((self.library.workspace_size(name, *sizes),), dtype)
 
-    @contextmanager
-    def in_float32(self, *results: Tensor | None) -> Iterator[list[Tensor | None]]:
-        """The results where they are float32, and float32 tensors in place of others, which are rounded at the end.
-
-        A call that rounds leaves no plan.
-        """
-        sums = []
-        for one in results:
-            sums.append(one if one is None or one.dtype is torch.float32 else self.new(one.shape, torch.float32))
-        yield sums
-        for result, one in zip(results, sums, strict=True):
-            if result is not None and one is not None and one is not result:
-                result.copy_(one)
-                self._repeatable = False
-
     def fields(
         self, struct_name: str, a: tuple, out: tuple, view: Callable[[Tensor], Strided] | None = None, /, **given: Any
     ) -> dict[str, Any]:
         """The fields of an argument struct, see :func:`abi.packed`: as given, else the result or argument of that name.
 
+        Pointers are made contiguous, and float32 where they are floats: :meth:`call` rounds a result that is not, and
+        leaves no plan then.
+
         Args:
-            view: gives a tensor its strides. Pointers are made contiguous, and float32 where they are floats.
+            view: gives a tensor its strides.
         """
         fields = {}
         for kind, names in abi.STRUCTS[struct_name]:
@@ -190,7 +178,10 @@ class Calls(Recorder):
                 if kind == "tensor" and view is not None and isinstance(value, Tensor):
                     value = view(value)
                 elif kind == "pointer" and isinstance(value, Tensor) and name != "workspace":
-                    value = (value.to(torch.float32) if value.is_floating_point() else value).contiguous()
+                    given_value, dtype = value, torch.float32 if value.is_floating_point() else value.dtype
+                    value = value.to(dtype).contiguous()
+                    if value is not given_value and any(given_value is result for result in out):
+                        self._wide.append((given_value, value))
                 fields[name] = value
         return fields
 
@@ -221,6 +212,9 @@ class Calls(Recorder):
 
         entry(template)
         self.note(again)
+        for result, wide in self._wide:
+            result.copy_(wide)
+            self._repeatable = False
 
 
 def library_path(stem: str) -> Path:
