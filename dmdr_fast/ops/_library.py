@@ -131,12 +131,9 @@ class Raw:
 
     def checked(self, op: str, *args: Any) -> Any:
         """As the public op ``op`` calls it: arguments of a new signature are checked, values on the CPU always."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _transformed():
             self._check(op, args)
-            return self.operator(*args)
-        if _transformed():
-            self._check(op, args)
-            return self.formula(*args)
+            return self(*args)
         call = self.look(args)
         if call is None or call[3] is None:
             self._check(op, args)
@@ -394,11 +391,7 @@ def _register_flops() -> None:
 
 
 class Explaining(TorchDispatchMode):
-    """While on, raw functions answer with their fakes; the first one's choice of backend is noted.
-
-    Attributes:
-        choice: of the first raw function; None before it.
-    """
+    """While on, raw functions answer with their fakes; ``choice`` is the backend's of the first one, None before it."""
 
     choice: backends.Choice | None = None
 

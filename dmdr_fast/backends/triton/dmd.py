@@ -8,17 +8,7 @@ import torch
 
 from dmdr_fast.backends.triton.counters import counters
 from dmdr_fast.backends.triton.launch import Launches, block_and_warps, implements, samples, tiles, too_large
-from dmdr_fast.kernels.dmd_gradient import (
-    Latents,
-    Options,
-    Parts,
-    Scalars,
-    Totals,
-    dmd_distance_kernel,
-    dmd_gradient_kernel,
-    dmd_gradient_sample_kernel,
-    dmd_loss_bwd_kernel,
-)
+from dmdr_fast.kernels import dmd_gradient as kernels
 
 # What 512 threads hold: 32 elements each. 1024 threads of 32 spill.
 _LARGEST_BLOCK = 16384
@@ -33,31 +23,38 @@ def dmd_gradient_fwd(run: Launches, a, out) -> None:
     written = 1.0
     if a.scaled:
         written = 2 * a.factor / max(a.x0.numel(), 1) if a.reduction == "mean" else 2 * a.factor
-    scalars = Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
+    scalars = kernels.Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
     largest = torch.finfo(out.grad.dtype).max
-    options = Options(a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest)
+    options = kernels.Options(
+        a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest
+    )
     arrived = run.allocate(functools.partial(counters, 1 + a.x0.shape[0], run.device))
-    totals = Totals(out.norm, out.loss, out.loss_scale, arrived, float(a.x0.numel()), float(a.factor))
-    latents, shape = Latents(*view.views), view.shape
+    totals = kernels.Totals(out.norm, out.loss, out.loss_scale, arrived, float(a.x0.numel()), float(a.factor))
+    latents, shape = kernels.Latents(*view.views), view.shape
     if a.normalizer != "global" and shape.count <= _LARGEST_BLOCK:  # a sample is read once
-        parts = Parts(run.new(batch, torch.float32), None, None if mask is None else run.new(batch, torch.int32), None)
+        counts = None if mask is None else run.new(batch, torch.int32)
+        parts = kernels.Parts(run.new(batch, torch.float32), None, counts, None)
         block, warps = block_and_warps(shape.count, 16 if shape.count <= 4096 else 32, _LARGEST_BLOCK)
         run.launch(
-            dmd_gradient_sample_kernel, tuple(batch), latents, scalars, out.grad, parts, totals, shape, OPTIONS=options,
-            BLOCK=block, num_warps=warps,
+            kernels.dmd_gradient_sample_kernel, tuple(batch), latents, scalars, out.grad, parts, totals, shape,
+            OPTIONS=options, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         return
     # Larger samples, and the normaliser over all of them: a sum first, then the gradient.
     (_, blocks), tile = tiles(view, 16)
     grid = *batch, min(blocks, _MOST_PARTS)
-    parts = Parts(*(run.new(grid, dtype) for dtype in (torch.float32, torch.float32, torch.int32, torch.int32)))
+    parts = kernels.Parts(*(run.new(grid, dtype) for dtype in (torch.float32, torch.float32, torch.int32, torch.int32)))
     if a.normalizer != "none":
-        run.launch(dmd_distance_kernel, grid, latents, scalars, parts, totals, shape, OPTIONS=options, **tile)
-    run.launch(dmd_gradient_kernel, grid, latents, scalars, out.grad, parts, totals, shape, OPTIONS=options, **tile)
+        run.launch(kernels.dmd_distance_kernel, grid, latents, scalars, parts, totals, shape, OPTIONS=options, **tile)
+    run.launch(
+        kernels.dmd_gradient_kernel, grid, latents, scalars, out.grad, parts, totals, shape, OPTIONS=options, **tile
+    )
 
 
 @implements("dmd_loss_bwd", refuses=too_large("g"))
 def dmd_loss_bwd(run: Launches, a, out) -> None:
     view = samples(a.g)
     grid, tile = tiles(view)
-    run.launch(dmd_loss_bwd_kernel, grid, a.grad_loss, *view.views, a.loss_scale, out.grad_x0, view.shape, **tile)
+    run.launch(
+        kernels.dmd_loss_bwd_kernel, grid, a.grad_loss, *view.views, a.loss_scale, out.grad_x0, view.shape, **tile
+    )

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from dmdr_fast.backends import at_most
 from dmdr_fast.backends.triton.launch import Launches, cdiv, implements, next_power_of_2
-from dmdr_fast.kernels.preprocess_reward import (
-    Filter,
-    filter_kernel,
-    resize_columns_bwd_kernel,
-    resize_columns_kernel,
-    resize_rows_bwd_kernel,
-    resize_rows_kernel,
-)
+from dmdr_fast.kernels import preprocess_reward as kernels
 
 _at_most = functools.partial(at_most, 64, "channels", "images")
 
@@ -33,7 +26,7 @@ class _Filter(NamedTuple):
         reach: half the width of a window in inputs, and one more.
     """
 
-    table: Filter
+    table: kernels.Filter
     taps: int
     scale: float
     reach: float
@@ -49,13 +42,13 @@ def preprocess_reward_fwd(run: Launches, a, out) -> None:
     mid = run.new((planes, a.height, in_width), torch.float32)
     block = _columns(in_width, a.image)
     run.launch(
-        resize_rows_kernel, (planes * cdiv(a.height, 4), cdiv(in_width, block)), a.image, vertical.table,
+        kernels.resize_rows_kernel, (planes * cdiv(a.height, 4), cdiv(in_width, block)), a.image, vertical.table,
         mid, out.inside, channels, in_height, in_width, a.height, a.low, a.high,
         *a.image.stride(), TAPS=vertical.taps, ROWS=4, BLOCK=block,
     )  # fmt: skip
     lines = planes * a.height
     run.launch(
-        resize_columns_kernel, (cdiv(lines, 8), cdiv(a.width, 128)), mid, horizontal.table, out.out,
+        kernels.resize_columns_kernel, (cdiv(lines, 8), cdiv(a.width, 128)), mid, horizontal.table, out.out,
         tuple(a.mean), tuple(a.std), lines, channels, in_width, a.height, a.width, a.high - a.low,
         TAPS=horizontal.taps, ROWS=8, BLOCK=128,
     )  # fmt: skip
@@ -72,20 +65,20 @@ def preprocess_reward_bwd(run: Launches, a, out) -> None:
     lines = planes * height
     outputs = math.ceil(2 * horizontal.reach / horizontal.scale) + 3
     run.launch(
-        resize_columns_bwd_kernel, (cdiv(lines, 8), cdiv(in_width, 128)), a.grad, horizontal.table,
+        kernels.resize_columns_bwd_kernel, (cdiv(lines, 8), cdiv(in_width, 128)), a.grad, horizontal.table,
         mid, tuple(a.std), lines, channels, in_width, height, width, *a.grad.stride(), horizontal.scale,
         horizontal.reach, a.high - a.low, TAPS=horizontal.taps, OUTPUTS=outputs, ROWS=8, BLOCK=128,
     )  # fmt: skip
     block = _columns(in_width, out.grad_image)
     run.launch(
-        resize_rows_bwd_kernel, (planes * cdiv(in_height, 8), cdiv(in_width, block)), mid, vertical.table,
+        kernels.resize_rows_bwd_kernel, (planes * cdiv(in_height, 8), cdiv(in_width, block)), mid, vertical.table,
         a.inside.contiguous(), out.grad_image, in_height, in_width, height, vertical.scale, vertical.reach,
         TAPS=vertical.taps, ROWS=8, BLOCK=block,
     )  # fmt: skip
 
 
 # Made once for a device: two launches less in each pass.
-_tables: dict[tuple, Filter] = {}
+_tables: dict[tuple, kernels.Filter] = {}
 
 
 def _filter(run: Launches, size_in: int, size_out: int, antialias: bool) -> _Filter:
@@ -97,17 +90,17 @@ def _filter(run: Launches, size_in: int, size_out: int, antialias: bool) -> _Fil
     table = _tables.get(key)
     if table is None:
         weights = torch.empty((taps, size_out), dtype=torch.float32, device=device)
-        table = Filter(weights, *(torch.empty(size_out, dtype=torch.int32, device=device) for _ in range(2)))
+        table = kernels.Filter(weights, *(torch.empty(size_out, dtype=torch.int32, device=device) for _ in range(2)))
         Launches((weights,)).launch(
-            filter_kernel, (cdiv(size_out, 64),), table, size_in, size_out, scale, ANTIALIAS=antialias, TAPS=taps,
-            BLOCK=64, num_warps=2,
+            kernels.filter_kernel, (cdiv(size_out, 64),), table, size_in, size_out, scale, ANTIALIAS=antialias,
+            TAPS=taps, BLOCK=64, num_warps=2,
         )  # fmt: skip
         if device.type != "cuda":
             _tables[key] = table
         elif not torch.cuda.is_current_stream_capturing():  # what a graph allocates is the graph's
             torch.cuda.synchronize(device)  # whatever stream reads it next
             _tables[key] = table
-    return _Filter(Filter(*map(run.kept, table)), taps, scale, support + 1)
+    return _Filter(kernels.Filter(*map(run.kept, table)), taps, scale, support + 1)
 
 
 def _columns(width: int, pixels: Tensor) -> int:
