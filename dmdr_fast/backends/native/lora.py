@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dmdr_fast.backends.native.abi import struct_of
@@ -19,20 +21,48 @@ _STRUCT = struct_of(
 )
 
 
+# Of a packed [q | k | v]: what has three blocks, and what q and v have one each of.
+_BLOCKS, _PAIRS = {"x", "base_out", "grad", "out", "grad_x"}, {"A", "B", "low_rank", "grad_A", "grad_B"}
+
+
 def _refuses(library: Library, a) -> str | None:
-    in_features, rank = a.A.shape
+    in_features, rank = a.A.shape[-2:]
     return None if in_features and rank else f"it has nothing to multiply: A is [{in_features}, {rank}]"
 
 
 @implements("multi_lora_fwd", refuses=_refuses)
 def multi_lora_fwd(run: Calls, a, out) -> None:
-    run.call("multi_lora_fwd", _STRUCT, _fields(run, a, out, 0, base=a.base_out))
+    for one, result in _blocks(run, a, out):
+        run.call("multi_lora_fwd", _STRUCT, _fields(run, one, result, 0, base=one.base_out))
 
 
 @implements("multi_lora_bwd", refuses=_refuses)
 def multi_lora_bwd(run: Calls, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
-    run.call("multi_lora_bwd", _STRUCT, _fields(run, a, out, 1, grad_a=out.grad_A, grad_b=out.grad_B))
+    for one, result in _blocks(run, a, out):
+        fields = _fields(run, one, result, 1, grad_a=result.grad_A, grad_b=result.grad_B)
+        run.call("multi_lora_bwd", _STRUCT, fields)
+
+
+def _blocks(run: Calls, a, out) -> Iterator[tuple]:
+    """(arguments, results) of each block; of k, which passes, as of scale 0 and before those of q, which it shares."""
+    if a.A.dim() == 2:
+        yield a, out
+        return
+    zero = run.kept(torch.zeros(a.x.shape[0], dtype=torch.float32, device=run.device))
+    for block in (1, 0, 2):
+        one, result = _block(run, a, block), _block(run, out, block)
+        yield (one._replace(scale=zero) if block == 1 else one), result
+
+
+def _block(run: Calls, values, block: int):
+    views = {}
+    for name, value in values._asdict().items():
+        if isinstance(value, Tensor) and name in _BLOCKS:
+            views[name] = run.part(value.chunk(3, -1)[block], value)
+        elif isinstance(value, Tensor) and name in _PAIRS:
+            views[name] = run.part(value[block // 2], value)
+    return values._replace(**views)
 
 
 def _fields(run: Calls, a, out, backward: int, /, **given: Any) -> dict[str, Any]:
