@@ -20,10 +20,6 @@ def depth_of(shape: Sequence[int], x_shape: Sequence[int]) -> int:
 
     ``shape``: [D], [B, D] or x's number of dimensions: x's sizes up to the depth, then ones, then D.
     """
-    if len(shape) == 1:
-        return 0
-    if len(shape) == 2:
-        return 1
     depth = len(shape) - 1
     while depth > 1 and shape[depth - 1] == 1 != x_shape[depth - 1]:
         depth -= 1
@@ -83,6 +79,4 @@ class Grouped:
         depth = depth_of(shape, self._shape)
         if depth == 0:
             return 1, 1, self.width
-        if depth == self.depth:
-            return self.groups, 1, self.width
-        return self.groups, self.tokens, self.width
+        return self.groups, 1 if depth == self.depth else self.tokens, self.width

@@ -40,8 +40,6 @@ _MOST_PLANS = 1024
 # A live int is in the signature by what a kernel is specialised for, and by its place in the largest block.
 _LARGEST_BLOCK = 4096
 
-# The shape of a result that nobody needs.
-_NOTHING = torch.Size((0,))
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, torch.dtype, type(None)))
 _SCHEMA = {
@@ -109,8 +107,6 @@ class Raw:
         self.hints.pop("return", None)
         self.arguments = _named(name, tuple(self.hints))
         self._own_check, self._check_values = check, check_values
-        self._choices = {field: typing.get_args(hint) for field, hint in self.hints.items() if _is_choice(hint)}
-        self._dtypes = [field for field, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
         self._derived = derived or (lambda a: reference.run(name, a._replace(**recompute(a)) if recompute else a))
         self.plans: dict[tuple, Plan] = {}
         self.live = next((index for index, hint in enumerate(self.hints.values()) if hint is Live), None)
@@ -151,10 +147,10 @@ class Raw:
 
     def _check(self, op: str, args: tuple) -> None:
         a = self.arguments(*args)
-        for name, allowed in self._choices.items():
-            _checks.choice(op, name, getattr(a, name), allowed)
-        for name in self._dtypes:
-            if getattr(a, name) is not None:
+        for name, hint in self.hints.items():
+            if _is_choice(hint):
+                _checks.choice(op, name, getattr(a, name), typing.get_args(hint))
+            elif hint in (torch.dtype, torch.dtype | None) and getattr(a, name) is not None:
                 _checks.dtype(op, name, getattr(a, name))
         if self._own_check is not None:
             self._own_check(op, a)
@@ -298,7 +294,7 @@ def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[
                 made = gradient(*ordered((*grads, *ctx.saved_tensors, *ctx.options, *wanted(needed))))
                 for index, part in zip(given, made if isinstance(made, tuple) else (made,), strict=True):
                     # An empty one belongs to a result that got no gradient.
-                    if needed[index] and part.shape != _NOTHING:
+                    if needed[index] and part.shape != (0,):
                         found[index] = part
             return found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -48,17 +46,12 @@ def _what(depth: int, x: Tensor) -> str:
     return ("batch", "sample", "frame")[min(depth, 2)]
 
 
-class LayerNormStatistics(NamedTuple):
-    mean: Tensor
-    rstd: Tensor
-
-
-def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> LayerNormStatistics:
-    """mean and 1 / sqrt(var + eps) over the last dimension, in the compute dtype."""
+def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> dict[str, Tensor]:
+    """mean and rstd = 1 / sqrt(var + eps) over the last dimension, in the compute dtype."""
     x = x.to(compute)
     mean = x.mean(-1)
     rstd = torch.rsqrt((x - mean.unsqueeze(-1)).square().mean(-1) + eps)
-    return LayerNormStatistics(mean, rstd)
+    return {"mean": mean, "rstd": rstd}
 
 
 def rms_norm_statistic(x: Tensor, eps: float, compute: torch.dtype) -> Tensor:

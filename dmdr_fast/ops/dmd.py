@@ -181,11 +181,9 @@ def _run(op, x0, x_t, fake, real, uncond, sigma, alpha, cfg_scale, mask, weight,
     elif alpha is not None:
         alpha = check.scalar(op, "alpha", alpha, x0, dtype, minimum=0)
     # A number stays one: as a tensor it would cost a launch of its own.
-    cfg_number, cfg_tensor = 1.0, None
+    cfg_number, cfg_tensor = 1.0 if cfg_scale is None else cfg_scale, None
     if isinstance(cfg_scale, Tensor):
-        cfg_tensor = check.scalar(op, "cfg_scale", cfg_scale, x0, dtype)
-    elif cfg_scale is not None:
-        cfg_number = cfg_scale
+        cfg_number, cfg_tensor = 1.0, check.scalar(op, "cfg_scale", cfg_scale, x0, dtype)
     if weight is not None:
         weight = check.scalar(op, "weight", weight, x0, dtype)
     if isinstance(mask, Tensor) and mask.dtype is not torch.bool:
@@ -207,11 +205,9 @@ def _check(op: str, a) -> None:
     for name, value in (("sigma", a.sigma), ("alpha", a.alpha), ("cfg_scale", a.cfg_tensor), ("weight", a.weight)):
         if value is not None:
             check.per_sample(op, name, value, a.x0, "x0")
-    if a.mask is not None:
-        _check_mask(op, a.mask, a.x0)
-
-
-def _check_mask(op: str, mask: Tensor, x0: Tensor) -> None:
+    mask, x0 = a.mask, a.x0
+    if mask is None:
+        return
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: mask: expected a tensor, got {type(mask).__name__}")
     if mask.dim() != x0.dim() or any(m != 1 and m != n for m, n in zip(mask.shape, x0.shape, strict=True)):

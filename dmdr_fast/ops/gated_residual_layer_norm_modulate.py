@@ -93,7 +93,7 @@ def _formula_bwd(
 
 _bwd = Raw(
     "gated_residual_layer_norm_modulate_bwd", "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd,
-    _formula_bwd, recompute=lambda a: parts.layer_norm_statistics(a.residual, a.eps, a.mean.dtype)._asdict(),
+    _formula_bwd, recompute=lambda a: parts.layer_norm_statistics(a.residual, a.eps, a.mean.dtype),
 )  # fmt: skip
 _fwd = Raw(
     "gated_residual_layer_norm_modulate_fwd", "residual y mean rstd", _results, _formula, check=_check,

@@ -54,7 +54,7 @@ def _results_bwd(a):
 
 def formula(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     compute = compute_dtype(x, shift, scale)
-    mean, rstd = layer_norm_statistics(x, eps, compute)
+    mean, rstd = layer_norm_statistics(x, eps, compute).values()
     centered = x.to(compute) - mean.unsqueeze(-1)
     scale, shift = (broadcast(vector, x).to(compute) for vector in (scale, shift))
     return centered * rstd.unsqueeze(-1) * (1 + scale) + shift, mean, rstd
@@ -70,7 +70,7 @@ def _formula_bwd(
 
 _bwd = Raw(
     "layer_norm_modulate_bwd", "grad_x grad_shift grad_scale", _results_bwd, _formula_bwd,
-    recompute=lambda a: layer_norm_statistics(a.x, a.eps, a.mean.dtype)._asdict(),
+    recompute=lambda a: layer_norm_statistics(a.x, a.eps, a.mean.dtype),
 )  # fmt: skip
 _fwd = Raw(
     "layer_norm_modulate_fwd", "y mean rstd", _results, formula, check=_check, backward=by(_bwd), constants=(1, 2)

@@ -86,13 +86,12 @@ def _results(a):
 def _results_bwd(a):
     """What a side that got no gradient would give counts as not needed."""
     sides = (a.grad_q_out, a.q, a.q_weight), (a.grad_k_out, a.k, a.k_weight)
-    weights = (
-        like(x, needed=False)
-        if weight is None
-        else like(weight, needed=a.need_q_weight_or_k_weight and grad is not None)
-        for grad, x, weight in sides
-    )
-    return *(like(x, needed=grad is not None) for grad, x, _ in sides), *weights
+
+    def of_weight(grad: Tensor | None, x: Tensor, weight: Tensor | None) -> Result:
+        needed = a.need_q_weight_or_k_weight and grad is not None and weight is not None
+        return like(x if weight is None else weight, needed=needed)
+
+    return *(like(x, needed=grad is not None) for grad, x, _ in sides), *(of_weight(*side) for side in sides)
 
 
 def _formula(

@@ -79,7 +79,7 @@ def test_post_projection_compiles_to_one_graph_and_has_tangents():
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     eager, traced = (run(x).square().sum() for run in (module, compiled))
     torch.testing.assert_close(traced, eager)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, list(module.parameters())) for loss in (traced, eager)))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, list(first.parameters())) for loss in (traced, eager)))
     _, tangent = torch.func.jvp(module, (x,), (direction,))
     torch.testing.assert_close(tangent, (module(x + 1e-6 * direction) - module(x - 1e-6 * direction)) / 2e-6)
 

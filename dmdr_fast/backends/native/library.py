@@ -30,13 +30,12 @@ class NativeError(RuntimeError):
     """A kernel library refused a call."""
 
 
+Refusal = Callable[["Library", Any], str | None] | None
 # (function, entry, refuses) by the name of a raw function.
-_REGISTERED: dict[str, tuple[Callable, str, Callable[[Library, Any], str | None] | None]] = {}
+_REGISTERED: dict[str, tuple[Callable, str, Refusal]] = {}
 
 
-def implements(
-    name: str, *, entry: str | None = None, refuses: Callable[[Library, Any], str | None] | None = None
-) -> Callable:
+def implements(name: str, *, entry: str | None = None, refuses: Refusal = None) -> Callable:
     """Register the decorated function as the raw function ``name`` of the libraries that have ``dmdr_<entry>``.
 
     Args:

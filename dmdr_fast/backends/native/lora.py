@@ -33,15 +33,14 @@ def _refuses(library: Library, a) -> str | None:
 @implements("multi_lora_fwd", refuses=_refuses)
 def multi_lora_fwd(run: Calls, a, out) -> None:
     for one, result in _blocks(run, a, out):
-        run.call("multi_lora_fwd", _STRUCT, _fields(run, one, result, 0, base=one.base_out))
+        _call(run, "multi_lora_fwd", one, result, 0, base=one.base_out)
 
 
 @implements("multi_lora_bwd", refuses=_refuses)
 def multi_lora_bwd(run: Calls, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
     for one, result in _blocks(run, a, out):
-        fields = _fields(run, one, result, 1, grad_a=result.grad_A, grad_b=result.grad_B)
-        run.call("multi_lora_bwd", _STRUCT, fields)
+        _call(run, "multi_lora_bwd", one, result, 1, grad_a=result.grad_A, grad_b=result.grad_B)
 
 
 def _blocks(run: Calls, a, out) -> Iterator[tuple]:
@@ -65,16 +64,17 @@ def _block(run: Calls, values, block: int):
     return values._replace(**views)
 
 
-def _fields(run: Calls, a, out, backward: int, /, **given: Any) -> dict[str, Any]:
+def _call(run: Calls, name: str, a, out, backward: int, /, **given: Any) -> None:
     names = ("batch", "rows", "in_features", "rank", "out_features")
     sizes = dict(zip(names, (a.x.shape[0], math.prod(a.x.shape[1:-1]), *a.A.shape, a.B.shape[1]), strict=True))
-    return run.fields(
-        _STRUCT, a, out, lambda tensor: _rows(run, tensor), A=strided(a.A), B=strided(a.B),
+
+    def rows(tensor: Tensor) -> Strided:
+        """[B, ..., D] as [B, rows, D]; copied only where the strides of the middle dimensions do not merge."""
+        return broadcast(run.view(tensor, sizes["batch"], sizes["rows"], tensor.shape[-1]))
+
+    fields = run.fields(
+        _STRUCT, a, out, rows, A=strided(a.A), B=strided(a.B),
         scale=a.scale if a.scale.dim() else a.scale.expand(a.x.shape[0]),
         workspace=run.workspace("multi_lora", *sizes.values(), backward), **sizes, **given,
     )  # fmt: skip
-
-
-def _rows(run: Calls, tensor: Tensor) -> Strided:
-    """[B, ..., D] as [B, rows, D]; copied only where the strides of the middle dimensions do not merge."""
-    return broadcast(run.view(tensor, tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1]))
+    run.call(name, _STRUCT, fields)

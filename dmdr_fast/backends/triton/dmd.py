@@ -20,9 +20,8 @@ def dmd_gradient_fwd(run: Launches, a, out) -> None:
     mask = None if a.mask is None else run.part(a.mask.expand(a.x0.shape), a.mask)
     view, batch = samples(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond, mask), out.norm.shape
     per_sample = (None if s is None else s.contiguous() for s in (a.sigma, a.alpha, a.cfg_tensor, a.weight))
-    written = 1.0
-    if a.scaled:
-        written = 2 * a.factor / max(a.x0.numel(), 1) if a.reduction == "mean" else 2 * a.factor
+    count = max(a.x0.numel(), 1) if a.reduction == "mean" else 1
+    written = 2 * a.factor / count if a.scaled else 1.0
     scalars = kernels.Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
     largest = torch.finfo(out.grad.dtype).max
     options = kernels.Options(

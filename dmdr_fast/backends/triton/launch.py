@@ -36,13 +36,10 @@ class Launches(Recorder):
         The compiler must not fuse multiplications and additions by itself: the kernels say where, so the bits are the
         same under every version of Triton (its default differs) and in every specialisation of a kernel.
         """
-        options = {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
-        compiled = kernel[grid](*_plain(args), **options)
-        if self.device.type == "meta":  # compiled ahead of time, launched nowhere
-            return
-        if INTERPRETED:
-            self._repeatable = False  # nothing is compiled that could run again
-        else:
+        compiled = kernel[grid](*_plain(args), **constants, num_warps=num_warps, enable_fp_fusion=False)
+        if INTERPRETED:  # nothing is compiled that could run again
+            self._repeatable = False
+        elif self.device.type != "meta":  # there it is compiled ahead of time, and launched nowhere
             values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
             self.note(self._compiled(compiled, grid, values))
 
