@@ -32,7 +32,6 @@ def gated_activation_bwd(run: Launches, a, out) -> None:
 
 def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile: 16 elements a thread of 4 warps, the widest rows that divide the features."""
-    block = next((size for size in (2048, 1024, 512) if width % size == 0), min(1024, next_power_of_2(width)))
-    block = max(block, 32)
+    block = max(32, next((size for size in (2048, 1024, 512) if width % size == 0), min(1024, next_power_of_2(width))))
     height = 2048 // block
     return (cdiv(rows, height), cdiv(width, block)), {"ROWS": height, "BLOCK": block, "num_warps": 4}

@@ -177,6 +177,5 @@ def row_tile(width: int, most: int) -> dict[str, Any]:
 
 def _tile(width: int) -> dict[str, int]:
     """The tile of the kernels without a norm: the widest that divides the features, else the widest."""
-    block = next((size for size in (1024, 512, 256) if width % size == 0), min(1024, next_power_of_2(width)))
-    block = max(block, 32)
+    block = max(32, next((size for size in (1024, 512, 256) if width % size == 0), min(1024, next_power_of_2(width))))
     return {"ROWS": min(_TILE // block, 16), "BLOCK": block, "num_warps": 4}

@@ -60,10 +60,7 @@ def qk_norm_rope_bwd(run: Launches, a, out) -> None:
 
 
 def _heads(x: Tensor | None) -> Heads | None:
-    if x is None:
-        return None
-    heads, strides = strided(x)
-    return Heads(heads, *strides)
+    return None if x is None else Heads((heads := strided(x)).tensor, *heads.strides)
 
 
 def _table(values: Tensor | None) -> Table | None:
