@@ -50,7 +50,6 @@ _SCHEMA = {
 # Its names are known at run time only.
 _named: Callable[[str, Sequence[str]], type[Any]] = namedtuple
 
-
 # By name.
 RAW: dict[str, Raw] = {}
 
@@ -107,6 +106,8 @@ class Raw:
         self.hints.pop("return", None)
         self.arguments = _named(name, tuple(self.hints))
         self._own_check, self._check_values = check, check_values
+        self._choices = {field: typing.get_args(hint) for field, hint in self.hints.items() if _is_choice(hint)}
+        self._dtypes = [field for field, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
         self._derived = derived or (lambda a: reference.run(name, a._replace(**recompute(a)) if recompute else a))
         self.plans: dict[tuple, Plan] = {}
         self.live = next((index for index, hint in enumerate(self.hints.values()) if hint is Live), None)
@@ -147,10 +148,10 @@ class Raw:
 
     def _check(self, op: str, args: tuple) -> None:
         a = self.arguments(*args)
-        for name, hint in self.hints.items():
-            if _is_choice(hint):
-                _checks.choice(op, name, getattr(a, name), typing.get_args(hint))
-            elif hint in (torch.dtype, torch.dtype | None) and getattr(a, name) is not None:
+        for name, allowed in self._choices.items():
+            _checks.choice(op, name, getattr(a, name), allowed)
+        for name in self._dtypes:
+            if getattr(a, name) is not None:
                 _checks.dtype(op, name, getattr(a, name))
         if self._own_check is not None:
             self._own_check(op, a)

@@ -14,28 +14,28 @@ from dmdr_fast.ops.preprocess import preprocess_reward
 from dmdr_fast.ops.qk_norm_rope import qk_norm_rope
 
 
-class _LayerNorm(nn.LayerNorm):
-    """Without parameters. What is called with more is a module of the same state."""
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__(dim, eps=eps, elementwise_affine=False)
-
-
-class LayerNormModulate(_LayerNorm):
+class LayerNormModulate(nn.LayerNorm):
     """``modulate(LayerNorm(x), shift, scale)``: see ``layer_norm_modulate``.
 
     Stands in for ``nn.LayerNorm(dim, elementwise_affine=False)``; has no parameters.
     """
 
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__(dim, eps=eps, elementwise_affine=False)
+
+    # A module of the same state, called with more: what nn.LayerNorm's own callers pass is not enough.
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         return layer_norm_modulate(x, shift, scale, eps=self.eps)
 
 
-class GatedResidualLayerNormModulate(_LayerNorm):
+class GatedResidualLayerNormModulate(nn.LayerNorm):
     """(x + gate h, its modulated norm): see ``gated_residual_layer_norm_modulate``.
 
     Stands in for the ``nn.LayerNorm(dim, elementwise_affine=False)`` after a gated branch; has no parameters.
     """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__(dim, eps=eps, elementwise_affine=False)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor

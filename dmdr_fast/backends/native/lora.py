@@ -20,7 +20,6 @@ _STRUCT = struct_of(
     ("pointer", "scale low_rank grad_a grad_b workspace"),
 )
 
-
 # Of a packed [q | k | v]: what has three blocks, and what q and v have one each of.
 _BLOCKS, _PAIRS = {"x", "base_out", "grad", "out", "grad_x"}, {"A", "B", "low_rank", "grad_A", "grad_B"}
 
