@@ -4,6 +4,9 @@ Rows (tokens of all samples, one after the other) are taken in tiles. A tile who
 neither x nor the matrices; a row of scale 0 in another tile is not read either.
 
 The scale is a pointer and a stride: 1, or 0 where all samples share one number.
+
+PACKED: rows are three blocks [q | k | v]. q and v have matrices and a low rank of their own, one after the other; k has
+none and passes. The grid's third dimension is the part, or the block.
 """
 
 from typing import Any, NamedTuple
@@ -16,8 +19,9 @@ from dmdr_fast.kernels.elements import store_as
 
 @triton.jit
 def project_kernel(
-    x, matrix, scale, scale_stride, low_rank, rows, tokens, features, rank, feature_stride, rank_stride,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
+    x, matrix, scale, scale_stride, low_rank, rows, tokens, features, rank, feature_stride, rank_stride, part_stride,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """low_rank = scale_b (x matrix), float32 [rows, rank]; one program per tile of rows and of the rank."""
     row, batch, token, factor = _tile_of_rows(scale, scale_stride, tl.program_id(0) * ROWS, rows, tokens, ROWS)
@@ -25,6 +29,9 @@ def project_kernel(
     total = tl.zeros([ROWS, RANK], tl.float32)
     if tl.max((factor != 0).to(tl.int32), 0) != 0:
         line = x.pointer + (batch * x.batch_stride + token * x.token_stride)[:, None]
+        if PACKED:
+            line += tl.program_id(2) * 2 * features
+            matrix += tl.program_id(2) * part_stride
         active = (factor != 0)[:, None]
         for start in range(0, features, FEATURES):
             feature = start + tl.arange(0, FEATURES)
@@ -35,18 +42,26 @@ def project_kernel(
             total = _dot(left, right, total, PRECISION, WIDE)
         total = tl.where(active, factor[:, None] * total, 0.0)
     on = (row < rows)[:, None] & (column < rank)[None, :]
+    if PACKED:
+        low_rank += tl.program_id(2).to(tl.int64) * rows * rank
     tl.store(low_rank + row[:, None] * rank + column[None, :], total, mask=on)
 
 
 @triton.jit
 def expand_kernel(
     low_rank, matrix, scale, scale_stride, base, out, rows, tokens, features, rank, rank_stride, feature_stride,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
+    part_stride, PACKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """out = base + low_rank matrix, base None being 0; one program per tile of rows and of features."""
     row, batch, token, factor = _tile_of_rows(scale, scale_stride, tl.program_id(0) * ROWS, rows, tokens, ROWS)
     column = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     on = (row < rows)[:, None] & (column < features)[None, :]
+    if PACKED:
+        block = tl.program_id(2)
+        low_rank += (block // 2).to(tl.int64) * rows * rank
+        matrix += block // 2 * part_stride
+        factor = tl.where(block == 1, 0.0, factor)
     total = tl.zeros([ROWS, FEATURES], tl.float32)
     if tl.max((factor != 0).to(tl.int32), 0) != 0:
         for start in range(0, rank, RANK):
@@ -59,8 +74,13 @@ def expand_kernel(
             total = _dot(left, right, total, PRECISION, WIDE)
     if base is not None:
         line = base.pointer + (batch * base.batch_stride + token * base.token_stride)[:, None]
+        if PACKED:
+            line += block * features
         total += tl.load(line + column[None, :], mask=on, other=0).to(tl.float32)
-    store_as(out + row[:, None] * features + column[None, :], total, on)
+    if PACKED:
+        store_as(out + row[:, None] * 3 * features + (block * features + column)[None, :], total, on)
+    else:
+        store_as(out + row[:, None] * features + column[None, :], total, on)
 
 
 class Product(NamedTuple):

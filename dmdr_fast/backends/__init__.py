@@ -16,20 +16,22 @@ float64 always runs in the reference: the kernels compute in float32. That is no
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmdr_fast import reference
-from dmdr_fast.backends.plans import Plan, Recorder
+from dmdr_fast.backends.plans import Outputs, Plan, Recorder, on_device
 from dmdr_fast.reference import RESULTS, first_tensor
 
+_FALLBACK = "fallback on "
 _LOG = logging.getLogger("dmdr_fast")
 _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 
@@ -37,14 +39,15 @@ _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 # Triton's on the same machine; on all others Triton comes first.
 CUDA_FIRST: frozenset[str] = frozenset()
 
+# What the kernels are compiled for begins with this compute capability.
+_OLDEST = (8, 0)
+
 # What os.environ decodes at every look, which takes four times as long.
 _ENVIRONMENT = vars(os.environ)["_data"]
 _BACKEND = os.environ.encodekey("DMDR_FAST_BACKEND")
 
 _loaded: dict[str, Backend | str] = {}
 _logged: set[tuple[str, str]] = set()
-
-Outputs = Tensor | tuple[Tensor, ...]
 
 
 class FallbackError(RuntimeError):
@@ -72,11 +75,6 @@ class Choice:
         return f"{self.function}: {self.backend} ({self.reason}{refused})"
 
 
-class _Implementation(NamedTuple):
-    function: Callable[[Recorder, Any, Any], None]
-    refuses: Callable[[Any], str | None] | None
-
-
 def at_most(most: float, unit: str, what: str, size: Callable[[Any], int]) -> Callable[[Any], str | None]:
     """Why a raw function does not take ``what`` (plural) of more ``unit`` than ``most``, of its arguments."""
 
@@ -86,24 +84,26 @@ def at_most(most: float, unit: str, what: str, size: Callable[[Any], int]) -> Ca
     return refusal
 
 
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """Why the device cannot run the kernels, None where it can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= _OLDEST:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"its kernels need compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, this device has {major}.{minor}"
+
+
 class Backend:
     """The raw functions that one kind of kernel has.
 
     Args:
         recorder: makes the recorder that its functions take, from the call's arguments.
-        refuses: why it can run nothing on this device, or None.
         takes_empty: its functions take tensors without elements; else the reference answers for them.
     """
 
-    def __init__(
-        self,
-        recorder: Callable[[tuple], Recorder],
-        refuses: Callable[[torch.device], str | None],
-        *,
-        takes_empty: bool = False,
-    ) -> None:
-        self.functions: dict[str, _Implementation] = {}
-        self._recorder, self._refuses, self._takes_empty = recorder, refuses, takes_empty
+    def __init__(self, recorder: Callable[[tuple], Recorder], *, takes_empty: bool = False) -> None:
+        self.functions: dict[str, tuple[Callable, Callable[[Any], str | None] | None]] = {}
+        self._recorder, self._takes_empty = recorder, takes_empty
 
     def implements(self, name: str, *, refuses: Callable[[Any], str | None] | None = None) -> Callable:
         """Register the decorated ``function(run, args, out)`` as this backend's ``name``.
@@ -113,7 +113,7 @@ class Backend:
         """
 
         def register(function: Callable) -> Callable:
-            self.functions[name] = _Implementation(function, refuses)
+            self.functions[name] = function, refuses
             return function
 
         return register
@@ -122,19 +122,20 @@ class Backend:
         """Why it cannot run ``name(*args)``; None where it can."""
         if name not in self.functions:
             return f"it has no {name}"
-        why = self._refuses(first_tensor(args).device)
-        refuses = self.functions[name].refuses
+        why, (_, refuses) = too_old(first_tensor(args).device), self.functions[name]
         return refuses(args) if why is None and refuses is not None else why
 
     def run(self, name: str, args: tuple) -> tuple[Outputs, Plan | None]:
         """The results, and how to run such a call again; None where every call has to go this way."""
         if not self._takes_empty and any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
             return reference.run(name, args), None
+        return on_device(first_tensor(args).device, self._run, name, args)
+
+    def _run(self, name: str, args: tuple) -> tuple[Outputs, Plan | None]:
         run, results = self._recorder(args), RESULTS[name](args)
         made = tuple(run.result(result) for result in results)
-        written = [not (result.shape is None or result.zero) for result in results]
-        out = results._make(tensor if wanted else None for tensor, wanted in zip(made, written, strict=True))
-        self.functions[name].function(run, args, out)
+        written = (None if one.shape is None or one.zero else made[index] for index, one in enumerate(results))
+        self.functions[name][0](run, args, results._make(written))
         outputs = made if len(made) > 1 else made[0]
         return outputs, run.plan(outputs)
 
@@ -144,37 +145,19 @@ def wanted() -> bytes | None:
     return _ENVIRONMENT.get(_BACKEND)
 
 
-def forced() -> str:
-    """The backend that DMDR_FAST_BACKEND names."""
-    value = os.environ.get("DMDR_FAST_BACKEND", "auto")
-    if value not in _NAMES:
-        raise ValueError(f"DMDR_FAST_BACKEND: expected one of {', '.join(_NAMES)}, got {value!r}")
-    return value
-
-
 def run(name: str, args: tuple) -> tuple[Outputs, Plan | None]:
     """Run the raw function ``name`` on the backend that fits its arguments: (results, plan for such calls)."""
-    backend, refused, device = _select(name, args)
+    backend, choice = _choose(name, args)
     if backend is not None:
-        loaded = _loaded[backend]
-        assert isinstance(loaded, Backend)
-        return loaded.run(name, args)
-    if device is not None and forced() != "reference":
-        _fall_back(name, device, refused)
+        return backend.run(name, args)
+    if choice.reason.startswith(_FALLBACK):
+        _fall_back(choice)
     return reference.run(name, args), None
 
 
 def explain(name: str, args: tuple) -> Choice:
     """The choice that ``run(name, args)`` makes, with its reasons; runs nothing."""
-    backend, refused, device = _select(name, args)
-    wanted = forced()
-    if device is None:
-        reason = "float64 is computed by the reference"
-    elif wanted != "auto" and wanted == (backend or "reference"):
-        reason = f"DMDR_FAST_BACKEND={wanted}"
-    else:
-        reason = f"{'auto' if backend else 'fallback'} on {device} tensors"
-    return Choice(name, backend or "reference", reason, tuple(refused))
+    return _choose(name, args)[1]
 
 
 def load(backend: str) -> Backend | str:
@@ -189,47 +172,46 @@ def load(backend: str) -> Backend | str:
     return loaded
 
 
-def _select(name: str, args: tuple) -> tuple[str | None, list[tuple[str, str]], str | None]:
-    """(backend or None for the reference, who refused and why, ``_kernel_device``)."""
-    device, refused = _kernel_device(args), list[tuple[str, str]]()
-    for backend in _candidates(forced(), device, name):
-        why = _refusal(backend, device, name, args)
-        if why is None:
-            return backend, refused, device
-        refused.append((backend, why))
-    return None, refused, device
+def _choose(name: str, args: tuple) -> tuple[Backend | None, Choice]:
+    """The backend, None for the reference, and why."""
+    forced = os.environ.get("DMDR_FAST_BACKEND", "auto")
+    if forced not in _NAMES:
+        raise ValueError(f"DMDR_FAST_BACKEND: expected one of {', '.join(_NAMES)}, got {forced!r}")
+    if any(arg is torch.float64 or (isinstance(arg, Tensor) and arg.dtype is torch.float64) for arg in args):
+        return None, Choice(name, "reference", "float64 is computed by the reference")
+    device, refused = first_tensor(args).device.type, list[tuple[str, str]]()
+    reason = f"auto on {device} tensors" if forced == "auto" else f"DMDR_FAST_BACKEND={forced}"
+    for candidate in _candidates(forced, device, name):
+        backend = load(candidate)
+        why = backend if isinstance(backend, str) else _misplaced(candidate, device) or backend.refusal(name, args)
+        if not isinstance(backend, str) and why is None:
+            return backend, Choice(name, candidate, reason, tuple(refused))
+        refused.append((candidate, str(why)))
+    reason = reason if forced == "reference" else f"{_FALLBACK}{device} tensors"
+    return None, Choice(name, "reference", reason, tuple(refused))
 
 
-def _kernel_device(args: tuple) -> str | None:
-    """Device type of the tensors, None where float64 asks for the reference."""
-    wide = any(arg is torch.float64 or (isinstance(arg, Tensor) and arg.dtype is torch.float64) for arg in args)
-    return None if wide else first_tensor(args).device.type
-
-
-def _candidates(wanted: str, device: str | None, name: str) -> tuple[str, ...]:
+def _candidates(forced: str, device: str, name: str) -> tuple[str, ...]:
     """The kernel backends to ask, in order; the reference comes after them."""
-    if device is None or wanted == "reference":
-        return ()
-    if wanted != "auto":
-        return (wanted,)
+    if forced != "auto":
+        return () if forced == "reference" else (forced,)
     if device == "cuda":
         return ("cuda", "triton") if name in CUDA_FIRST else ("triton", "cuda")
     return ("cpu",) if device == "cpu" else ()
 
 
-def _refusal(name: str, device: str | None, function: str, args: tuple) -> str | None:
-    backend = load(name)
-    if isinstance(backend, str):
-        return backend
-    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+def _misplaced(backend: str, device: str) -> str | None:
+    """Why the backend does not run on tensors of this device, None where it does."""
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
-    if name in ("cpu", "cuda") and device != name:
-        return f"it runs on {name} tensors, these are on {device}"
-    return backend.refusal(function, args)
+    if backend in ("cpu", "cuda") and device != backend:
+        return f"it runs on {backend} tensors, these are on {device}"
+    return None
 
 
-def _fall_back(name: str, device: str, refused: list[tuple[str, str]]) -> None:
-    reasons = "; ".join(f"{backend}: {why}" for backend, why in refused) or f"no backend for {device} tensors"
+def _fall_back(choice: Choice) -> None:
+    name, refused, device = choice.function, choice.refused, choice.reason.removeprefix(_FALLBACK)
+    reasons = "; ".join(f"{backend}: {why}" for backend, why in refused) or f"no backend for {device}"
     if os.environ.get("DMDR_FAST_STRICT") == "1":
         raise FallbackError(
             f"{name} would run in the plain PyTorch reference and DMDR_FAST_STRICT=1 forbids it. {reasons}. "

@@ -31,6 +31,12 @@ def strided(tensor: Tensor) -> Strided:
     return Strided(rows, rows.stride()[:-1])
 
 
+def broadcast(tensor: Tensor) -> Strided:
+    """A view of which all but the last dimension are outer ones, one of size 1 with stride 0."""
+    steps = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return Strided(tensor, tuple(0 if size == 1 else step for size, step in steps))
+
+
 def table(tensor: Tensor | None) -> Strided | None:
     """cos or sin [T, D] or [B, T, D] with the strides of B, 0 where it is one for the whole batch, and of T."""
     if tensor is None:
@@ -39,31 +45,11 @@ def table(tensor: Tensor | None) -> Strided | None:
     return Strided(rows, (0 if rows.dim() == 2 or rows.shape[0] == 1 else rows.stride(0), rows.stride(-2)))
 
 
-class SharedView(NamedTuple):
-    """See :func:`shared_view`.
+def shared_view(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Strided | None]]:
+    """(OUTER outer sizes and the inner one, views) of tensors of one shape; dimension 0 is never merged.
 
-    Attributes:
-        shape: OUTER outer sizes and the inner one.
-        strides: of each tensor along the outer dimensions; None for an absent one.
-        tensors: what they are strides of: the given tensors, or copies.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[tuple[int, ...] | None, ...]
-    tensors: tuple[Tensor | None, ...]
-
-    def strided(self) -> list[Strided | None]:
-        return [
-            None if tensor is None or strides is None else Strided(tensor, strides)
-            for tensor, strides in zip(self.tensors, self.strides, strict=True)
-        ]
-
-
-def shared_view(*tensors: Tensor | None) -> SharedView:
-    """Dimensions of tensors of one shape merged as far as their strides allow; dimension 0 is never merged.
-
-    Views whose last dimension is contiguous are taken as they are; others, and views that keep more than five outer
-    dimensions, are copied.
+    The other dimensions are merged as far as the strides allow. Views whose last dimension is contiguous are taken as
+    they are; others, and views that keep more than five outer dimensions, are copied.
 
     Args:
         tensors: all of one shape, at least 1-D; None marks an absent one. One is present.
@@ -75,7 +61,7 @@ def shared_view(*tensors: Tensor | None) -> SharedView:
         return shared_view(
             *(None if tensor is None else tensor.contiguous() if next(each) else tensor for tensor in tensors)
         )
-    return SharedView(shape, tuple(None if tensor is None else next(each) for tensor in tensors), tensors)
+    return shape, [None if tensor is None else Strided(tensor, next(each)) for tensor in tensors]
 
 
 @lru_cache(maxsize=4096)

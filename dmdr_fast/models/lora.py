@@ -55,10 +55,8 @@ class LoraLinear(nn.Linear):
             if adapter.form == "standard":
                 out = ops.multi_lora(x, out, *self._pair(adapter, 0), adapter.scale)
             else:
-                (q, _, v), (q_out, k_out, v_out) = base.chunk(3, dim=-1), out.chunk(3, dim=-1)
-                q_out = ops.multi_lora(q, q_out, *self._pair(adapter, 0), adapter.scale)
-                v_out = ops.multi_lora(v, v_out, *self._pair(adapter, 1), adapter.scale)
-                out = torch.cat([q_out, k_out, v_out], dim=-1)
+                a, b = (torch.stack(pair) for pair in zip(self._pair(adapter, 0), self._pair(adapter, 1), strict=True))
+                out = ops.multi_lora(base, out, a, b, adapter.scale)
         return out
 
     def _pair(self, adapter: LoraAdapter, index: int) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ def per_sample(
 
 def values(op: str, name: str, value: Tensor | None, **bounds: float) -> None:
     """All finite and in the bounds of :func:`number`; reads them."""
-    if value is None or not _readable(value):
+    if value is None or not readable(value):
         return
     low, high = (bound.item() for bound in torch.aminmax(value.detach()))
     if not (_in_range(low, **bounds) and _in_range(high, **bounds)):
@@ -82,7 +82,7 @@ def values(op: str, name: str, value: Tensor | None, **bounds: float) -> None:
 
 def below(op: str, name: str, value: Tensor, bound: Tensor, bound_name: str) -> None:
     """Every value [B] is under its bound [B]."""
-    if _readable(value) and _readable(bound) and not (value < bound).all():
+    if readable(value) and readable(bound) and not (value < bound).all():
         worst = int((value - bound).argmax())
         raise ValueError(
             f"{op}: {name}: expected below {bound_name} for every sample, got {value[worst].item():g} "
@@ -124,6 +124,17 @@ def seed(op: str, value: Tensor | None, on: Tensor, on_name: str) -> None:
     on_device(op, "seed", value, on, on_name)
 
 
+def given_or_drawn(op: str, name: str, value: Tensor | None, drawn: Tensor | None, x: Tensor, x_name: str) -> None:
+    """Exactly one of a tensor like x and the seed that draws it."""
+    if (value is None) == (drawn is None):
+        got = "none" if value is None else "both"
+        raise ValueError(f"{op}: {name}, seed: expected exactly one of them, got {got}")
+    if value is not None:
+        like(op, name, value, x, x_name)
+    else:
+        seed(op, drawn, x, x_name)
+
+
 def offset(op: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: offset: expected an int (an element index), got {type(value).__name__}")
@@ -141,7 +152,7 @@ def constant(op: str, name: str, value: Tensor | None) -> None:
         raise ValueError(f"{op}: {name}: expected a constant, got a tensor with a tangent; detach it")
 
 
-def _readable(value: Tensor) -> bool:
+def readable(value: Tensor) -> bool:
     """Reading its values costs neither a sync nor a graph break, and there are some."""
     return (
         not torch.compiler.is_compiling()
@@ -151,11 +162,6 @@ def _readable(value: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
         and not torch._C._functorch.is_legacy_batchedtensor(value)
     )
-
-
-def selects_something(op: str, mask: Tensor) -> None:
-    if _readable(mask) and not mask.any():
-        raise ValueError(f"{op}: mask: expected at least one selected element, got none")
 
 
 def _range(*, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf) -> str:

@@ -20,7 +20,7 @@ import types
 import typing
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,8 +40,6 @@ _MOST_PLANS = 1024
 # A live int is in the signature by what a kernel is specialised for, and by its place in the largest block.
 _LARGEST_BLOCK = 4096
 
-# The shape of a result that nobody needs.
-_NOTHING = torch.Size((0,))
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, torch.dtype, type(None)))
 _SCHEMA = {
@@ -52,25 +50,38 @@ _SCHEMA = {
 # Its names are known at run time only.
 _named: Callable[[str, Sequence[str]], type[Any]] = namedtuple
 
-
 # By name.
 RAW: dict[str, Raw] = {}
 
 
-# A call as :class:`Raw` sees it: the key of its plan; the pointers of its tensors, then its live ints; whether
-# gradients are on and an argument requires one. A plain tuple: a named one costs 0.3 us.
-Signature = tuple[tuple, list[int], bool]
+# A call as :class:`Raw` sees it: its signature; the pointers of its tensors, then its live ints; whether gradients are
+# on and an argument requires one; the signature's plan, None for a new one. A plain tuple: a named one costs 0.3 us.
+Call = tuple[tuple, list[int], bool, Plan | None]
 
 
 class Raw:
-    """A raw function; made by :func:`define`.
+    """A raw function: its arguments, its results, its formula and its derivative; the backends implement it.
+
+    Args:
+        name: e.g. ``gated_residual_fwd``.
+        results: the names of the results, ``"y mean rstd"``; all are tensors.
+        describe: of the arguments as a named tuple, as all below but the formula: a :class:`Result` for each result.
+        formula: the results in plain PyTorch, see :data:`dmdr_fast.reference.FUNCTIONS`. Its parameters are the raw
+            function's, their annotations make the schema. A string is one of its Literal, a dtype one of floats.
+        check: of the public op's name and the arguments: raises unless they are right; reads no values.
+        check_values: likewise, and reads them; called where that costs nothing.
+        backward: the rule of the derivative, see :func:`by`. Without it differentiating goes through the formula.
+        constants: numbers of the results that have no gradient.
+        recompute: of the arguments: those that are functions of others (a backward's statistics), by name. Derivatives
+            of the formula take them so.
+        derived: of the arguments: the results for all derivatives but the first in reverse mode, where that is not the
+            formula.
+        flops: for torch's FlopCounterMode, as ``torch.utils.flop_counter.register_flop_formula`` takes it.
 
     Attributes:
-        name: e.g. ``renoise_fwd``.
         arguments: makes a named tuple of them.
         hints: their types by name.
-        results: the names of the results.
-        plans: by the key of a signature.
+        plans: by signature.
         live: number of the argument that is :class:`Live`; None without one.
         operator: ``torch.ops.dmdr_fast.<name>.default``.
     """
@@ -78,39 +89,54 @@ class Raw:
     def __init__(
         self,
         name: str,
-        results: tuple[str, ...],
+        results: str,
+        describe: Callable[[Any], Result | tuple[Result, ...]],
         formula: Callable[..., Any],
-        derived: Callable[[Any], Any],
-        check: Callable[[str, Any], None] | None,
-        check_values: Callable[[str, Any], None] | None,
+        *,
+        check: Callable[[str, Any], None] | None = None,
+        check_values: Callable[[str, Any], None] | None = None,
+        backward: Callable[[Raw], Rule] | None = None,
+        constants: tuple[int, ...] = (),
+        recompute: Callable[[Any], dict[str, Tensor]] | None = None,
+        derived: Callable[[Any], Any] | None = None,
+        flops: Callable | None = None,
     ) -> None:
-        self.name, self.results = name, results
+        self.name, self.results = name, tuple(results.split())
         self.hints = typing.get_type_hints(formula)
         self.hints.pop("return", None)
         self.arguments = _named(name, tuple(self.hints))
-        self.operator: Callable[..., Any]
-        self._derived, self._own_check, self._check_values = derived, check, check_values
-        self._choices = {name: typing.get_args(hint) for name, hint in self.hints.items() if _is_choice(hint)}
-        self._dtypes = [name for name, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
-        self._function: type[torch.autograd.Function] | None = None
+        self._own_check, self._check_values = check, check_values
+        self._choices = {field: typing.get_args(hint) for field, hint in self.hints.items() if _is_choice(hint)}
+        self._dtypes = [field for field, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
+        self._derived = derived or (lambda a: reference.run(name, a._replace(**recompute(a)) if recompute else a))
         self.plans: dict[tuple, Plan] = {}
         self.live = next((index for index, hint in enumerate(self.hints.values()) if hint is Live), None)
 
+        made, several = _named(name, self.results), len(self.results) > 1
+        FUNCTIONS[name], RAW[name] = formula, self
+        RESULTS[name] = lambda a: made(*describe(a)) if several else made(describe(a))
+        returned = "(" + ", ".join(f"Tensor {result}" for result in self.results) + ")" if several else "Tensor"
+        schema = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in self.hints.items())
+        _LIBRARY.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
+        self.operator: Callable[..., Any] = getattr(torch.ops.dmdr_fast, name).default
+        self._function = None if backward is None else _function(self, backward(self), constants)
+        if flops is not None:
+            _flop_formulas[name] = flops
+        torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: self.fake(self.arguments(*args)), lib=_LIBRARY)
+        _LIBRARY.impl(name, lambda *args: self.run(args, self.look(args)), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._autograd, "Autograd")
+
     def checked(self, op: str, *args: Any) -> Any:
         """As the public op ``op`` calls it: arguments of a new signature are checked, values on the CPU always."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _transformed():
             self._check(op, args)
-            return self.operator(*args)
-        if _transformed():
+            return self(*args)
+        call = self.look(args)
+        if call is None or call[3] is None:
             self._check(op, args)
-            return self.formula(*args)
-        signature = self.signature(args)
-        plan = None if signature is None else self.plans.get(signature[0])
-        if plan is None:
-            self._check(op, args)
-        if self._check_values is not None and _checks._readable(args[0]):
+        if self._check_values is not None and _checks.readable(args[0]):
             self._check_values(op, self.arguments(*args))
-        return self._graded(args, signature, plan)
+        return self.eager(args, call)
 
     def __call__(self, *args: Any) -> Any:
         """As the rule of a derivative calls it: the arguments are known to be right."""
@@ -118,7 +144,7 @@ class Raw:
             return self.operator(*args)
         if _transformed():
             return self.formula(*args)
-        return self.eager(args, self.signature(args))
+        return self.eager(args, self.look(args))
 
     def _check(self, op: str, args: tuple) -> None:
         a = self.arguments(*args)
@@ -140,39 +166,36 @@ class Raw:
         made = [like.new_empty((0,) if one.shape is None else one.shape, dtype=one.dtype) for one in results]
         return tuple(made) if len(made) > 1 else made[0]
 
-    def run(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
+    def run(self, args: tuple, call: Call | None) -> Any:
         """The results, without a derivative."""
-        if plan is not None and signature is not None:
-            return plan(signature[1])
+        if call is not None and (plan := call[3]) is not None:
+            return plan(call[1])
         # Each tensor becomes one of its own, whatever the caller passed twice: the recorder tells them apart so.
         own = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         if self.live is not None:
             own[self.live] = Live(own[self.live])
         outputs, plan = backends.run(self.name, self.arguments(*own))
-        if plan is not None and signature is not None:
+        if plan is not None and call is not None:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
-            self.plans[signature[0]] = plan
+            self.plans[call[0]] = plan
         return outputs
 
-    def eager(self, args: tuple, signature: Signature | None) -> Any:
-        return self._graded(args, signature, None if signature is None else self.plans.get(signature[0]))
-
-    def _graded(self, args: tuple, signature: Signature | None, plan: Plan | None) -> Any:
-        if signature is None:
+    def eager(self, args: tuple, call: Call | None) -> Any:
+        if call is None:
             return self.operator(*args)
-        if signature[2]:
-            return self.formula(*args) if self._function is None else self._function.apply(signature, plan, *args)
-        return self.run(args, signature, plan)
+        if call[2]:
+            return self.formula(*args) if self._function is None else self._function.apply(call, *args)
+        return self.run(args, call)
 
-    def signature(self, args: tuple) -> Signature | None:
+    def look(self, args: tuple) -> Call | None:
         """None where the dispatcher has to see the call: a dispatch mode is on, or a tensor is of a subclass or has no
         memory of its own (a batch of gradients, ``is_grads_batched=True``)."""
         if torch._C._len_torch_dispatch_stack():
             return None
         values, live = [], self.live
-        grads = torch.is_grad_enabled()
-        key, graded = [grads, backends.wanted()], False
+        grads, graded = torch.is_grad_enabled(), False
+        key = [grads, backends.wanted()]
         if live is not None:
             position = args[live]
             key += (position % _LARGEST_BLOCK, position == 1, position >= 2**31)
@@ -181,36 +204,45 @@ class Raw:
             kind = type(arg)
             if kind in _TENSORS:
                 try:
-                    pointer, wants = arg.data_ptr(), grads and arg.requires_grad
+                    pointer = arg.data_ptr()
                 except RuntimeError:
                     return None
-                key += (arg.shape, arg.stride(), arg.dtype, arg.device, wants, pointer & 15)
                 values.append(pointer)
-                graded = graded or wants
-            elif kind in _OPTIONS:
-                key.append(arg)
+                # The strides of a contiguous tensor follow from its shape, where they matter.
+                key += (arg.shape, arg.is_contiguous() or arg.stride(), arg.dtype, arg.device, pointer & 15)
+                if grads and arg.requires_grad:
+                    key.append(True)
+                    graded = True
             elif kind is list:
                 key += arg
-            elif isinstance(arg, Tensor):
+            elif kind not in _OPTIONS and isinstance(arg, Tensor):
                 return None
             else:
                 key.append(arg)
         if live is not None:
             values.append(position)
-        return tuple(key), values, graded
+        signature = tuple(key)
+        return signature, values, graded, self.plans.get(signature)
+
+    def _autograd(self, *args: Any) -> Any:
+        """What the dispatcher calls first. Plain tensors go past the rest of it, which costs 4 us; for others the
+        operator is called again below the Autograd key: modes (fake tensors, flop counts) must see it."""
+        if _flop_formulas:
+            _register_flops()
+        if _transformed():
+            return self.formula(*args)
+        if (call := self.look(args)) is not None:
+            return self.eager(args, call)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return self.formula(*args) if self._function is None else self._function.apply(None, *args)
+        with _BELOW_AUTOGRAD():
+            return self.operator(*args)
 
 
-class Rule(NamedTuple):
-    """The derivative of a raw function, as ``torch.autograd.Function`` has it.
-
-    Attributes:
-        save: ``save(ctx, arguments, results)`` keeps what ``backward`` reads.
-        backward: ``backward(ctx, needed, *gradients of the results)``: gradients by the number of their argument, None
-            or left out where there is none. ``needed`` has a bool per argument.
-    """
-
-    save: Callable[[Any, tuple, Any], None]
-    backward: Callable[..., dict[int, Tensor | None]]
+# The derivative of a raw function: ``save(ctx, arguments, results)`` keeps what ``backward(ctx, needed, *gradients of
+# the results)`` reads; that gives gradients by the number of their argument, None or left out where there is none.
+# ``needed`` has a bool per argument.
+Rule = tuple[Callable[[Any, tuple, Any], None], Callable[..., dict[int, Tensor | None]]]
 
 
 def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[Raw], Rule]:
@@ -263,11 +295,11 @@ def by(gradient: Raw, *, through: str | None = None, **names: str) -> Callable[[
                 made = gradient(*ordered((*grads, *ctx.saved_tensors, *ctx.options, *wanted(needed))))
                 for index, part in zip(given, made if isinstance(made, tuple) else (made,), strict=True):
                     # An empty one belongs to a result that got no gradient.
-                    if needed[index] and part.shape != _NOTHING:
+                    if needed[index] and part.shape != (0,):
                         found[index] = part
             return found
 
-        return Rule(save, backward)
+        return save, backward
 
     return rule
 
@@ -288,70 +320,9 @@ def written(save: Callable[[Any, Any, Any], None], backward: Callable[..., dict]
         def by_number(ctx, needed, *grads):
             return {number(name): part for name, part in backward(ctx, made._make(needed), *grads).items()}
 
-        return Rule(lambda ctx, args, results: save(ctx, made._make(args), results), by_number)
+        return lambda ctx, args, results: save(ctx, made._make(args), results), by_number
 
     return rule
-
-
-def define(
-    name: str,
-    results: str,
-    describe: Callable[[Any], Result | tuple[Result, ...]],
-    formula: Callable[..., Any],
-    *,
-    check: Callable[[str, Any], None] | None = None,
-    check_values: Callable[[str, Any], None] | None = None,
-    backward: Callable[[Raw], Rule] | None = None,
-    constants: tuple[int, ...] = (),
-    recompute: Callable[[Any], dict[str, Tensor]] | None = None,
-    derived: Callable[[Any], Any] | None = None,
-    flops: Callable | None = None,
-) -> Raw:
-    """Register a raw function: its arguments, its results, its formula and its derivative; the backends implement it.
-
-    Args:
-        name: of the function, e.g. ``gated_residual_fwd``.
-        results: the names of the results, ``"y mean rstd"``; all are tensors.
-        describe: of the arguments as a named tuple, as all below but the formula: a :class:`Result` for each result.
-        formula: the results in plain PyTorch, see :data:`dmdr_fast.reference.FUNCTIONS`. Its parameters are the raw
-            function's, their annotations make the schema. A string is one of its Literal, a dtype one of floats.
-        check: of the public op's name and the arguments: raises unless they are right; reads no values.
-        check_values: likewise, and reads them; called where that costs nothing.
-        backward: the rule of the derivative, see :func:`by`. Without it differentiating goes through the formula.
-        constants: numbers of the results that have no gradient.
-        recompute: of the arguments: those that are functions of others (a backward's statistics), by name. Derivatives
-            of the formula take them so.
-        derived: of the arguments: the results for all derivatives but the first in reverse mode, where that is not the
-            formula.
-        flops: for torch's FlopCounterMode, as ``torch.utils.flop_counter.register_flop_formula`` takes it.
-    """
-    names = tuple(results.split())
-    several = len(names) > 1
-    FUNCTIONS[name] = formula
-    if derived is None:
-        derived = _formula_of(name, recompute)
-    raw = Raw(name, names, formula, derived, check, check_values)
-    made = _named(name, names)
-    RESULTS[name] = (lambda a: made(*describe(a))) if several else (lambda a: made(describe(a)))
-    returned = "(" + ", ".join(f"Tensor {result}" for result in names) + ")" if several else "Tensor"
-    schema = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in raw.hints.items())
-    _LIBRARY.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
-    raw.operator = getattr(torch.ops.dmdr_fast, name).default
-    RAW[name] = raw
-    torch.library.register_fake(f"dmdr_fast::{name}", lambda *args: raw.fake(raw.arguments(*args)), lib=_LIBRARY)
-    if backward is not None:
-        raw._function = _function(raw, backward(raw), constants)
-    if flops is not None:
-        _flop_formulas[name] = flops
-    _LIBRARY.impl(name, _implementation(raw), "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, _autograd(raw), "Autograd")
-    return raw
-
-
-def _formula_of(name: str, recompute: Callable[[Any], dict[str, Tensor]] | None) -> Callable[[Any], Any]:
-    if recompute is None:
-        return functools.partial(reference.run, name)
-    return lambda a: reference.run(name, a._replace(**recompute(a)))
 
 
 def _is_tensor(hint: Any) -> bool:
@@ -377,12 +348,12 @@ def _transformed() -> bool:
 def _function(raw: Raw, rule: Rule, constants: tuple[int, ...]) -> type[torch.autograd.Function]:
     save, backward, missing = *rule, (None,) * len(raw.arguments._fields)
 
-    def forward(ctx, signature, plan, *args):
-        if signature is None:  # the dispatcher below has to see it: fake tensors, counters, subclasses
+    def forward(ctx, call, *args):
+        if call is None:  # the dispatcher below has to see it: fake tensors, counters, subclasses
             with _BELOW_AUTOGRAD():
                 outputs = raw.operator(*args)
         else:
-            outputs = raw.run(args, signature, plan)
+            outputs = raw.run(args, call)
         if constants:
             ctx.mark_non_differentiable(*[outputs[index] for index in constants])
         ctx.set_materialize_grads(False)  # a zero tensor for each result without a gradient costs a launch
@@ -392,38 +363,12 @@ def _function(raw: Raw, rule: Rule, constants: tuple[int, ...]) -> type[torch.au
     def backward_of(ctx, *grads):
         gradients: list[Tensor | None] = list(missing)
         if any(grad is not None for grad in grads):
-            for index, gradient in backward(ctx, ctx.needs_input_grad[2:], *grads).items():
+            for index, gradient in backward(ctx, ctx.needs_input_grad[1:], *grads).items():
                 gradients[index] = gradient
-        return None, None, *gradients
+        return None, *gradients
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
     return type(raw.name, (torch.autograd.Function,), members)
-
-
-def _implementation(raw: Raw) -> Callable:
-    def implementation(*args):
-        signature = raw.signature(args)
-        return raw.run(args, signature, None if signature is None else raw.plans.get(signature[0]))
-
-    return implementation
-
-
-# Plain tensors go past the rest of the dispatcher, which costs 4 us. For others the operator is called again below the
-# Autograd key: modes (fake tensors, flop counts) must see it.
-def _autograd(raw: Raw) -> Callable:
-    def implementation(*args):
-        if _flop_formulas:
-            _register_flops()
-        if _transformed():
-            return raw.formula(*args)
-        if (signature := raw.signature(args)) is not None:
-            return raw.eager(args, signature)
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return raw.formula(*args) if raw._function is None else raw._function.apply(None, None, *args)
-        with _BELOW_AUTOGRAD():
-            return raw.operator(*args)
-
-    return implementation
 
 
 # Formulas that torch's flop counter has not got yet: to import it is to import triton, so they wait here.
@@ -443,11 +388,7 @@ def _register_flops() -> None:
 
 
 class Explaining(TorchDispatchMode):
-    """While on, raw functions answer with their fakes; the first one's choice of backend is noted.
-
-    Attributes:
-        choice: of the first raw function; None before it.
-    """
+    """While on, raw functions answer with their fakes; ``choice`` is the backend's of the first one, None before it."""
 
     choice: backends.Choice | None = None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -25,6 +23,13 @@ def modulation(op: str, name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name}: expected shape {given} or x's {list(full)}, got {list(shape)}")
 
 
+def gated(op: str, x: Tensor, h: Tensor, gate: Tensor) -> None:
+    """x [B, ..., D] is a residual stream, h a branch's output, which the gate modulates."""
+    check.floating(op, "x", x, min_dim=2)
+    check.like(op, "h", h, x, "x")
+    modulation(op, "gate", gate, x)
+
+
 def shift_and_scale(op: str, shift: Tensor, scale: Tensor, x: Tensor) -> None:
     """Both modulate x, and alike."""
     modulation(op, "shift", shift, x)
@@ -41,17 +46,12 @@ def _what(depth: int, x: Tensor) -> str:
     return ("batch", "sample", "frame")[min(depth, 2)]
 
 
-class LayerNormStatistics(NamedTuple):
-    mean: Tensor
-    rstd: Tensor
-
-
-def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> LayerNormStatistics:
-    """mean and 1 / sqrt(var + eps) over the last dimension, in the compute dtype."""
+def layer_norm_statistics(x: Tensor, eps: float, compute: torch.dtype) -> dict[str, Tensor]:
+    """mean and rstd = 1 / sqrt(var + eps) over the last dimension, in the compute dtype."""
     x = x.to(compute)
     mean = x.mean(-1)
     rstd = torch.rsqrt((x - mean.unsqueeze(-1)).square().mean(-1) + eps)
-    return LayerNormStatistics(mean, rstd)
+    return {"mean": mean, "rstd": rstd}
 
 
 def rms_norm_statistic(x: Tensor, eps: float, compute: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.reference import Result, compute_dtype, like
 
 Approximate = Literal["none", "tanh"]
@@ -95,8 +95,8 @@ def _derivative(x: Tensor, activation: str) -> Tensor:
     return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope * (1 + 3 * 0.044715 * x * x)
 
 
-_bwd = define("gated_activation_bwd", "grad_packed", lambda a: like(a.packed), _formula_bwd)
-_fwd = define(
+_bwd = Raw("gated_activation_bwd", "grad_packed", lambda a: like(a.packed), _formula_bwd)
+_fwd = Raw(
     "gated_activation_fwd", "out", lambda a: Result((*a.packed.shape[:-1], a.packed.shape[-1] // 2), a.packed.dtype),
     _formula, check=_check, backward=by(_bwd),
 )  # fmt: skip

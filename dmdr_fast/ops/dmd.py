@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr_fast import reference
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._library import Raw, written
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
 CFGMode = Literal["standard", "offset"]
@@ -181,11 +181,9 @@ def _run(op, x0, x_t, fake, real, uncond, sigma, alpha, cfg_scale, mask, weight,
     elif alpha is not None:
         alpha = check.scalar(op, "alpha", alpha, x0, dtype, minimum=0)
     # A number stays one: as a tensor it would cost a launch of its own.
-    cfg_number, cfg_tensor = 1.0, None
+    cfg_number, cfg_tensor = 1.0 if cfg_scale is None else cfg_scale, None
     if isinstance(cfg_scale, Tensor):
-        cfg_tensor = check.scalar(op, "cfg_scale", cfg_scale, x0, dtype)
-    elif cfg_scale is not None:
-        cfg_number = cfg_scale
+        cfg_number, cfg_tensor = 1.0, check.scalar(op, "cfg_scale", cfg_scale, x0, dtype)
     if weight is not None:
         weight = check.scalar(op, "weight", weight, x0, dtype)
     if isinstance(mask, Tensor) and mask.dtype is not torch.bool:
@@ -207,11 +205,9 @@ def _check(op: str, a) -> None:
     for name, value in (("sigma", a.sigma), ("alpha", a.alpha), ("cfg_scale", a.cfg_tensor), ("weight", a.weight)):
         if value is not None:
             check.per_sample(op, name, value, a.x0, "x0")
-    if a.mask is not None:
-        _check_mask(op, a.mask, a.x0)
-
-
-def _check_mask(op: str, mask: Tensor, x0: Tensor) -> None:
+    mask, x0 = a.mask, a.x0
+    if mask is None:
+        return
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: mask: expected a tensor, got {type(mask).__name__}")
     if mask.dim() != x0.dim() or any(m != 1 and m != n for m, n in zip(mask.shape, x0.shape, strict=True)):
@@ -227,8 +223,8 @@ def _check_values(op: str, a) -> None:
     check.values(op, "alpha", a.alpha, minimum=0)
     check.values(op, "cfg_scale", a.cfg_tensor)
     check.values(op, "weight", a.weight)
-    if a.mask is not None:
-        check.selects_something(op, a.mask)
+    if a.mask is not None and check.readable(a.mask) and not a.mask.any():
+        raise ValueError(f"{op}: mask: expected at least one selected element, got none")
 
 
 def _save(ctx, a, results) -> None:
@@ -248,7 +244,7 @@ def _backward(ctx, needed, _grad, _norm, grad_loss, _scale) -> dict:
 
 def _is_one(number: Tensor) -> bool:
     """Whether a tensor that can be read without waiting (on the CPU, not traced) is 1."""
-    return check._readable(number) and number.item() == 1
+    return check.readable(number) and number.item() == 1
 
 
 def _reads_last() -> bool:
@@ -359,8 +355,8 @@ def _without_nonfinite(g: Tensor, nan_policy: str, out_dtype: torch.dtype) -> Te
     return torch.where(finite, g, g.nan_to_num(nan=0.0).clamp(-largest, largest))
 
 
-_bwd = define("dmd_loss_bwd", "grad_x0", lambda a: like(a.g, a.dtype), _formula_bwd)
-_fwd = define(
+_bwd = Raw("dmd_loss_bwd", "grad_x0", lambda a: like(a.g, a.dtype), _formula_bwd)
+_fwd = Raw(
     "dmd_gradient_fwd", "grad norm loss loss_scale", _results, _formula, check=_check, check_values=_check_values,
     backward=written(_save, _backward), constants=(0, 1, 3), derived=_derived,
 )  # fmt: skip

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
-from dmdr_fast.ops._modulation import broadcast, gate_gradients, modulation
+from dmdr_fast.ops._library import Raw, by
+from dmdr_fast.ops._modulation import broadcast, gate_gradients, gated
 from dmdr_fast.reference import compute_dtype, like
 
 
@@ -31,12 +30,6 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     return _fwd.checked("gated_residual", x, h, gate)
 
 
-def _check(op: str, a) -> None:
-    check.floating(op, "x", a.x, min_dim=2)
-    check.like(op, "h", a.h, a.x, "x")
-    modulation(op, "gate", a.gate, a.x)
-
-
 def formula(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     compute = compute_dtype(x, h, gate)
     return x.to(compute) + broadcast(gate, x).to(compute) * h.to(compute)
@@ -47,10 +40,15 @@ def _formula_bwd(grad_residual: Tensor, h: Tensor, gate: Tensor, need_h: bool, n
     return gate_gradients(grad_residual.to(compute), h, gate, need_h, need_gate)
 
 
-_bwd = define(
+_bwd = Raw(
     "gated_residual_bwd", "grad_h grad_gate",
     lambda a: (like(a.h, needed=a.need_h), like(a.gate, needed=a.need_gate)), _formula_bwd,
 )  # fmt: skip
-_fwd = define(
-    "gated_residual_fwd", "residual", lambda a: like(a.x), formula, check=_check, backward=by(_bwd, through="x")
+_fwd = Raw(
+    "gated_residual_fwd",
+    "residual",
+    lambda a: like(a.x),
+    formula,
+    check=lambda op, a: gated(op, a.x, a.h, a.gate),
+    backward=by(_bwd, through="x"),
 )

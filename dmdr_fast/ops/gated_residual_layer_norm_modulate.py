@@ -6,15 +6,8 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
-from dmdr_fast.ops._modulation import (
-    gate_gradients,
-    layer_norm_gradients,
-    layer_norm_statistics,
-    modulation,
-    shift_and_scale,
-    summed,
-)
+from dmdr_fast.ops import _modulation as parts
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops.gated_residual import formula as gated_residual_formula
 from dmdr_fast.ops.layer_norm_modulate import formula as layer_norm_modulate_formula
 from dmdr_fast.reference import Result, compute_dtype, like
@@ -55,10 +48,8 @@ def gated_residual_layer_norm_modulate(
 
 
 def _check(op: str, a) -> None:
-    check.floating(op, "x", a.x, min_dim=2)
-    check.like(op, "h", a.h, a.x, "x")
-    modulation(op, "gate", a.gate, a.x)
-    shift_and_scale(op, a.shift, a.scale, a.x)
+    parts.gated(op, a.x, a.h, a.gate)
+    parts.shift_and_scale(op, a.shift, a.scale, a.x)
     check.number(op, "eps", a.eps, above=0)
 
 
@@ -92,19 +83,19 @@ def _formula_bwd(
     if grad_y is None:
         assert grad_residual is not None  # one of the two there is
         total = grad_residual.to(compute, copy=True)
-        return total, *gate_gradients(total, h, gate, need_h, need_gate), None, None
-    total, *vectors = layer_norm_gradients(grad_y, residual, scale, mean, rstd)
+        return total, *parts.gate_gradients(total, h, gate, need_h, need_gate), None, None
+    total, *vectors = parts.layer_norm_gradients(grad_y, residual, scale, mean, rstd)
     if grad_residual is not None:
         total = total + grad_residual.to(compute)
-    sums = (summed(grad, scale, need_shift_or_scale) for grad in vectors)
-    return total, *gate_gradients(total, h, gate, need_h, need_gate), *sums
+    sums = (parts.summed(grad, scale, need_shift_or_scale) for grad in vectors)
+    return total, *parts.gate_gradients(total, h, gate, need_h, need_gate), *sums
 
 
-_bwd = define(
+_bwd = Raw(
     "gated_residual_layer_norm_modulate_bwd", "grad_x grad_h grad_gate grad_shift grad_scale", _results_bwd,
-    _formula_bwd, recompute=lambda a: layer_norm_statistics(a.residual, a.eps, a.mean.dtype)._asdict(),
+    _formula_bwd, recompute=lambda a: parts.layer_norm_statistics(a.residual, a.eps, a.mean.dtype),
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "gated_residual_layer_norm_modulate_fwd", "residual y mean rstd", _results, _formula, check=_check,
     backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
-from dmdr_fast.ops._modulation import broadcast, modulation, rms_norm_statistic, weighted
+from dmdr_fast.ops._library import Raw, by
+from dmdr_fast.ops._modulation import broadcast, gated, rms_norm_statistic, weighted
 from dmdr_fast.ops.rms_norm_scale import check_weight, rms_norm_scale_bwd
 from dmdr_fast.reference import Result, compute_dtype, like
 
@@ -37,9 +37,7 @@ def gated_residual_rms_norm(
 
 
 def _check(op: str, a) -> None:
-    check.floating(op, "x", a.x, min_dim=2)
-    check.like(op, "h", a.h, a.x, "x")
-    modulation(op, "gate", a.gate, a.x)
+    gated(op, a.x, a.h, a.gate)
     check_weight(op, a.weight, a.x)
     check.number(op, "eps", a.eps, above=0)
 
@@ -55,7 +53,7 @@ def _formula(x: Tensor, h: Tensor, gate: Tensor, weight: Tensor | None, eps: flo
     return x.to(compute) + update, rstd
 
 
-_fwd = define(
+_fwd = Raw(
     "gated_residual_rms_norm_fwd", "y rstd", _results, _formula, check=_check,
     backward=by(rms_norm_scale_bwd, through="x", x="h", scale="gate"), constants=(1,),
 )  # fmt: skip

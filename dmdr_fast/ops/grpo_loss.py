@@ -68,13 +68,12 @@ def grpo_loss(
     """
     op = "grpo_loss"
     check.floating(op, "logprob", logprob, min_dim=0)
-    check.like(op, "old_logprob", old_logprob, logprob, "logprob")
-    check.like(op, "advantage", advantage, logprob, "logprob")
+    for name, value in (("old_logprob", old_logprob), ("advantage", advantage)):
+        check.like(op, name, value, logprob, "logprob")
+        check.constant(op, name, value)
     for name, value in (("logprob", logprob), ("old_logprob", old_logprob)):
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{op}: {name}: expected float32 or float64 (rounding decides ratios), got {value.dtype}")
-    check.constant(op, "old_logprob", old_logprob)
-    check.constant(op, "advantage", advantage)
     check.number(op, "clip_low", clip_low, minimum=0)
     check.number(op, "clip_high", clip_high, minimum=0)
     check.number(op, "adv_clip", adv_clip, above=0)

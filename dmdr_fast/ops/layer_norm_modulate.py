@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import broadcast, layer_norm_gradients, layer_norm_statistics, shift_and_scale, summed
 from dmdr_fast.reference import Result, compute_dtype, like
 
@@ -54,7 +54,7 @@ def _results_bwd(a):
 
 def formula(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     compute = compute_dtype(x, shift, scale)
-    mean, rstd = layer_norm_statistics(x, eps, compute)
+    mean, rstd = layer_norm_statistics(x, eps, compute).values()
     centered = x.to(compute) - mean.unsqueeze(-1)
     scale, shift = (broadcast(vector, x).to(compute) for vector in (scale, shift))
     return centered * rstd.unsqueeze(-1) * (1 + scale) + shift, mean, rstd
@@ -68,10 +68,10 @@ def _formula_bwd(
     return grad_x, *(summed(grad, scale, need_shift_or_scale) for grad in vectors)
 
 
-_bwd = define(
+_bwd = Raw(
     "layer_norm_modulate_bwd", "grad_x grad_shift grad_scale", _results_bwd, _formula_bwd,
-    recompute=lambda a: layer_norm_statistics(a.x, a.eps, a.mean.dtype)._asdict(),
+    recompute=lambda a: layer_norm_statistics(a.x, a.eps, a.mean.dtype),
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "layer_norm_modulate_fwd", "y mean rstd", _results, formula, check=_check, backward=by(_bwd), constants=(1, 2)
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._library import Raw, written
 from dmdr_fast.reference import Result, compute_dtype
 
 
@@ -165,10 +165,10 @@ def _bit_numbers(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
-_bwd = define(
+_bwd = Raw(
     "preprocess_reward_bwd", "grad_image", lambda a: Result((*a.inside.shape[:-1], a.in_width), a.dtype), _formula_bwd
 )
-_fwd = define(
+_fwd = Raw(
     "preprocess_reward_fwd", "out inside", _results, _formula,
     check=_check, backward=written(_save, _backward), constants=(1,),
 )  # fmt: skip

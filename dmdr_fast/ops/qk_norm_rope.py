@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import rms_norm_statistic, weighted
 from dmdr_fast.reference import Result, compute_dtype, like
 
@@ -67,21 +67,15 @@ def _check(op: str, a) -> None:
             check.shaped(op, name, weight, (width,), "D", a.q, "q")
     if (a.cos is None) != (a.sin is None):
         raise ValueError(f"{op}: {'cos' if a.cos is None else 'sin'}: expected with its counterpart, got None")
-    if a.cos is not None and a.sin is not None:
-        if width % 2:
-            raise ValueError(f"{op}: q: expected an even D for the rotation, got {width}")
-        _check_table(op, "cos", a.cos, a.q)
-        _check_table(op, "sin", a.sin, a.q)
+    if a.cos is not None and width % 2:
+        raise ValueError(f"{op}: q: expected an even D for the rotation, got {width}")
+    for name, table in (("cos", a.cos), ("sin", a.sin)):
+        check.constant(op, name, table)
+        if isinstance(table, Tensor) and table.dim() == 3:
+            check.shaped(op, name, table, (batch, tokens, width), "B, T, D", a.q, "q")
+        elif table is not None:
+            check.shaped(op, name, table, (tokens, width), "T, D", a.q, "q")
     check.number(op, "eps", a.eps, above=0)
-
-
-def _check_table(op: str, name: str, value: Tensor, q: Tensor) -> None:
-    batch, tokens, _, width = q.shape
-    check.constant(op, name, value)
-    if isinstance(value, Tensor) and value.dim() == 3:
-        check.shaped(op, name, value, (batch, tokens, width), "B, T, D", q, "q")
-    else:
-        check.shaped(op, name, value, (tokens, width), "T, D", q, "q")
 
 
 def _results(a):
@@ -92,13 +86,12 @@ def _results(a):
 def _results_bwd(a):
     """What a side that got no gradient would give counts as not needed."""
     sides = (a.grad_q_out, a.q, a.q_weight), (a.grad_k_out, a.k, a.k_weight)
-    weights = (
-        like(x, needed=False)
-        if weight is None
-        else like(weight, needed=a.need_q_weight_or_k_weight and grad is not None)
-        for grad, x, weight in sides
-    )
-    return *(like(x, needed=grad is not None) for grad, x, _ in sides), *weights
+
+    def of_weight(grad: Tensor | None, x: Tensor, weight: Tensor | None) -> Result:
+        needed = a.need_q_weight_or_k_weight and grad is not None and weight is not None
+        return like(x if weight is None else weight, needed=needed)
+
+    return *(like(x, needed=grad is not None) for grad, x, _ in sides), *(of_weight(*side) for side in sides)
 
 
 def _formula(
@@ -158,11 +151,11 @@ def _statistics(a) -> dict[str, Tensor]:
     return {f"{side}_rstd": rms_norm_statistic(x, a.eps, a.q_rstd.dtype) for side, x in (("q", a.q), ("k", a.k))}
 
 
-_bwd = define(
+_bwd = Raw(
     "qk_norm_rope_bwd", "grad_q grad_k grad_q_weight grad_k_weight", _results_bwd, _formula_bwd,
     recompute=_statistics,
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "qk_norm_rope_fwd", "q_out k_out q_rstd k_rstd", _results, _formula,
     check=_check, backward=by(_bwd), constants=(2, 3),
 )  # fmt: skip

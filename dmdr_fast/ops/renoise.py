@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._library import Raw, written
 from dmdr_fast.ops._noise import seeded_normals
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
@@ -88,13 +88,7 @@ def renoise(
 
 
 def _check(op: str, a) -> None:
-    if (a.noise is None) == (a.seed is None):
-        got = "both" if a.seed is not None else "none"
-        raise ValueError(f"{op}: noise, seed: expected exactly one of them, got {got}")
-    if a.noise is not None:
-        check.like(op, "noise", a.noise, a.x0, "x0")
-    else:
-        check.seed(op, a.seed, a.x0, "x0")
+    check.given_or_drawn(op, "noise", a.noise, a.seed, a.x0, "x0")
     for name, scalar in (("alpha", a.alpha), ("sigma", a.sigma)):
         check.per_sample(op, name, scalar, a.x0, "x0")
 
@@ -105,7 +99,7 @@ def _check_values(op: str, a) -> None:
 
 
 def _save(ctx, a, x_t) -> None:
-    _, need_alpha, need_sigma, *_ = ctx.needs_input_grad[2:]
+    _, need_alpha, need_sigma, *_ = ctx.needs_input_grad[1:]
     # The latents are kept only where a schedule is learned: alpha needs x0, sigma the noise.
     ctx.save_for_backward(a.alpha, a.sigma, a.x0 if need_alpha else None, a.noise if need_sigma else None, a.seed)
     ctx.options = a.offset, a.x0.dtype, None if a.noise is None else a.noise.dtype
@@ -145,13 +139,13 @@ def _formula_scale_bwd(grad: Tensor, factor: Tensor) -> Tensor:
     return (grad.to(compute) * factor.to(compute)).flatten(1).sum(1)
 
 
-_noise = define("normal_noise_fwd", "out", lambda a: Result(a.size, a.dtype), seeded_normals)
-_bwd = define("renoise_bwd", "out", lambda a: like(a.grad, a.dtype), _formula_bwd)
-_scale_bwd = define(
+_noise = Raw("normal_noise_fwd", "out", lambda a: Result(a.size, a.dtype), seeded_normals)
+_bwd = Raw("renoise_bwd", "out", lambda a: like(a.grad, a.dtype), _formula_bwd)
+_scale_bwd = Raw(
     "renoise_scale_bwd", "sample_sum", lambda a: Result(a.grad.shape[:1], compute_dtype(a.grad, a.factor)),
     _formula_scale_bwd,
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "renoise_fwd", "out", lambda a: like(a.x0), _formula,
     check=_check, check_values=_check_values, backward=written(_save, _backward),
 )  # fmt: skip

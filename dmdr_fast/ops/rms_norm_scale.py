@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import by, define
+from dmdr_fast.ops._library import Raw, by
 from dmdr_fast.ops._modulation import broadcast, modulation, rms_norm_statistic, summed, weighted
 from dmdr_fast.reference import Result, compute_dtype, like
 
@@ -78,10 +78,10 @@ def _formula_bwd(
     )
 
 
-rms_norm_scale_bwd = define(
+rms_norm_scale_bwd = Raw(
     "rms_norm_scale_bwd", "grad_x grad_weight grad_scale", _results_bwd, _formula_bwd,
     recompute=lambda a: {"rstd": rms_norm_statistic(a.x, a.eps, a.rstd.dtype)},
 )  # fmt: skip
-_fwd = define(
+_fwd = Raw(
     "rms_norm_scale_fwd", "y rstd", _results, _formula, check=_check, backward=by(rms_norm_scale_bwd), constants=(1,)
 )

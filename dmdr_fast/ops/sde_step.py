@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr_fast.backends.plans import Live
 from dmdr_fast.ops import _checks as check
-from dmdr_fast.ops._library import define, written
+from dmdr_fast.ops._library import Raw, written
 from dmdr_fast.ops._noise import seeded_normals
 from dmdr_fast.reference import Result, compute_dtype, like, per_sample
 
@@ -99,21 +99,12 @@ def sde_step_logprob(
 
 def _check(op: str, a) -> None:
     check.like(op, "v", a.v, a.x, "x")
-    if a.kind == "cps":
-        check.number(op, "eta", a.eta, minimum=0)
-    else:
-        check.number(op, "eta", a.eta, above=0)
-    if (a.next_sample is None) == (a.seed is None):
-        got = "none" if a.seed is None else "both"
-        raise ValueError(f"{op}: next_sample, seed: expected exactly one of them, got {got}")
-    if a.next_sample is not None:
-        check.like(op, "next_sample", a.next_sample, a.x, "x")
-        check.constant(op, "next_sample", a.next_sample)
-    else:
-        check.seed(op, a.seed, a.x, "x")
-    for name, value in (("sigma", a.sigma), ("sigma_next", a.sigma_next)):
-        check.per_sample(op, name, value, a.x, "x")
-        check.constant(op, name, value)
+    check.number(op, "eta", a.eta, **({"minimum": 0} if a.kind == "cps" else {"above": 0}))
+    check.given_or_drawn(op, "next_sample", a.next_sample, a.seed, a.x, "x")
+    for name in ("sigma", "sigma_next"):
+        check.per_sample(op, name, getattr(a, name), a.x, "x")
+    for name in ("next_sample", "sigma", "sigma_next"):
+        check.constant(op, name, getattr(a, name))
 
 
 def _check_values(op: str, a) -> None:
@@ -198,10 +189,10 @@ def _coefficients(sigma: Tensor, sigma_next: Tensor, kind: str, eta: float) -> t
     return 1 + drift * dt, dt * (1 + drift * (1 - sigma)), gamma * torch.sqrt(-dt)
 
 
-_bwd = define(
+_bwd = Raw(
     "sde_step_bwd", "grad_x grad_v", lambda a: (like(a.x, needed=a.need_x), like(a.v, needed=a.need_v)), _formula_bwd
 )
-_fwd = define(
+_fwd = Raw(
     "sde_step_fwd", "drawn logprob mean std", _results, _formula,
     check=_check, check_values=_check_values, backward=written(_save, _backward), constants=(3,),
 )  # fmt: skip

@@ -107,13 +107,11 @@ class HostCall:
         call: forward.
         wrt: what gets a gradient.
         launches: of kernels, forward and with the backward; None where they are not held.
-        limit: host time forward and with the backward, in multiples of ``a + b``.
     """
 
     call: Callable[[], Any]
     wrt: list[Tensor] = field(default_factory=list)
     launches: list[int] | None = None
-    limit: tuple[int, int] = (25, 90)  # eager's own lines of an adaptive layer norm take 22 and 105
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,8 @@ def loss_host(sizes: Sizes) -> dict[str, HostCall]:
     call, x0 = _guided(ops.dmd_loss, 4, 16, 16, 16)
     beyond, large = _guided(ops.dmd_loss, 2, 16, 128, 128)
     return {
-        "dmd_loss": HostCall(call, [x0], launches=[1, 2], limit=(40, 120)),
-        "dmd_loss, large": HostCall(beyond, [large], launches=[2, 3], limit=(40, 120)),
+        "dmd_loss": HostCall(call, [x0], launches=[1, 2]),
+        "dmd_loss, large": HostCall(beyond, [large], launches=[2, 3]),
     }
 
 
@@ -242,5 +242,5 @@ RAW = Raw(
     small=lambda draw: _of(draw, ((3, 2, 5, 7),)),
     large=large,
     compiled=compiled,
-    operators={"dmd_gradient_fwd": 22},  # 21 arguments, 6 allocations
+    operators={"dmd_gradient_fwd": 19},  # 21 arguments, 6 tensors come in, 5 are allocated and counters, 2 launches
 )

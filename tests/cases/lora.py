@@ -17,15 +17,21 @@ if TYPE_CHECKING:
 
 
 def formula(x: Tensor, base_out: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    if A.dim() == 3:
+        q, k, v = (block + 0 * block for block in base_out.chunk(3, -1))
+        ends = zip((q, v), x.chunk(3, -1)[::2], A, B, strict=True)
+        q, v = (base + of_sample(scale, x) * ((end @ a) @ b) for base, end, a, b in ends)
+        return (torch.cat((q, k, v), -1),)
     return (base_out + of_sample(scale, x) * ((x @ A) @ B),)
 
 
 def sweep(d: Choices) -> Case:
     outer = d.batch(), *[d.size(1, 6) for _ in range(d.size(0, 2))]
     n_in, rank, n_out = d.size(8, 40), d.size(1, 20), d.size(8, 40)
+    pair, blocks = d.one_of(((), 1), ((2,), 3))
     tensors = {
-        "x": d.normal(*outer, n_in), "base_out": d.normal(*outer, n_out), "A": d.normal(n_in, rank),
-        "B": d.normal(rank, n_out), "scale": d.uniform(0.2, 1.5, outer[0]),
+        "x": d.normal(*outer, blocks * n_in), "base_out": d.normal(*outer, blocks * n_out),
+        "A": d.normal(*pair, n_in, rank), "B": d.normal(*pair, rank, n_out), "scale": d.uniform(0.2, 1.5, outer[0]),
     }  # fmt: skip
     if outer[0] > 1:
         tensors["scale"][1] = 0
@@ -38,18 +44,26 @@ def wrong_arguments() -> wrong.Wrong:
     yield {"A": torch.randn(6)}, r"A: expected 2 dimensions, got shape \[6\]"
     yield {"B": torch.randn(3, 7)}, r"B: expected shape \[2, 7\] .* got \[3, 7\]"
     yield {"base_out": torch.randn(3, 4, 8)}, r"base_out: expected shape \[3, 4, 7\] .* got \[3, 4, 8\]"
+    pair = {"A": torch.randn(2, 2, 3), "B": torch.randn(2, 3, 7)}
+    yield {**pair, "x": torch.randn(3, 4, 7)}, r"x: expected three blocks of one size, as A is a pair, got .* 7\]"
+    yield {**pair, "B": torch.randn(3, 7)}, r"B: expected shape \[2, 3, 7\] .* got \[3, 7\]"
+    yield pair, r"base_out: expected shape \[3, 4, 21\] .* got \[3, 4, 7\]"
     yield from wrong.scalars("scale")
 
 
 def host(sizes: Sizes) -> dict[str, HostCall]:
     leaves = [sizes.x(), sizes.x(), leaf(sizes.width, 16), leaf(16, sizes.width)]
-    return {
-        label: HostCall(lambda scale=scale: ops.multi_lora(*leaves, scale), leaves, launches=[2, 6], limit=(40, 120))
+    packed = [leaf(sizes.batch, sizes.tokens, 3 * sizes.width), leaf(2, sizes.width, 16), leaf(2, 16, sizes.width)]
+    calls = {
+        label: HostCall(lambda scale=scale: ops.multi_lora(*leaves, scale), leaves, launches=[2, 6])
         for label, scale in (
             ("multi_lora", torch.rand(sizes.batch)),
             ("multi_lora, 0-d scale", torch.tensor(0.5)),
         )
     }
+    scale = torch.rand(sizes.batch)
+    post = HostCall(lambda: ops.multi_lora(packed[0], *packed, scale), packed, launches=[2, 6])
+    return {**calls, "multi_lora, packed": post}
 
 
 def calls(draw: Draw) -> Iterator[Call]:
@@ -72,6 +86,18 @@ def calls(draw: Draw) -> Iterator[Call]:
         yield Call("multi_lora_fwd", label, (x, base, A, B, scale))
         for need in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
             yield Call("multi_lora_bwd", label, (grad, x, low_rank, A, B, scale, *need))
+    for tokens, n_in, rank, n_out in (((5,), 33, 3, 17), ((), 7, 1, 5), ((2, 70), 64, 40, 66)):
+        yield from _packed(draw, tokens, n_in, rank, n_out)
+
+
+def _packed(draw: Draw, tokens: tuple[int, ...], n_in: int, rank: int, n_out: int) -> Iterator[Call]:
+    x, base, grad = (draw(3, *tokens, 3 * size) for size in (n_in, n_out, n_out))
+    A, B, low_rank = draw(2, n_in, rank), draw(2, rank, n_out), draw(2, 3, *tokens, rank, dtype=torch.float32)
+    scale, label = torch.tensor([0.7, 0.0, 1.3]), f"packed-{n_in}-{rank}-{n_out}"
+    low_rank[:, 1] = 0
+    yield Call("multi_lora_fwd", label, (x, base, A, B, scale))
+    for need in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
+        yield Call("multi_lora_bwd", label, (grad, x, low_rank, A, B, scale, *need))
 
 
 def small(draw: Draw) -> Iterator[Call]:
@@ -83,6 +109,7 @@ def small(draw: Draw) -> Iterator[Call]:
         yield Call("multi_lora_fwd", f"rank-{rank}", (x, base, A, B, scale))
         for need in ((True, True, True), (False, True, False)):
             yield Call("multi_lora_bwd", f"rank-{rank}", (grad, x, low_rank, A, B, scale, *need))
+    yield from _packed(draw, (5,), 20, 3, 18)
     x, base, grad = draw(3, 5, 33), draw(3, 5, 17), draw(3, 5, 17)
     A, B, low_rank = draw(33, 3), draw(3, 17), draw(3, 5, 3, dtype=torch.float32)
     for label, scale in (("expanded", torch.tensor([0.7]).expand(3)), ("0-d", torch.tensor(0.7))):  # not copied
@@ -138,6 +165,14 @@ OPS = {
         wrong=wrong_arguments,
         wrt="x base_out A B",
         constants="scale",
+        variants={
+            "packed": {
+                "x": torch.linspace(-1, 1, 216).view(3, 4, 18),
+                "base_out": torch.linspace(2, -1, 252).view(3, 4, 21),
+                "A": torch.linspace(-1, 2, 24).view(2, 6, 2),
+                "B": torch.linspace(1, -2, 28).view(2, 2, 7),
+            }
+        },
         host=host,
     )
 }
@@ -146,5 +181,4 @@ RAW = Raw(
     small=small,
     large=large,
     compiled=compiled,
-    operators={"multi_lora_bwd": 25},  # 4 launches
 )

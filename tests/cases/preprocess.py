@@ -58,7 +58,7 @@ def wrong_arguments() -> wrong.Wrong:
 
 def host(sizes: Sizes) -> dict[str, HostCall]:
     image, half = leaf(2, 3, 64, 64), [0.5] * 3
-    call = HostCall(lambda: ops.preprocess_reward(image, 28, half, half), [image], launches=[2, 4], limit=(40, 120))
+    call = HostCall(lambda: ops.preprocess_reward(image, 28, half, half), [image], launches=[2, 4])
     return {"preprocess_reward": call}
 
 

@@ -150,8 +150,5 @@ RAW = Raw(
     small=small,
     large=large,
     compiled=compiled,
-    operators={
-        "qk_norm_rope_bwd": 25,  # 12 tensors come in, 5 are allocated
-        "qk_norm_rope_fwd": 18,  # 6 tensors come in, 4 are allocated
-    },
+    operators={"qk_norm_rope_bwd": 17},  # 10 tensors come in, 5 are allocated, 2 launches
 )

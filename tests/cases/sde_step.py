@@ -80,7 +80,7 @@ def host(sizes: Sizes) -> dict[str, HostCall]:
     def call():
         return ops.sde_step_logprob(x, v, sigma, after, seed=seed, **options)[:3]
 
-    return {"sde_step_logprob": HostCall(call, [x, v], limit=(30, 100))}  # 3 launches forward, 4 with the backward
+    return {"sde_step_logprob": HostCall(call, [x, v], launches=[3, 4])}
 
 
 KINDS = (("flow_grpo", 0.7), ("dance", 0.3), ("cps", 0.5))
@@ -159,5 +159,4 @@ RAW = Raw(
     large=large,
     compiled=compiled,
     exact={"sde_step_fwd": exact},
-    operators={"sde_step_fwd": 20},  # 3 launches
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dmdr_fast.backends import plans
 from dmdr_fast.backends.native import Library
 from tests.cuda import building
 from tests.cuda.fences import fenced, fenced_empty_strided
@@ -82,7 +83,7 @@ def emulated_library(request) -> Library:
 @pytest.fixture
 def emulated(emulated_library, monkeypatch) -> Kernels:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch, "empty_strided", fenced_empty_strided)
+    monkeypatch.setitem(plans.EMPTY, "cpu", fenced_empty_strided)
     kernels = Kernels(emulated_library, "cpu", True)
     kernels.configure()
     return kernels

@@ -24,8 +24,8 @@ def fenced(tensor: Tensor) -> Tensor:
     return copy.as_strided(tensor.shape, tensor.stride())
 
 
-def fenced_empty_strided(shape: tuple, strides: tuple, *, dtype: torch.dtype, device: object = None) -> Tensor:
-    """``torch.empty_strided`` of contiguous strides, with a fence; the memory is NaN (0xff in every byte)."""
+def fenced_empty_strided(shape: tuple, strides: tuple, dtype: torch.dtype) -> Tensor:
+    """A tensor of contiguous strides, with a fence; the memory is NaN (0xff in every byte)."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)

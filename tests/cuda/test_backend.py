@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmdr_fast.backends.native import library
+from dmdr_fast import backends
 from tests.raw import RawFunctions
 
 reference = RawFunctions(None)
@@ -80,5 +80,5 @@ def test_every_width_of_a_row(emulated, features, dtype):
 
 def test_an_old_device_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    why = library._too_old.__wrapped__(torch.device("cuda", 0))
+    why = backends.too_old.__wrapped__(torch.device("cuda", 0))
     assert why == "its kernels need compute capability 8.0 or later, this device has 7.5"

@@ -1,10 +1,12 @@
 """The device that kernel tests run on: a GPU, or the CPU where the process is Triton's interpreter."""
 
+import functools
 import os
 
 import pytest
 import torch
 
+from dmdr_fast.backends import plans
 from tests.interpreted import make_repeatable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -22,9 +24,15 @@ def device(request):
     return torch.device(request.param)
 
 
+def _poisoned(device: str, shape: tuple, strides: tuple, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 @pytest.fixture(autouse=True)
-def poisoned_allocations():
+def poisoned_allocations(monkeypatch):
     """What a kernel does not write shows: fresh memory is NaN, or the largest integer."""
+    for device_type in plans.EMPTY:
+        monkeypatch.setitem(plans.EMPTY, device_type, functools.partial(_poisoned, device_type))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -21,9 +21,13 @@ ROOT = Path(__file__).parents[2]
 _TRIES = 8
 _SLACK = 1.25  # beside other tests on two cores a ratio reads up to a fifth more than alone
 
-# Of a raw operator by itself, as torch.compile calls it. A tensor that comes in is 0.7, one that is allocated 0.9, a
-# launch 1.7, an argument in the dispatcher 0.2: a gradient has more of each than a forward.
-_OPERATOR = {"fwd": 15, "bwd": 20}
+# Of a public op, forward and with the backward. Eager's own lines of an adaptive layer norm take 22 and 105.
+_PUBLIC = {"forward": 25, "both": 90}
+# Of a raw operator by itself, as torch.compile calls it. A call consists of the dispatcher, 1.1 and 0.1 to 0.2 for
+# an argument or a result; 0.5 for a tensor that comes in (shape, dtype, device, pointer, and their hash); 0.5 for one
+# that is allocated; 1.2 to 2 for a launch; 2 for Python's frames. Where a file of cases has a limit of its own, the sum
+# is above this one.
+_OPERATOR = 15
 _OPERATORS = {name: most for raw in RAW for name, most in raw.operators.items()}
 CALLS = host_calls()
 
@@ -60,18 +64,18 @@ def _least(one: dict | float, other: dict | float) -> dict | float:
 
 def _too_slow(found: dict) -> list[str]:
     """The ops whose time, or whose operators', is above a limit."""
-    slow = {op for op, taken in found["ops"].items() if not _within(taken, op)}
+    slow = {op for op, taken in found["ops"].items() if not _within(taken)}
     for op, taken in found["ops"].items():
         slow |= {op for raw in taken["operators"] if found["operators"][raw] > _most(raw)}
     return sorted(slow)
 
 
 def _most(raw: str) -> float:
-    return _SLACK * _OPERATORS.get(raw, _OPERATOR[raw[-3:]])
+    return _SLACK * _OPERATORS.get(raw, _OPERATOR)
 
 
-def _within(taken: dict, op: str) -> bool:
-    return all(taken[what] <= _SLACK * limit for what, limit in zip(("forward", "both"), CALLS[op].limit, strict=True))
+def _within(taken: dict) -> bool:
+    return all(taken[what] <= _SLACK * limit for what, limit in _PUBLIC.items())
 
 
 @pytest.mark.timeout(300)
@@ -81,7 +85,7 @@ def test_host_time_of_every_op(measured):
     assert {name.split(",")[0] for name in measured["ops"]} == {
         name for name in ops.__all__ if name.islower() and name not in ("nn", "explain", "grpo_loss")
     }  # grpo_loss is plain PyTorch on a vector [B]
-    slow = {op: taken for op, taken in measured["ops"].items() if not _within(taken, op)}
+    slow = {op: taken for op, taken in measured["ops"].items() if not _within(taken)}
     assert not slow, f"in multiples of a + b, {measured['unit']:.2f} us: {slow}"
 
 

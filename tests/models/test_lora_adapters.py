@@ -71,6 +71,19 @@ def test_post_projection_acts_on_the_output_of_q_and_v(bias):
     torch.testing.assert_close(module(x), torch.cat([q, k, v], -1), rtol=1e-12, atol=1e-12)
 
 
+def test_post_projection_compiles_to_one_graph_and_has_tangents():
+    module, first, second = layer("post_projection", roles=("fake", "student"))
+    first.set_scale(torch.tensor([0.5, 0.0, -2.0]))
+    second.set_scale(0.75)
+    x, direction = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    eager, traced = (run(x).square().sum() for run in (module, compiled))
+    torch.testing.assert_close(traced, eager)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, list(first.parameters())) for loss in (traced, eager)))
+    _, tangent = torch.func.jvp(module, (x,), (direction,))
+    torch.testing.assert_close(tangent, (module(x + 1e-6 * direction) - module(x - 1e-6 * direction)) / 2e-6)
+
+
 @pytest.mark.parametrize("form", ["standard", "post_projection"])
 def test_roles_add_up_and_none_reads_another(form):
     module, first, second = layer(form, roles=("fake", "student"))

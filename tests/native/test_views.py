@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from dmdr_fast.backends import views
 from dmdr_fast.backends.cpu import BACKEND
 from dmdr_fast.backends.plans import Recorder
 from dmdr_fast.backends.rows import Grouped
-from dmdr_fast.backends.views import shared_view
 from tests.raw import RawFunctions
+
+
+def shared_view(*tensors):
+    """(shape, strides, tensors)."""
+    shape, held = views.shared_view(*tensors)
+    return shape, tuple(one and one.strides for one in held), [one and one.tensor for one in held]
+
 
 cpu, reference = RawFunctions(BACKEND), RawFunctions(None)
 

@@ -19,8 +19,8 @@ PACKED = torch.randn(2, 8)
 
 def stand_in(refuses=None):
     """A backend with one kernel, which marks its results, and its own opinion of what it supports."""
-    backend = backends.Backend(Recorder, lambda device: refuses)
-    backend.implements("gated_activation_fwd")(
+    backend = backends.Backend(Recorder)
+    backend.implements("gated_activation_fwd", refuses=lambda a: refuses)(
         lambda run, a, out: out.out.copy_(reference.run("gated_activation_fwd", a) + 100)
     )
     return backend

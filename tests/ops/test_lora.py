@@ -77,11 +77,25 @@ def test_a_number_scales_every_sample():
     assert torch.equal(ops.multi_lora(x, base, a, b, 0.5), ops.multi_lora(x, base, a, b, torch.full((4,), 0.5)))
 
 
-def test_post_projection_form_uses_the_output_as_its_input():
-    q = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
-    a, b = torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    scale = torch.tensor([2.0, 0.5])
-    assert torch.autograd.gradcheck(lambda q: ops.multi_lora(q, q, a, b, scale), q)
+@pytest.mark.parametrize("scale", [torch.tensor([2.0, 0.0, -0.5]), torch.tensor(0.75)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_packed_projection_is_its_own_input(dtype, scale):
+    packed = torch.randn(3, 5, 18).to(dtype)
+    a, b = torch.randn(2, 6, 2).to(dtype), torch.randn(2, 2, 6).to(dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (packed, a, b)]
+    truth = [tensor.double().requires_grad_() for tensor in (packed, a, b)]
+    out = ops.multi_lora(leaves[0], *leaves, scale)
+    q, k, v = truth[0].chunk(3, -1)
+    q, v = (dense(x, x, truth[1][i], truth[2][i], scale.expand(3)) for i, x in enumerate((q, v)))
+    exact = torch.cat((q, k, v), -1)
+    assert torch.equal(out.chunk(3, -1)[1], packed.chunk(3, -1)[1])
+    incoming = torch.randn(3, 5, 18).to(dtype)
+    out.backward(incoming)
+    exact.backward(incoming.double())
+    for ours, theirs in zip(
+        (out, *(leaf.grad for leaf in leaves)), (exact, *(leaf.grad for leaf in truth)), strict=True
+    ):
+        assert (ours.double() - theirs).norm() <= torch.finfo(dtype).eps * 4 * theirs.norm()
 
 
 def test_mixed_dtypes_follow_the_base_output():

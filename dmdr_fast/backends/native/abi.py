@@ -16,14 +16,8 @@ from dmdr_fast.backends.views import OUTER
 
 VERSION = 2
 
-# What one field of an argument struct packs into: "q" is int64 or a pointer, "d" a double.
-_PACKED = {
-    "shape": "q" * (OUTER + 1),
-    "tensor": "q" * (2 + OUTER),
-    "pointer": "q",
-    "int": "q",
-    "double": "d",
-}
+# Eight-byte words of a field where it is more than one.
+_WORDS: dict[object, int] = {"shape": OUTER + 1, "tensor": 2 + OUTER}
 
 # The argument structs by name, field by field in the header's order after `size` and `num_threads`: kind and names.
 STRUCTS: dict[str, tuple[tuple[str | tuple[str, ...], str], ...]] = {}
@@ -60,29 +54,25 @@ def packed(struct_name: str, fields: dict[str, Any]) -> tuple[bytearray, list[Po
             values. What is left out is zero.
     """
     data, pointers, fields = bytearray(16), [], dict(fields)
-    for kind_or_values, names in STRUCTS[struct_name]:
-        kind, values = (kind_or_values, ()) if isinstance(kind_or_values, str) else ("int", kind_or_values)
+    for kind, names in STRUCTS[struct_name]:
         for name in names.split():
             value = fields.pop(name, None)
             position = len(data)
-            data += bytes(8 * len(_PACKED[kind]))
+            data += bytes(8 * _WORDS.get(kind, 1))
             if value is None:
                 continue
+            if kind == "pointer":
+                pointers.append(Pointer(position, *(value if isinstance(value, tuple) else (value,))))
+                continue
             if kind == "tensor":
-                tensor, strides = value
-                pointers.append(Pointer(position, tensor))
-                struct.pack_into(f"={1 + len(strides)}q", data, position + 8, DTYPE_CODE[tensor.dtype], *strides)
-            elif kind == "pointer":
-                source, offset = value if isinstance(value, tuple) else (value, 0)
-                pointers.append(Pointer(position, source, offset))
-            elif kind == "shape":
-                struct.pack_into("=6q", data, position, *value)
-            elif values:
-                struct.pack_into("=q", data, position, values.index(value))
-            else:
-                if isinstance(value, Live):
-                    pointers.append(Pointer(position, value))
-                struct.pack_into("=" + _PACKED[kind], data, position, value)
+                pointers.append(Pointer(position, value.tensor))
+                position, value = position + 8, (DTYPE_CODE[value.tensor.dtype], *value.strides)
+            elif isinstance(value, Live):
+                pointers.append(Pointer(position, value))
+            elif isinstance(kind, tuple):
+                value = kind.index(value)
+            numbers = value if isinstance(value, tuple) else (value,)
+            struct.pack_into(f"={len(numbers)}{'d' if kind == 'double' else 'q'}", data, position, *numbers)
     assert not fields, f"{struct_name} has no {', '.join(fields)}"
     struct.pack_into("=q", data, 0, len(data))
     return data, pointers

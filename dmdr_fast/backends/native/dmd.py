@@ -47,10 +47,10 @@ def _workspace(run: Calls, shape: tuple[int, ...], x0: Tensor) -> Tensor:
     """
     if run.library.device_type == "cpu":
         return run.workspace("dmd_gradient", math.prod(shape[:-1]), shape[-1], dtype=torch.float64)
-    batch = x0.shape[0]
+    batch, device = x0.shape[0], run.device
     size = run.library.workspace_size("dmd_gradient", batch, x0.numel() // batch)
 
-    def allocate(device: torch.device) -> Tensor:
+    def allocate() -> Tensor:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return torch.zeros(size, dtype=torch.float64, device=device)
         key = (device.index, torch.cuda.current_stream(device).cuda_stream)

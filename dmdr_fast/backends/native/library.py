@@ -9,10 +9,9 @@ import ctypes
 import functools
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,26 +24,18 @@ from dmdr_fast.backends.views import Strided, shared_view
 
 # From here on a fresh output is likely to be new pages of the system, and two huge ones fit in.
 _HUGE = 4 << 20
-# What the CUDA kernels are compiled for begins with this compute capability.
-_OLDEST = (8, 0)
 
 
 class NativeError(RuntimeError):
     """A kernel library refused a call."""
 
 
-class _Registered(NamedTuple):
-    function: Callable
-    entry: str
-    refuses: Callable[[Library, Any], str | None] | None
+Refusal = Callable[["Library", Any], str | None] | None
+# (function, entry, refuses) by the name of a raw function.
+_REGISTERED: dict[str, tuple[Callable, str, Refusal]] = {}
 
 
-_REGISTERED: dict[str, _Registered] = {}
-
-
-def implements(
-    name: str, *, entry: str | None = None, refuses: Callable[[Library, Any], str | None] | None = None
-) -> Callable:
+def implements(name: str, *, entry: str | None = None, refuses: Refusal = None) -> Callable:
     """Register the decorated function as the raw function ``name`` of the libraries that have ``dmdr_<entry>``.
 
     Args:
@@ -53,7 +44,7 @@ def implements(
     """
 
     def register(function: Callable) -> Callable:
-        _REGISTERED[name] = _Registered(function, entry or name, refuses)
+        _REGISTERED[name] = function, entry or name, refuses
         return function
 
     return register
@@ -102,7 +93,7 @@ class Library:
 
     def backend(self) -> Backend:
         """The backend of all registered functions that the library has."""
-        backend = Backend(functools.partial(Calls, self), _too_old, takes_empty=self.device_type == "cpu")
+        backend = Backend(functools.partial(Calls, self), takes_empty=self.device_type == "cpu")
         for name, (function, entry, refuses) in _REGISTERED.items():
             if hasattr(self.functions, f"dmdr_{entry}"):
                 refusal = None if refuses is None else functools.partial(refuses, self)
@@ -144,49 +135,40 @@ class Calls(Recorder):
     def __init__(self, library: Library, arguments: tuple) -> None:
         super().__init__(arguments)
         self.library = library
+        self._wide: list[tuple[Tensor, Tensor]] = []  # results, and what is written in their place
 
-    def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor that a kernel is about to fill.
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Makes an uninitialised contiguous tensor that a kernel is about to fill.
 
         On a CPU large ones ask for huge pages first: the allocator hands them back to the system when they are freed,
         and taking 4 KiB pages anew costs more than the kernel (renoise_bwd of 100 MB: 64 ms, 17 ms with huge pages;
         one thread, Zen 4).
         """
-        if self.library.device_type == "cpu" and torch.Size(shape).numel() * dtype.itemsize >= _HUGE:
-            return self.allocate(self._huge, tuple(shape), dtype=dtype)
-        return super().new(shape, dtype)
+        empty, library = super().empty(shape, dtype), self.library
+        if library.device_type != "cpu" or torch.Size(shape).numel() * dtype.itemsize < _HUGE:
+            return empty
 
-    def _huge(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        output = torch.empty(shape, dtype=dtype, device=device)
-        self.library.functions.dmdr_cpu_expect_writes(output.data_ptr(), output.nbytes)
-        return output
+        def huge() -> Tensor:
+            output = empty()
+            library.functions.dmdr_cpu_expect_writes(output.data_ptr(), output.nbytes)
+            return output
+
+        return huge
 
     def workspace(self, name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """What ``dmdr_<name>_workspace`` asks for."""
         return self.new((self.library.workspace_size(name, *sizes),), dtype)
-
-    @contextmanager
-    def in_float32(self, *results: Tensor | None) -> Iterator[list[Tensor | None]]:
-        """The results where they are float32, and float32 tensors in place of others, which are rounded at the end.
-
-        A call that rounds leaves no plan.
-        """
-        sums = []
-        for one in results:
-            sums.append(one if one is None or one.dtype is torch.float32 else self.new(one.shape, torch.float32))
-        yield sums
-        for result, one in zip(results, sums, strict=True):
-            if result is not None and one is not None and one is not result:
-                result.copy_(one)
-                self._repeatable = False
 
     def fields(
         self, struct_name: str, a: tuple, out: tuple, view: Callable[[Tensor], Strided] | None = None, /, **given: Any
     ) -> dict[str, Any]:
         """The fields of an argument struct, see :func:`abi.packed`: as given, else the result or argument of that name.
 
+        Pointers are made contiguous, and float32 where they are floats: :meth:`call` rounds a result that is not, and
+        leaves no plan then.
+
         Args:
-            view: gives a tensor its strides. Pointers are made contiguous, and float32 where they are floats.
+            view: gives a tensor its strides.
         """
         fields = {}
         for kind, names in abi.STRUCTS[struct_name]:
@@ -195,7 +177,10 @@ class Calls(Recorder):
                 if kind == "tensor" and view is not None and isinstance(value, Tensor):
                     value = view(value)
                 elif kind == "pointer" and isinstance(value, Tensor) and name != "workspace":
-                    value = (value.to(torch.float32) if value.is_floating_point() else value).contiguous()
+                    given_value, dtype = value, torch.float32 if value.is_floating_point() else value.dtype
+                    value = value.to(dtype).contiguous()
+                    if value is not given_value and any(given_value is result for result in out):
+                        self._wide.append((given_value, value))
                 fields[name] = value
         return fields
 
@@ -203,8 +188,8 @@ class Calls(Recorder):
         """The same where all tensors have one shape [B, ...]."""
         fields = self.fields(struct_name, a, out, **given)
         names = [name for kind, names in abi.STRUCTS[struct_name] if kind == "tensor" for name in names.split()]
-        view = shared_view(*(fields[name] for name in names))
-        return fields | dict(zip(names, view.strided(), strict=True)) | {"shape": view.shape}
+        shape, views = shared_view(*(fields[name] for name in names))
+        return fields | dict(zip(names, views, strict=True)) | {"shape": shape}
 
     def call(self, name: str, struct_name: str, fields: dict[str, Any]) -> None:
         """``dmdr_<name>`` with the fields of its argument struct by name, see :func:`abi.packed`."""
@@ -213,10 +198,10 @@ class Calls(Recorder):
         for position, source, offset in pointers:
             if isinstance(source, Live):
                 places.append((position, source.place, 0))
-                continue
-            place, start = self.place(source) or (0, 0)
-            places.append((position, place, start + offset))
-            struct.pack_into("=q", template, position, source.data_ptr() + offset)
+            else:
+                place, start = self.place(source) or (0, 0)
+                places.append((position, place, start + offset))
+                struct.pack_into("=q", template, position, source.data_ptr() + offset)
 
         def again(values: list[int]) -> None:
             arguments = bytearray(template)  # one for each call: backwards run on threads of their own
@@ -224,8 +209,11 @@ class Calls(Recorder):
                 struct.pack_into("=q", arguments, position, values[place] + offset)
             entry(arguments)
 
-        self.on_device(entry, template)
-        self.note(functools.partial(self.on_device, again) if self.device.type == "cuda" else again)
+        entry(template)
+        self.note(again)
+        for result, wide in self._wide:
+            result.copy_(wide)
+            self._repeatable = False
 
 
 def library_path(stem: str) -> Path:
@@ -247,12 +235,3 @@ def library_path(stem: str) -> Path:
         f"lib{stem}.so is not in {looked}. Build it with `pip install .` or, in a checkout, "
         "`cmake -S . -B build && cmake --build build` (needs a C++ compiler)"
     )
-
-
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    """Why the device cannot run the kernels, None where it can."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= _OLDEST:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"its kernels need compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, this device has {major}.{minor}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
-from dmdr_fast.backends.views import Strided, strided
+from dmdr_fast.backends.views import Strided, broadcast, strided
 
 _STRUCT = struct_of(
     "dmdr_multi_lora_args",
@@ -18,37 +20,60 @@ _STRUCT = struct_of(
     ("pointer", "scale low_rank grad_a grad_b workspace"),
 )
 
+# Of a packed [q | k | v]: what has three blocks, and what q and v have one each of.
+_BLOCKS, _PAIRS = {"x", "base_out", "grad", "out", "grad_x"}, {"A", "B", "low_rank", "grad_A", "grad_B"}
+
 
 def _refuses(library: Library, a) -> str | None:
-    in_features, rank = a.A.shape
+    in_features, rank = a.A.shape[-2:]
     return None if in_features and rank else f"it has nothing to multiply: A is [{in_features}, {rank}]"
 
 
 @implements("multi_lora_fwd", refuses=_refuses)
 def multi_lora_fwd(run: Calls, a, out) -> None:
-    run.call("multi_lora_fwd", _STRUCT, _fields(run, a, out, 0, base=a.base_out))
+    for one, result in _blocks(run, a, out):
+        _call(run, "multi_lora_fwd", one, result, 0, base=one.base_out)
 
 
 @implements("multi_lora_bwd", refuses=_refuses)
 def multi_lora_bwd(run: Calls, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
-    with run.in_float32(out.grad_A, out.grad_B) as (grad_a, grad_b):
-        run.call("multi_lora_bwd", _STRUCT, _fields(run, a, out, 1, grad_a=grad_a, grad_b=grad_b))
+    for one, result in _blocks(run, a, out):
+        _call(run, "multi_lora_bwd", one, result, 1, grad_a=result.grad_A, grad_b=result.grad_B)
 
 
-def _fields(run: Calls, a, out, backward: int, /, **given: Any) -> dict[str, Any]:
+def _blocks(run: Calls, a, out) -> Iterator[tuple]:
+    """(arguments, results) of each block; of k, which passes, as of scale 0 and before those of q, which it shares."""
+    if a.A.dim() == 2:
+        yield a, out
+        return
+    zero = run.kept(torch.zeros(a.x.shape[0], dtype=torch.float32, device=run.device))
+    for block in (1, 0, 2):
+        one, result = _block(run, a, block), _block(run, out, block)
+        yield (one._replace(scale=zero) if block == 1 else one), result
+
+
+def _block(run: Calls, values, block: int):
+    views = {}
+    for name, value in values._asdict().items():
+        if isinstance(value, Tensor) and name in _BLOCKS:
+            views[name] = run.part(value.chunk(3, -1)[block], value)
+        elif isinstance(value, Tensor) and name in _PAIRS:
+            views[name] = run.part(value[block // 2], value)
+    return values._replace(**views)
+
+
+def _call(run: Calls, name: str, a, out, backward: int, /, **given: Any) -> None:
     names = ("batch", "rows", "in_features", "rank", "out_features")
     sizes = dict(zip(names, (a.x.shape[0], math.prod(a.x.shape[1:-1]), *a.A.shape, a.B.shape[1]), strict=True))
-    return run.fields(
-        _STRUCT, a, out, lambda tensor: _rows(run, tensor), A=strided(a.A), B=strided(a.B),
+
+    def rows(tensor: Tensor) -> Strided:
+        """[B, ..., D] as [B, rows, D]; copied only where the strides of the middle dimensions do not merge."""
+        return broadcast(run.view(tensor, sizes["batch"], sizes["rows"], tensor.shape[-1]))
+
+    fields = run.fields(
+        _STRUCT, a, out, rows, A=strided(a.A), B=strided(a.B),
         scale=a.scale if a.scale.dim() else a.scale.expand(a.x.shape[0]),
         workspace=run.workspace("multi_lora", *sizes.values(), backward), **sizes, **given,
     )  # fmt: skip
-
-
-def _rows(run: Calls, tensor: Tensor) -> Strided:
-    """[B, ..., D] as [B, rows, D]; copied only where the strides of the middle dimensions do not merge."""
-    rows = run.view(tensor, tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
-    return Strided(
-        rows, [0 if size == 1 else step for size, step in zip(rows.shape[:2], rows.stride()[:2], strict=True)]
-    )
+    run.call(name, _STRUCT, fields)

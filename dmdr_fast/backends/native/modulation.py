@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +11,7 @@ from dmdr_fast.backends import rows
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, implements
 from dmdr_fast.backends.rows import Grouped
-from dmdr_fast.backends.views import Strided
+from dmdr_fast.backends.views import broadcast
 
 # A block of the CUDA kernels holds a row in registers: 512 threads of 16 columns.
 _LONGEST_CUDA_ROW = 8192
@@ -42,43 +40,33 @@ _GATED = struct_of(
 
 
 def on_rows(
-    name: str,
-    struct_name: str,
-    tensors: str,
-    entry: str | None = None,
-    *,
-    gathers: Mapping[str, str] = MappingProxyType({}),
-    **fields: str,
+    name: str, struct_name: str, tensors: str, entry: str | None = None, *, gathers: str = "", **fields: str
 ) -> None:
     """Register the raw function ``name`` as ``dmdr_<entry>``, its tensors as rows and as vectors of rows.
 
     Args:
         tensors: its arguments that make the rows' grouping: one of x's shape, then vectors.
         entry: None means ``name``.
-        gathers: by field of the struct, the vector over whose rows it says how to sum, for a backward.
+        gathers: the vectors whose gradients a backward sums over rows; the field ``gather_<vector>``, or ``gather`` for
+            the scale, says how.
         fields: arguments by field, where their names differ.
     """
     x, *vectors = tensors.split()
-    on = {"cpu": rows.refuses(math.inf, x, *vectors), "cuda": rows.refuses(_LONGEST_CUDA_ROW, x, *vectors)}
+    longest = {"cpu": math.inf, "cuda": _LONGEST_CUDA_ROW}
 
-    @implements(name, entry=entry, refuses=lambda library, a: on[library.device_type](a))
+    @implements(name, entry=entry, refuses=lambda on, a: rows.refuses(longest[on.device_type], x, *vectors)(a))
     def call(run: Calls, a, out) -> None:
         g = Grouped(run, *(getattr(a, tensor) for tensor in (x, *vectors)))
         given: dict[str, Any] = {field: getattr(a, argument) for field, argument in fields.items()}
-        for field, vector in gathers.items():
+        for vector in gathers.split():
+            field = "gather" if vector == "scale" else f"gather_{vector}"
             given[field] = _gather(g, getattr(a, vector), getattr(out, f"grad_{vector}"))
         if gathers:
             sums = 3 if struct_name == _GATED else 2  # see abi.h
             given["workspace"] = run.workspace("modulation", g.groups, g.tokens, g.width, sums)
         given["shape"] = g.groups, g.tokens, 1, 1, 1, g.width
-        made = run.fields(struct_name, a, out, lambda tensor: _strided(g.vectors(tensor)), **given)
+        made = run.fields(struct_name, a, out, lambda tensor: broadcast(g.vectors(tensor)), **given)
         run.call(entry or name, struct_name, made)
-
-
-def _strided(tensor: Tensor) -> Strided:
-    """[1 or G, 1 or S, D]: a dimension of size 1 gets stride 0."""
-    steps = zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
-    return Strided(tensor, tuple(0 if size == 1 else step for size, step in steps))
 
 
 def _gather(g: Grouped, vector: Tensor, grad: Tensor | None) -> int:
@@ -92,11 +80,10 @@ def _gather(g: Grouped, vector: Tensor, grad: Tensor | None) -> int:
 
 
 on_rows("layer_norm_modulate_fwd", _NORM, "x shift scale")
-on_rows("layer_norm_modulate_bwd", _NORM, "x scale", gathers={"gather": "scale"})
+on_rows("layer_norm_modulate_bwd", _NORM, "x scale", gathers="scale")
 on_rows("gated_residual_fwd", _GATED, "x gate")
-on_rows("gated_residual_bwd", _GATED, "grad_residual gate", gathers={"gather_gate": "gate"})
+on_rows("gated_residual_bwd", _GATED, "grad_residual gate", gathers="gate")
 on_rows("gated_residual_layer_norm_modulate_fwd", _GATED, "x gate shift scale", "gated_residual_fwd")
 on_rows(
-    "gated_residual_layer_norm_modulate_bwd", _GATED, "residual gate scale", "gated_residual_bwd",
-    gathers={"gather_gate": "gate", "gather": "scale"},
-)  # fmt: skip
+    "gated_residual_layer_norm_modulate_bwd", _GATED, "residual gate scale", "gated_residual_bwd", gathers="gate scale"
+)

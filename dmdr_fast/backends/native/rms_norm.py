@@ -16,5 +16,5 @@ _STRUCT = struct_of(
 )
 
 on_rows("rms_norm_scale_fwd", _STRUCT, "x scale")
-on_rows("rms_norm_scale_bwd", _STRUCT, "x scale", gathers={"gather_weight": "weight", "gather": "scale"})
+on_rows("rms_norm_scale_bwd", _STRUCT, "x scale", gathers="weight scale")
 on_rows("gated_residual_rms_norm_fwd", _STRUCT, "x gate", "rms_norm_scale_fwd", x="h", scale="gate", residual="x")

@@ -29,10 +29,8 @@ _MOST_FEATURES = 1024  # DMDR_ROPE_FEATURES
 
 
 def _refuses_bwd(library: Library, a) -> str | None:
-    width = a.q.shape[3]
-    if width <= _MOST_FEATURES:
-        return None
-    return f"its backward takes heads of at most {_MOST_FEATURES} features, got {width}"
+    wide = (width := a.q.shape[3]) > _MOST_FEATURES
+    return f"its backward takes heads of at most {_MOST_FEATURES} features, got {width}" if wide else None
 
 
 @implements("qk_norm_rope_fwd")
@@ -43,13 +41,12 @@ def qk_norm_rope_fwd(run: Calls, a, out) -> None:
 
 @implements("qk_norm_rope_bwd", refuses=_refuses_bwd)
 def qk_norm_rope_bwd(run: Calls, a, out) -> None:
-    with run.in_float32(out.grad_q_weight, out.grad_k_weight) as (grad_q_weight, grad_k_weight):
-        sides = {
-            "q_x": a.q, "q_grad": a.grad_q_out, "q_grad_x": out.grad_q, "q_grad_weight": grad_q_weight,
-            "k_x": a.k, "k_grad": a.grad_k_out, "k_grad_x": out.grad_k, "k_grad_weight": grad_k_weight,
-            "workspace": run.workspace("qk_norm_rope", *a.q.shape[:2], a.q.shape[3]),
-        }  # fmt: skip
-        _call(run, "qk_norm_rope_bwd", a, out, sides)
+    sides = {
+        "q_x": a.q, "q_grad": a.grad_q_out, "q_grad_x": out.grad_q, "q_grad_weight": out.grad_q_weight,
+        "k_x": a.k, "k_grad": a.grad_k_out, "k_grad_x": out.grad_k, "k_grad_weight": out.grad_k_weight,
+        "workspace": run.workspace("qk_norm_rope", *a.q.shape[:2], a.q.shape[3]),
+    }  # fmt: skip
+    _call(run, "qk_norm_rope_bwd", a, out, sides)
 
 
 def _call(run: Calls, name: str, a, out, sides: dict[str, Any]) -> None:

@@ -16,22 +16,10 @@ import dmdr_fast
 _NAME = "dmdr_fast.kernels"
 
 
-def find_kernels() -> None:
-    """Give the import system the folder, unless it knows one.
-
-    Raises:
-        ImportError: neither the package nor its parent folder has the kernels.
-    """
-    if _NAME in sys.modules or importlib.util.find_spec(_NAME) is not None:
-        return
-    beside = [Path(folder).parent / "kernels" for folder in dmdr_fast.__path__]
-    folders = [str(folder) for folder in beside if (folder / "normals.py").is_file()]
-    if not folders:
+if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is None:
+    _beside = [Path(folder).parent / "kernels" for folder in dmdr_fast.__path__]
+    _folders = [str(folder) for folder in _beside if (folder / "normals.py").is_file()]
+    if not _folders:
         raise ImportError("the Triton kernels are not installed: reinstall dmdr_fast (`pip install .`)")
-    package = ModuleType(_NAME, "The Triton kernels, one file per op.")
-    package.__path__ = folders
-    sys.modules[_NAME] = package
-    dmdr_fast.kernels = package
-
-
-find_kernels()
+    sys.modules[_NAME] = dmdr_fast.kernels = ModuleType(_NAME, "The Triton kernels, one file per op.")
+    dmdr_fast.kernels.__path__ = _folders

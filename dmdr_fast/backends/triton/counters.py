@@ -24,7 +24,8 @@ def counters(count: int, device: torch.device) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
         _spare[device] = spare[count:]
         return spare[:count]
-    place = device, _stream(device), count
+    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    place = device, stream, count
     found = _counters.get(place)
     if found is None:
         if device not in _spare:
@@ -35,7 +36,3 @@ def counters(count: int, device: torch.device) -> Tensor:
 
 def _captures(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _stream(device: torch.device) -> int:
-    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from torch import Tensor
 
 from dmdr_fast.backends.triton.counters import counters
-from dmdr_fast.backends.triton.launch import Launches, Samples, block_and_warps, cdiv, implements, samples, too_large
-from dmdr_fast.kernels.dmd_gradient import (
-    Latents,
-    Options,
-    Parts,
-    Scalars,
-    Totals,
-    dmd_distance_kernel,
-    dmd_gradient_kernel,
-    dmd_gradient_sample_kernel,
-    dmd_loss_bwd_kernel,
-)
+from dmdr_fast.backends.triton.launch import Launches, block_and_warps, implements, samples, tiles, too_large
+from dmdr_fast.kernels import dmd_gradient as kernels
 
 # What 512 threads hold: 32 elements each. 1024 threads of 32 spill.
 _LARGEST_BLOCK = 16384
@@ -27,56 +18,42 @@ _MOST_PARTS = 256
 @implements("dmd_gradient_fwd", refuses=too_large("x0"))
 def dmd_gradient_fwd(run: Launches, a, out) -> None:
     mask = None if a.mask is None else run.part(a.mask.expand(a.x0.shape), a.mask)
-    view = samples(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond, mask)
+    view, batch = samples(a.x0, a.x_t, a.pred_fake, a.pred_real, a.pred_real_uncond, mask), out.norm.shape
     per_sample = (None if s is None else s.contiguous() for s in (a.sigma, a.alpha, a.cfg_tensor, a.weight))
-    written = 1.0
-    if a.scaled:
-        written = 2 * a.factor / max(a.x0.numel(), 1) if a.reduction == "mean" else 2 * a.factor
-    scalars = Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
+    count = max(a.x0.numel(), 1) if a.reduction == "mean" else 1
+    written = 2 * a.factor / count if a.scaled else 1.0
+    scalars = kernels.Scalars(*per_sample, float(a.cfg_scale), float(a.eps), float(written))
     largest = torch.finfo(out.grad.dtype).max
-    options = Options(a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest)
-    arrived = run.allocate(counters, 1 + a.x0.shape[0])
-    totals = Totals(out.norm, out.loss, out.loss_scale, arrived, float(a.x0.numel()), float(a.factor))
-    fits = a.normalizer != "global" and view.shape.count <= _LARGEST_BLOCK
-    (_one_reading if fits else _two_readings)(run, view, scalars, out.grad, totals, options)
-
-
-def _one_reading(
-    run: Launches, view: Samples, scalars: Scalars, grad: Tensor, totals: Totals, options: Options
-) -> None:
-    """Write grad and the totals."""
-    latents, norms = Latents(*view.views), totals.norms
-    counts = None if latents.mask is None else run.new(norms.shape, torch.int32)
-    count = view.shape.count
-    block, warps = block_and_warps(count, 16 if count <= 4096 else 32, _LARGEST_BLOCK)
+    options = kernels.Options(
+        a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest
+    )
+    arrived = run.allocate(functools.partial(counters, 1 + a.x0.shape[0], run.device))
+    totals = kernels.Totals(out.norm, out.loss, out.loss_scale, arrived, float(a.x0.numel()), float(a.factor))
+    latents, shape = kernels.Latents(*view.views), view.shape
+    if a.normalizer != "global" and shape.count <= _LARGEST_BLOCK:  # a sample is read once
+        counts = None if mask is None else run.new(batch, torch.int32)
+        parts = kernels.Parts(run.new(batch, torch.float32), None, counts, None)
+        block, warps = block_and_warps(shape.count, 16 if shape.count <= 4096 else 32, _LARGEST_BLOCK)
+        run.launch(
+            kernels.dmd_gradient_sample_kernel, tuple(batch), latents, scalars, out.grad, parts, totals, shape,
+            OPTIONS=options, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        return
+    # Larger samples, and the normaliser over all of them: a sum first, then the gradient.
+    (_, blocks), tile = tiles(view, 16)
+    grid = *batch, min(blocks, _MOST_PARTS)
+    parts = kernels.Parts(*(run.new(grid, dtype) for dtype in (torch.float32, torch.float32, torch.int32, torch.int32)))
+    if a.normalizer != "none":
+        run.launch(kernels.dmd_distance_kernel, grid, latents, scalars, parts, totals, shape, OPTIONS=options, **tile)
     run.launch(
-        dmd_gradient_sample_kernel, (view.batch,), latents, scalars, grad,
-        Parts(run.new(norms.shape, torch.float32), None, counts, None), totals, view.shape, OPTIONS=options,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-
-
-def _two_readings(
-    run: Launches, view: Samples, scalars: Scalars, grad: Tensor, totals: Totals, options: Options
-) -> None:
-    """As ``_one_reading``, for samples beyond a block and for the normaliser over all samples."""
-    batch, shape, latents = view.batch, view.shape, Latents(*view.views)
-    block, warps = block_and_warps(shape.count, 16, 2048)
-    grid = batch, min(cdiv(shape.count, block), _MOST_PARTS)
-    squares, distances = (run.new(grid, torch.float32) for _ in range(2))
-    counts, broken = (run.new(grid, torch.int32) for _ in range(2))
-    parts = Parts(squares, distances, counts, broken)
-    constants = {"OPTIONS": options, "BLOCK": block, "num_warps": warps}
-    if options.normalizer != "none":
-        run.launch(dmd_distance_kernel, grid, latents, scalars, parts, totals, shape, **constants)
-    run.launch(dmd_gradient_kernel, grid, latents, scalars, grad, parts, totals, shape, **constants)
+        kernels.dmd_gradient_kernel, grid, latents, scalars, out.grad, parts, totals, shape, OPTIONS=options, **tile
+    )
 
 
 @implements("dmd_loss_bwd", refuses=too_large("g"))
 def dmd_loss_bwd(run: Launches, a, out) -> None:
-    batch, shape, (view,) = samples(a.g)
-    block, warps = block_and_warps(shape.count, 8, 2048)
-    grid = batch, cdiv(shape.count, block)
+    view = samples(a.g)
+    grid, tile = tiles(view)
     run.launch(
-        dmd_loss_bwd_kernel, grid, a.grad_loss, view, a.loss_scale, out.grad_x0, shape, BLOCK=block, num_warps=warps
+        kernels.dmd_loss_bwd_kernel, grid, a.grad_loss, *view.views, a.loss_scale, out.grad_x0, view.shape, **tile
     )

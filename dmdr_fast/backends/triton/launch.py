@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -37,13 +36,10 @@ class Launches(Recorder):
         The compiler must not fuse multiplications and additions by itself: the kernels say where, so the bits are the
         same under every version of Triton (its default differs) and in every specialisation of a kernel.
         """
-        options = {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
-        compiled = self.on_device(kernel[grid], *_plain(args), **options)
-        if self.device.type == "meta":  # compiled ahead of time, launched nowhere
-            return
-        if INTERPRETED:
-            self._repeatable = False  # nothing is compiled that could run again
-        else:
+        compiled = kernel[grid](*_plain(args), **constants, num_warps=num_warps, enable_fp_fusion=False)
+        if INTERPRETED:  # nothing is compiled that could run again
+            self._repeatable = False
+        elif self.device.type != "meta":  # there it is compiled ahead of time, and launched nowhere
             values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
             self.note(self._compiled(compiled, grid, values))
 
@@ -59,9 +55,7 @@ class Launches(Recorder):
         written = ", ".join(self._written(value, names) for value in values)
         x, y, z = (*grid, 1, 1)[:3]
         source = f"lambda p: run({x}, {y}, {z}, stream(device), function, metadata, None, None, None, {written})"
-        again = eval(source, names)
-        alone = self.device.type != "cuda" or torch.cuda.device_count() == 1
-        return again if alone else functools.partial(self.on_device, again)
+        return eval(source, names)
 
     def _written(self, value: Any, names: dict[str, Any]) -> str:
         """``value`` as Python source: a pointer is one of ``p`` (at some bytes), all else a name in ``names``."""
@@ -84,18 +78,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Live) else value
 
 
-def _refuses(device: torch.device) -> str | None:
-    if device.type != "cuda" or (capability := _capability(device.index)) >= (8, 0):
-        return None
-    return f"the GPU's compute capability is {'.'.join(map(str, capability))}, below 8.0"
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-BACKEND = Backend(Launches, _refuses)
+BACKEND = Backend(Launches)
 implements = BACKEND.implements
 
 
@@ -109,13 +92,7 @@ def too_large(name: str) -> Callable[[Any], str | None]:
 
 
 class Samples(NamedTuple):
-    """Tensors of one shape [B, ...] as samples.
-
-    Attributes:
-        batch: number of samples.
-        shape: their shape for the kernel.
-        views: the tensors for the kernel; None for an absent one. Those whose rows are not contiguous are copies.
-    """
+    """Tensors of one shape [B, ...] for a kernel: B samples of ``shape``; ``views`` of them, None for an absent one."""
 
     batch: int
     shape: Shape
@@ -123,19 +100,17 @@ class Samples(NamedTuple):
 
 
 def samples(*tensors: Tensor | None) -> Samples:
-    """The tensors as samples; the first is present and not empty."""
-    sizes, outer_strides, held = shared_view(*tensors)
+    """The tensors as samples, copies of those whose rows are not contiguous; the first is present and not empty."""
+    sizes, held = shared_view(*tensors)
     kept = [dim for dim in range(1, len(sizes) - 1) if sizes[dim] != 1]
     outer = tuple(sizes[dim] for dim in kept)
-    strides = [steps and tuple(steps[dim] for dim in (0, *kept)) for steps in outer_strides]
-    reach = max(
-        sum((size - 1) * step for size, step in zip(outer, steps[1:], strict=True)) for steps in strides if steps
-    )
-    if reach + sizes[-1] >= 2**31:  # the kernels index within a sample in 32 bits
+    views = [one and View(one.tensor, tuple(one.strides[dim] for dim in (0, *kept))) for one in held]
+    reaches = [
+        sum((size - 1) * step for size, step in zip(outer, one.strides[1:], strict=True)) for one in views if one
+    ]
+    if max(reaches) + sizes[-1] >= 2**31:  # the kernels index within a sample in 32 bits
         return samples(*(tensor if tensor is None else tensor.contiguous() for tensor in tensors))
-    views = (None if tensor is None else View(tensor, steps) for tensor, steps in zip(held, strides, strict=True))
-    count = math.prod(outer) * sizes[-1]
-    return Samples(sizes[0], Shape(count, sizes[-1], outer), tuple(views))
+    return Samples(sizes[0], Shape(math.prod(outer) * sizes[-1], sizes[-1], outer), tuple(views))
 
 
 def block_and_warps(count: int, per_thread: int, most: int) -> tuple[int, int]:
@@ -144,6 +119,19 @@ def block_and_warps(count: int, per_thread: int, most: int) -> tuple[int, int]:
     return block, max(1, min(32, block // (32 * per_thread)))
 
 
-def group_of(dtype: torch.dtype) -> int:
-    """Consecutive normals in one thread: what a 16-byte access of the dtype holds."""
-    return 4 if dtype is torch.float32 else 8
+def tiles(view: Samples, per_thread: int = 8, most: int = 2048) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid (samples, blocks of each) and tile of a kernel over elements, see :func:`block_and_warps`."""
+    block, warps = block_and_warps(view.shape.count, per_thread, most)
+    return (view.batch, cdiv(view.shape.count, block)), {"BLOCK": block, "num_warps": warps}
+
+
+def seeded_tiles(batch: int, count: int, offset: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict[str, int]]:
+    """The same of a kernel that draws noise: the blocks of a sample are windows of the stream, at multiples of BLOCK.
+
+    32 elements a thread: seed, key schedule and addresses cost 90 instructions a thread, 3 an element. A thread draws
+    GROUP consecutive normals: what a 16-byte access of the dtype holds.
+    """
+    block, warps = block_and_warps(count, 32, 4096)
+    aligned = count % block == 0 and offset % block == 0
+    windows = count // block if aligned else cdiv(count - 1, block) + 1
+    return (batch, windows), {"BLOCK": block, "GROUP": 4 if dtype is torch.float32 else 8, "num_warps": warps}

@@ -25,12 +25,13 @@ def multi_lora_fwd(run: Launches, a, out) -> None:
 @implements("multi_lora_bwd")
 def multi_lora_bwd(run: Launches, a, out) -> None:
     """What a sample of scale 0 holds is not read."""
+    rank, out_features = a.B.shape[-2:]
     if a.need_x or a.need_A:
         low_rank_grad = run.new(a.low_rank.shape, torch.float32)
         _project(run, a.grad, run.part(a.B.mT, a.B), a.scale, low_rank_grad)
     if a.need_x:
         _expand(run, low_rank_grad, run.part(a.A.mT, a.A), a.scale, None, out.grad_x)
-    products, (rank, out_features) = [], a.B.shape
+    products = []
     if a.need_A:
         products.append((a.x, low_rank_grad, out.grad_A, (rank, 1)))
     if a.need_B:
@@ -42,25 +43,26 @@ def multi_lora_bwd(run: Launches, a, out) -> None:
 def _project(run: Launches, x: Tensor, matrix: Tensor, scale: Tensor, low_rank: Tensor) -> None:
     """Write scale_b (x matrix) to the float32 ``low_rank`` [B, ..., r]."""
     x_rows, count = _tokens(run, x)
-    features, rank = matrix.shape
+    (features, rank), packed = matrix.shape[-2:], matrix.dim() == 3
     tile = {"ROWS": _side(count, 64), "FEATURES": 64 if x.element_size() == 2 else 32, "RANK": _side(rank, 64)}
     run.launch(
-        project_kernel, (cdiv(count, tile["ROWS"]), cdiv(rank, tile["RANK"])), rows(x_rows), matrix,
-        *_strided(scale), low_rank, count, x_rows.shape[1], features, rank, *matrix.stride(), PRECISION="ieee",
-        WIDE=INTERPRETED, **tile,
+        project_kernel, (cdiv(count, tile["ROWS"]), cdiv(rank, tile["RANK"]), 2 if packed else 1), rows(x_rows), matrix,
+        *_strided(scale), low_rank, count, x_rows.shape[1], features, rank, *matrix.stride()[-2:], matrix.stride(0),
+        PACKED=packed, PRECISION="ieee", WIDE=INTERPRETED, **tile,
     )  # fmt: skip
 
 
 def _expand(run: Launches, low_rank: Tensor, matrix: Tensor, scale: Tensor, base: Tensor | None, out: Tensor) -> None:
     """Write base + low_rank matrix to the contiguous ``out`` [B, ..., features]."""
     out_rows, count = _tokens(run, out)
-    rank, features = matrix.shape
+    (rank, features), packed = matrix.shape[-2:], matrix.dim() == 3
     tile = {"ROWS": _side(count, 64), "FEATURES": _side(features, 64), "RANK": _side(rank, 64)}
-    precision = "ieee" if out.dtype is torch.float32 else "tf32x3"
+    precision, grid = "ieee" if out.dtype is torch.float32 else "tf32x3", (cdiv(count, tile["ROWS"]),)
     run.launch(
-        expand_kernel, (cdiv(count, tile["ROWS"]), cdiv(features, tile["FEATURES"])), low_rank, matrix,
+        expand_kernel, (*grid, cdiv(features, tile["FEATURES"]), 3 if packed else 1), low_rank, matrix,
         *_strided(scale), None if base is None else rows(_tokens(run, base)[0]), out, count, out_rows.shape[1],
-        features, rank, *matrix.stride(), PRECISION=precision, WIDE=INTERPRETED, **tile,
+        features, rank, *matrix.stride()[-2:], matrix.stride(0), PACKED=packed, PRECISION=precision, WIDE=INTERPRETED,
+        **tile,
     )  # fmt: skip
 
 
@@ -68,28 +70,27 @@ def _outer_sums(run: Launches, products: list[tuple[Tensor, Tensor, Tensor, tupl
     """(left, right, out, strides of left's and right's features in out) each: write left^T right to out.
 
     The rows are those of samples whose scale is not 0. ``right`` is the float32 one, of r features: a float32 factor
-    that is transposed would be read 4 bytes at a time.
+    that is transposed would be read 4 bytes at a time. Where out is a pair, left is [q | k | v] and right one for each
+    of q and v.
     """
-    rank = products[0][1].shape[-1]
-    count = products[0][0].shape[:-1].numel()
-    tile = {
-        "ROWS": _side(count, 64),
-        "LEFT": _side(max(left.shape[-1] for left, *_ in products), 64),
-        "RIGHT": _side(rank, 64),
-    }
+    rank, count, packed = products[0][1].shape[-1], products[0][0].shape[:-1].numel(), products[0][2].dim() == 3
+    widest = max(left.shape[-1] for left, *_ in products) // (3 if packed else 1)
+    tile = {"ROWS": _side(count, 64), "LEFT": _side(widest, 64), "RIGHT": _side(rank, 64)}
     jobs, sums = [], []
     for left, right, out, strides in products:
-        (left, _), (right, _) = _tokens(run, left), _tokens(run, right)
-        features = left.shape[2]
+        lefts, rights = (left.chunk(3, -1)[::2], right) if packed else ((left,), (right,))
+        features = lefts[0].shape[-1]
         tiles = cdiv(features, tile["LEFT"]) * cdiv(rank, tile["RIGHT"])
         chunk = tile["ROWS"] * cdiv(cdiv(count, tile["ROWS"]), max(1, _PROGRAMS // tiles))
-        parts = run.new((cdiv(count, chunk), features * rank), torch.float32)
-        programs = tiles * parts.shape[0]
-        jobs.append(Product(rows(left), rows(right), parts, features, rank, *strides, chunk, programs))
-        sums.append((run.part(parts[None], parts), out))
+        parts = run.new((len(lefts), cdiv(count, chunk), features * rank), torch.float32)
+        sums.append((parts, out))
+        for one, other, part in zip(lefts, rights, parts, strict=True):
+            factors = (rows(_tokens(run, run.part(one, left))[0]), rows(_tokens(run, run.part(other, right))[0]))
+            sizes = features, rank, *strides, chunk, tiles * len(part)
+            jobs.append(Product(*factors, run.part(part, parts), *sizes))
     run.launch(
-        outer_sums_kernel, (sum(job.programs for job in jobs),), tuple(jobs), *_strided(scale), count, left.shape[1],
-        PRECISION="ieee", WIDE=INTERPRETED, **tile,
+        outer_sums_kernel, (sum(job.programs for job in jobs),), tuple(jobs), *_strided(scale), count,
+        count // products[0][0].shape[0], PRECISION="ieee", WIDE=INTERPRETED, **tile,
     )  # fmt: skip
     sum_chunks(run, *sums)
 

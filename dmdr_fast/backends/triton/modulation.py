@@ -12,6 +12,7 @@ from dmdr_fast.backends.rows import Grouped, mixed
 from dmdr_fast.backends.rows import refuses as rows_refuses
 from dmdr_fast.backends.triton.launch import Launches, cdiv, implements, next_power_of_2
 from dmdr_fast.backends.triton.sums import sum_chunks
+from dmdr_fast.backends.views import broadcast
 from dmdr_fast.kernels.gated_residual import gated_residual_bwd_kernel, gated_residual_kernel
 from dmdr_fast.kernels.gated_residual_layer_norm_modulate import (
     gated_residual_layer_norm_modulate_bwd_kernel,
@@ -107,10 +108,7 @@ def gated_residual_layer_norm_modulate_bwd(run: Launches, a, out) -> None:
 
 def rows(tensor: Tensor | None) -> Rows | None:
     """[1 or G, 1 or S, D] for the kernels."""
-    if tensor is None:
-        return None
-    (groups, tokens, _), (group_stride, token_stride, _) = tensor.shape, tensor.stride()
-    return Rows(tensor, 0 if groups == 1 else group_stride, 0 if tokens == 1 else token_stride)
+    return None if tensor is None else Rows(tensor, *broadcast(tensor).strides)
 
 
 class Gradient:
@@ -179,6 +177,5 @@ def row_tile(width: int, most: int) -> dict[str, Any]:
 
 def _tile(width: int) -> dict[str, int]:
     """The tile of the kernels without a norm: the widest that divides the features, else the widest."""
-    block = next((size for size in (1024, 512, 256) if width % size == 0), min(1024, next_power_of_2(width)))
-    block = max(block, 32)
+    block = max(32, next((size for size in (1024, 512, 256) if width % size == 0), min(1024, next_power_of_2(width))))
     return {"ROWS": min(_TILE // block, 16), "BLOCK": block, "num_warps": 4}

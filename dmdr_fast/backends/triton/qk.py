@@ -11,14 +11,12 @@ from dmdr_fast.backends.triton.sums import sum_chunks
 from dmdr_fast.backends.views import strided, table
 from dmdr_fast.kernels.qk_norm_rope import Heads, Side, Table, qk_norm_rope_bwd_kernel, qk_norm_rope_kernel
 
-_LONGEST_HEAD = 4096
 # Elements of a block of heads: 32 a thread of one warp forward, 16 of two backward.
 _BLOCK = 1024
 # Programs per block of heads in a backward that sums the weights' gradients.
 _PROGRAMS = 256
 
-
-_refuses = at_most(_LONGEST_HEAD, "features", "heads", lambda a: a.q.shape[-1])
+_refuses = at_most(4096, "features", "heads", lambda a: a.q.shape[-1])
 
 
 @implements("qk_norm_rope_fwd", refuses=_refuses)
@@ -62,10 +60,7 @@ def qk_norm_rope_bwd(run: Launches, a, out) -> None:
 
 
 def _heads(x: Tensor | None) -> Heads | None:
-    if x is None:
-        return None
-    heads, strides = strided(x)
-    return Heads(heads, *strides)
+    return None if x is None else Heads((heads := strided(x)).tensor, *heads.strides)
 
 
 def _table(values: Tensor | None) -> Table | None:

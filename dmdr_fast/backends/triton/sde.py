@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from dmdr_fast.backends.triton.launch import Launches, block_and_warps, cdiv, group_of, implements, samples, too_large
-from dmdr_fast.backends.triton.renoise import seeded_block, windows
+from dmdr_fast.backends.triton.launch import Launches, implements, samples, seeded_tiles, tiles, too_large
 from dmdr_fast.kernels.sde_step import sde_draw_kernel, sde_logprob_kernel, sde_square_kernel, sde_step_bwd_kernel
 
 
@@ -16,41 +14,33 @@ from dmdr_fast.kernels.sde_step import sde_draw_kernel, sde_logprob_kernel, sde_
 def sde_step_fwd(run: Launches, a, out) -> None:
     sigma, sigma_next = a.sigma.contiguous(), a.sigma_next.contiguous()
     if a.next_sample is None:
-        _draw(run, a, sigma, sigma_next, out.drawn)
-    batch, shape, views = samples(a.x, a.v, out.drawn if a.next_sample is None else a.next_sample)
-    block, warps = block_and_warps(shape.count, 8, 2048)
-    blocks = cdiv(shape.count, block)
-    parts = run.new((batch, blocks), torch.float64)
+        view = samples(a.x, a.v)
+        grid, tile = seeded_tiles(view.batch, view.shape.count, a.offset, a.x.dtype)
+        run.launch(
+            sde_draw_kernel, grid, *view.views, sigma, sigma_next, a.seed.contiguous(), out.drawn, view.shape, a.offset,
+            *_angles(a.eta), KIND=a.kind, **tile,
+        )  # fmt: skip
+    view = samples(a.x, a.v, out.drawn if a.next_sample is None else a.next_sample)
+    grid, tile = tiles(view)
+    parts = run.new(grid, torch.float64)
     run.launch(
-        sde_square_kernel, (batch, blocks), *views, sigma, sigma_next, out.mean, parts, shape, *_angles(a.eta),
-        KIND=a.kind, BLOCK=block, num_warps=warps,
+        sde_square_kernel, grid, *view.views, sigma, sigma_next, out.mean, parts, view.shape, *_angles(a.eta),
+        KIND=a.kind, **tile,
     )  # fmt: skip
     run.launch(
-        sde_logprob_kernel, (batch,), parts, sigma, sigma_next, out.logprob, out.std, blocks, shape.count,
+        sde_logprob_kernel, grid[:1], parts, sigma, sigma_next, out.logprob, out.std, grid[1], view.shape.count,
         *_angles(a.eta), KIND=a.kind, BLOCK=256,
     )  # fmt: skip
 
 
 @implements("sde_step_bwd", refuses=too_large("x"))
 def sde_step_bwd(run: Launches, a, out) -> None:
-    batch, shape, (x, v, next_sample, *grads) = samples(a.x, a.v, a.next_sample, a.grad_next, a.grad_mean)
-    block, warps = block_and_warps(shape.count, 8, 2048)
+    view = samples(a.x, a.v, a.next_sample, a.grad_next, a.grad_mean)
+    (*step, grad_next, grad_mean), (grid, tile) = view.views, tiles(view)
+    grad_logprob = None if a.grad_logprob is None else a.grad_logprob.contiguous()
     run.launch(
-        sde_step_bwd_kernel, (batch, cdiv(shape.count, block)), grads[0],
-        None if a.grad_logprob is None else a.grad_logprob.contiguous(), grads[1], x, v, next_sample,
-        a.sigma.contiguous(), a.sigma_next.contiguous(), *out, shape, float(shape.count),
-        *_angles(a.eta), KIND=a.kind, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-
-
-def _draw(run: Launches, a, sigma: Tensor, sigma_next: Tensor, drawn: Tensor) -> None:
-    """Write the next sample."""
-    batch, shape, views = samples(a.x, a.v)
-    block, warps = seeded_block(shape.count)
-    run.launch(
-        sde_draw_kernel, (batch, windows(shape.count, a.offset, block)), *views, sigma, sigma_next,
-        a.seed.contiguous(), drawn, shape, a.offset, *_angles(a.eta), KIND=a.kind, BLOCK=block,
-        GROUP=group_of(a.x.dtype), num_warps=warps,
+        sde_step_bwd_kernel, grid, grad_next, grad_logprob, grad_mean, *step, a.sigma.contiguous(),
+        a.sigma_next.contiguous(), *out, view.shape, float(view.shape.count), *_angles(a.eta), KIND=a.kind, **tile,
     )  # fmt: skip
 
 
