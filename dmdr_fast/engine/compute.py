@@ -30,8 +30,8 @@ BACKEND = "inductor"
 # Graphs of one forward: kinds of blocks x networks x with and without grad x LoRA scales x batch sizes. An SDXL has 15
 # kinds of blocks under two classes, and torch's own limit of 8 is reached by a small SD3.
 GRAPHS = 256
-# The smallest width of benchmarks/results whose update is faster with fused layers, by 2 to 6 %; networks of a few dozen
-# channels are slower with any op of ours.
+# The smallest width of benchmarks/results whose update is faster with fused layers, by 2 to 6 %; networks of a few
+# dozen channels are slower with any op of ours.
 CPU_FUSED_WIDTH = 256
 # Their rotary tables are complex, which the compiler leaves to eager kernels; the fused op reads them as real.
 COMPLEX_ROTATION = {"qwen_image", "z_image"}

@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
     if committed is not None:
         wanted = [job for job in todo if not given.only or job.name in given.only]
         return DONE if compare.report(committed, [record_of(job) for job in wanted]) else DIFFERS
-    if given.only and kept:
+    if given.only and given.kept:
         added = {job.name for job in todo}
         every = [job for job in every if (job.name, job.seed) in kept or job.name in added]
     found = [kept.get((j.name, j.seed)) or (record_of(j) if is_finished(j) else None) for j in every]
