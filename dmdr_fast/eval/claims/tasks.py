@@ -121,7 +121,8 @@ distance between samples of one class.""",
         "runs": """\
 *Rollouts reused* trains all three fake updates of an update on one rollout, 12 F-units in place of 14; *equal time* has
 seven updates for six of the others. *Guided* and *decoupled* runs distil the teacher at a CFG scale of 1.25, which no
-row of the teacher has; *4 stop steps an update* is four micro-steps of a quarter of the batch.""",
+row of the teacher has; *4 stop steps an update* is four micro-steps of a quarter of the batch. Runs of four steps have
+the one-step student's learning rates, at which their FD rises again after update 100 to 300.""",
         "trials": """\
 Three numbers were chosen for this page, on seed 0: the weight of GRPO (of 0.05, 0.15 and 0.5) and of DPO (of 0.02 and
 0.05), for the goal below, and that of the KL (of 0.1 and 1), for a reward like DMDR's. The CFG scale is below 1.5, at
