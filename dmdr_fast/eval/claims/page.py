@@ -52,19 +52,29 @@ def write_page(
 ) -> list[Verdict]:
     """Write the task's page into ``out``, its data and its pictures beside it; the verdicts are handed back.
 
-    ``smoke`` marks a page whose numbers mean nothing.
+    A claim is judged where each of its runs is there for a seed at least; the page names the others. ``smoke`` marks a
+    page whose numbers mean nothing.
     """
     order = list(task.titles)
     records = sorted(records, key=lambda r: (order.index(r.name), r.seed))
-    verdicts = [judge(claim, records, task.reward) for claim in claims_of(task)]
+    ran = {"teacher", *(r.name for r in records)}
+    claims = {c: all({t.first, t.second} <= ran for t in c.tests) for c in claims_of(task)}
+    verdicts = [judge(claim, records, task.reward) for claim, there in claims.items() if there]
+    waiting = [claim.title for claim, there in claims.items() if not there]
     figures.draw_all(task, [v.claim for v in verdicts], records, out / task.page)
     write_json(out / f"{task.page}.json", made, records, [v.as_json() for v in verdicts])
-    (out / f"{task.page}.md").write_text(_page(task, made, records, verdicts, smoke=smoke), encoding="utf-8")
+    (out / f"{task.page}.md").write_text(_page(task, made, records, verdicts, waiting, smoke=smoke), encoding="utf-8")
     return verdicts
 
 
 def _page(
-    task: Task, made: dict[str, Any], records: Sequence[Record], verdicts: Sequence[Verdict], *, smoke: bool
+    task: Task,
+    made: dict[str, Any],
+    records: Sequence[Record],
+    verdicts: Sequence[Verdict],
+    waiting: Sequence[str],
+    *,
+    smoke: bool,
 ) -> str:
     ran = [v.name for v in task.variants if any(r.name == v.name for r in records)]
     shown: set[str] = set()  # pictures
@@ -74,6 +84,7 @@ def _page(
         "!!! warning\n    A smoke test on a model of no use: the numbers mean nothing." if smoke else "",
         _made(task, made, records),
         "## In short\n\n" + table.markdown(["claim", "verdict"], [[_link(v), f"**{v.says}**"] for v in verdicts]),
+        f"Not put to the test yet, for want of runs: {'; '.join(waiting)}." if waiting else "",
         _filled(_RULE, words | {"cold": made["cold_start_steps"], "rest": made["rl_steps"]}),
         "## All runs\n\n" + table.results(task, records, ["teacher", "teacher_n", *ran]),
         "## DMDR with each method, beside the 50-step teacher\n\n"
