@@ -31,7 +31,6 @@ from dmdr_fast import reference
 from dmdr_fast.backends.plans import Outputs, Plan, Recorder, on_device
 from dmdr_fast.reference import RESULTS, first_tensor
 
-_FALLBACK = "fallback on "
 _LOG = logging.getLogger("dmdr_fast")
 _NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 
@@ -147,11 +146,11 @@ def wanted() -> bytes | None:
 
 def run(name: str, args: tuple) -> tuple[Outputs, Plan | None]:
     """Run the raw function ``name`` on the backend that fits its arguments: (results, plan for such calls)."""
-    backend, choice = _choose(name, args)
+    backend, choice, fallen = _choose(name, args)
     if backend is not None:
         return backend.run(name, args)
-    if choice.reason.startswith(_FALLBACK):
-        _fall_back(choice)
+    if fallen:
+        _fall_back(name, choice.refused, first_tensor(args).device.type)
     return reference.run(name, args), None
 
 
@@ -172,23 +171,24 @@ def load(backend: str) -> Backend | str:
     return loaded
 
 
-def _choose(name: str, args: tuple) -> tuple[Backend | None, Choice]:
-    """The backend, None for the reference, and why."""
+def _choose(name: str, args: tuple) -> tuple[Backend | None, Choice, bool]:
+    """The backend, None for the reference; why; and whether that is because no kernel can run the call."""
     forced = os.environ.get("DMDR_FAST_BACKEND", "auto")
     if forced not in _NAMES:
         raise ValueError(f"DMDR_FAST_BACKEND: expected one of {', '.join(_NAMES)}, got {forced!r}")
     if any(arg is torch.float64 or (isinstance(arg, Tensor) and arg.dtype is torch.float64) for arg in args):
-        return None, Choice(name, "reference", "float64 is computed by the reference")
+        return None, Choice(name, "reference", "float64 is computed by the reference"), False
     device, refused = first_tensor(args).device.type, list[tuple[str, str]]()
     reason = f"auto on {device} tensors" if forced == "auto" else f"DMDR_FAST_BACKEND={forced}"
     for candidate in _candidates(forced, device, name):
         backend = load(candidate)
         why = backend if isinstance(backend, str) else _misplaced(candidate, device) or backend.refusal(name, args)
         if not isinstance(backend, str) and why is None:
-            return backend, Choice(name, candidate, reason, tuple(refused))
+            return backend, Choice(name, candidate, reason, tuple(refused)), False
         refused.append((candidate, str(why)))
-    reason = reason if forced == "reference" else f"{_FALLBACK}{device} tensors"
-    return None, Choice(name, "reference", reason, tuple(refused))
+    fallen = forced != "reference"
+    reason = f"fallback on {device} tensors" if fallen else reason
+    return None, Choice(name, "reference", reason, tuple(refused)), fallen
 
 
 def _candidates(forced: str, device: str, name: str) -> tuple[str, ...]:
@@ -209,9 +209,8 @@ def _misplaced(backend: str, device: str) -> str | None:
     return None
 
 
-def _fall_back(choice: Choice) -> None:
-    name, refused, device = choice.function, choice.refused, choice.reason.removeprefix(_FALLBACK)
-    reasons = "; ".join(f"{backend}: {why}" for backend, why in refused) or f"no backend for {device}"
+def _fall_back(name: str, refused: tuple[tuple[str, str], ...], device: str) -> None:
+    reasons = "; ".join(f"{backend}: {why}" for backend, why in refused) or f"no backend for {device} tensors"
     if os.environ.get("DMDR_FAST_STRICT") == "1":
         raise FallbackError(
             f"{name} would run in the plain PyTorch reference and DMDR_FAST_STRICT=1 forbids it. {reasons}. "

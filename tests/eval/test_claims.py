@@ -293,6 +293,7 @@ def test_every_run_is_a_valid_configuration(task, quick, tmp_path):
         assert config.student.steps == (counts or [task.steps])[0]
         batch = config.train.micro_batch_size * config.train.gradient_accumulation
         assert quick or batch == {"digits": 64, "scenes": 32}[task.name]
+        assert quick or longer > 1 or budget.cold_start % config.eval.every == 0  # what RL starts from is measured
 
 
 def test_runs_come_after_those_they_start_from():

@@ -58,25 +58,20 @@ def write_page(
     order = list(task.titles)
     records = sorted(records, key=lambda r: (order.index(r.name), r.seed))
     ran = {"teacher", *(r.name for r in records)}
-    claims = {c: all({t.first, t.second} <= ran for t in c.tests) for c in claims_of(task)}
-    verdicts = [judge(claim, records, task.reward) for claim, there in claims.items() if there]
-    waiting = [claim.title for claim, there in claims.items() if not there]
+    claims = (claim for claim in claims_of(task) if all({test.first, test.second} <= ran for test in claim.tests))
+    verdicts = [judge(claim, records, task.reward) for claim in claims]
     figures.draw_all(task, [v.claim for v in verdicts], records, out / task.page)
     write_json(out / f"{task.page}.json", made, records, [v.as_json() for v in verdicts])
-    (out / f"{task.page}.md").write_text(_page(task, made, records, verdicts, waiting, smoke=smoke), encoding="utf-8")
+    (out / f"{task.page}.md").write_text(_page(task, made, records, verdicts, smoke=smoke), encoding="utf-8")
     return verdicts
 
 
 def _page(
-    task: Task,
-    made: dict[str, Any],
-    records: Sequence[Record],
-    verdicts: Sequence[Verdict],
-    waiting: Sequence[str],
-    *,
-    smoke: bool,
+    task: Task, made: dict[str, Any], records: Sequence[Record], verdicts: Sequence[Verdict], *, smoke: bool
 ) -> str:
     ran = [v.name for v in task.variants if any(r.name == v.name for r in records)]
+    judged = {v.claim.key for v in verdicts}
+    waiting = [claim.title for claim in claims_of(task) if claim.key not in judged]
     shown: set[str] = set()  # pictures
     words = {**task.words, "name": task.name, "errors": f"{ERRORS:g}"}
     parts = [

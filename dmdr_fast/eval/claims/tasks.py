@@ -15,8 +15,7 @@ _DPO = {"rl.method": "dpo", "rl.dpo.beta": 100.0, "rl.dpo.group_size": 4, "rewar
 _NFT = {"rl.method": "nft", "rl.nft.group_size": 8}
 _TILT = {"rl.tilt.method": "refl", "rl.tilt.weight": 0.02}
 _REUSE, _REUSE_TIME = {"train.rollout_reuse": 3}, 7 / 6  # 12 F-units of 14: seven updates in the time of six
-_SELDOM = {"eval.every": 100}  # a cold start of which only the end is compared
-_ONE, _TWO, _FOUR = ({"student.steps": steps, **_SELDOM} for steps in (1, 2, 4))
+_ONE, _TWO, _FOUR = ({"student.steps": steps} for steps in (1, 2, 4))
 _GUIDED = {"teacher.cfg_scale": 1.25}
 _DECOUPLED = {**_GUIDED, "dmd.decoupled": True}
 _ADVANTAGE = {"rl.method": "grpo", "rl.grpo.mode": "advantage_weighted_dmd", "rl.grpo.group_size": 8}
@@ -24,6 +23,11 @@ _ADVANTAGE = {"rl.method": "grpo", "rl.grpo.mode": "advantage_weighted_dmd", "rl
 
 def _cold(name: str, title: str, settings: dict[str, Any], longer: float = 1.0) -> Variant:
     return Variant(name, title, "cold_start", {**_NONE, **settings}, longer=longer)
+
+
+def _cold_end(name: str, title: str, settings: dict[str, Any]) -> Variant:
+    """On the digits, of which only the end is compared."""
+    return _cold(name, title, {**settings, "eval.every": 100})
 
 
 def _paper(grpo: dict[str, Any], dpo: dict[str, Any]) -> tuple[Variant, ...]:
@@ -70,10 +74,10 @@ _DIGITS = Task(
             longer=_REUSE_TIME,
         ),
         Variant("dmdr_nft", "DMDR, NFT", settings=_NFT, after=BASE),
-        _cold("cold_tilt", "Cold start, tilted", {**_TILT, **_SELDOM}),
+        _cold_end("cold_tilt", "Cold start, tilted", _TILT),
         Variant("dmdr_tilt", "DMDR (ReFL), tilted cold start", settings={**_REFL, **_TILT}, after="cold_tilt"),
-        _cold("cold_guided", "Cold start, guided", {**_GUIDED, **_SELDOM}),
-        _cold("cold_decoupled", "Cold start, decoupled", {**_DECOUPLED, **_SELDOM}),
+        _cold_end("cold_guided", "Cold start, guided", _GUIDED),
+        _cold_end("cold_decoupled", "Cold start, decoupled", _DECOUPLED),
         Variant("decoupled_only", "Decoupled DMD only", settings={**_NONE, **_DECOUPLED}, after="cold_decoupled"),
         Variant(
             "dmdr_advantage",
@@ -81,27 +85,27 @@ _DIGITS = Task(
             settings={**_ADVANTAGE, **_DECOUPLED, "reward.weight": 1.0},
             after="cold_decoupled",
         ),
-        _cold("cold_four", "Cold start, 4 steps", _FOUR),
-        _cold("cold_four_ode", "Cold start, 4 steps, ode", {**_FOUR, "student.sampler": "ode"}),
-        _cold("cold_four_cps", "Cold start, 4 steps, cps", {**_FOUR, "student.sampler": "cps"}),
-        _cold(
+        _cold_end("cold_four", "Cold start, 4 steps", _FOUR),
+        _cold_end("cold_four_ode", "Cold start, 4 steps, ode", {**_FOUR, "student.sampler": "ode"}),
+        _cold_end("cold_four_cps", "Cold start, 4 steps, cps", {**_FOUR, "student.sampler": "cps"}),
+        _cold_end(
             "cold_four_stops",
             "Cold start, 4 steps, 4 stop steps an update",
             {**_FOUR, "train.micro_batch_size": 16, "train.gradient_accumulation": 4},
         ),
         # A student of two steps, whose first is stochastic: GRPO alone, ReFL alone, and both.
-        _cold("cold_two", "Cold start, 2 steps", _TWO),
-        Variant("dmdr_refl_two", "DMDR, ReFL, 2 steps", settings={**_REFL, "student.steps": 2}, after="cold_two"),
+        _cold_end("cold_two", "Cold start, 2 steps", _TWO),
+        Variant("dmdr_refl_two", "DMDR, ReFL, 2 steps", settings={**_REFL, **_TWO}, after="cold_two"),
         Variant(
             "dmdr_grpo_two",
             "DMDR, GRPO, 2 steps",
-            settings={"rl.method": "grpo", "student.steps": 2, **_SDE, "reward.weight": 0.15},
+            settings={"rl.method": "grpo", **_TWO, **_SDE, "reward.weight": 0.15},
             after="cold_two",
         ),
         Variant(
             "dmdr_hybrid_two",
             "DMDR, hybrid, 2 steps",
-            settings={"rl.method": "hybrid", "student.steps": 2, **_SDE},
+            settings={"rl.method": "hybrid", **_TWO, **_SDE},
             after="cold_two",
         ),
     ),
@@ -146,7 +150,7 @@ _SCENES = Task(
         _cold("cold_tilt", "Cold start, tilted", _TILT),
         Variant("dmdr_tilt", "DMDR (ReFL), tilted cold start", settings={**_REFL, **_TILT}, after="cold_tilt"),
         _cold("cold_one", "Cold start, 1 step", _ONE),
-        Variant("dmdr_refl_one", "DMDR, ReFL, 1 step", settings={**_REFL, "student.steps": 1}, after="cold_one"),
+        Variant("dmdr_refl_one", "DMDR, ReFL, 1 step", settings={**_REFL, **_ONE}, after="cold_one"),
     ),
     columns=("fd", "precision", "recall", "accuracy", "accuracy_unseen", "held_out_reward", "diversity"),
     reward="accuracy",

@@ -70,8 +70,6 @@ class Verdict:
 
 _METHODS = ("dmdr_refl", "dmdr_grpo", "dmdr_dpo")
 _COLD_STARTS = ("cold_start", "cold_no_dyna_dg", "cold_no_dyna_rs", "cold_neither")
-
-
 _FOUR_STEPS = ("cold_four", "cold_four_ode", "cold_four_cps", "cold_four_stops")
 
 
