@@ -68,10 +68,8 @@ def first_tensor(args: tuple) -> Tensor:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of the arithmetic and of per-sample scalars: float64 where any tensor is, else float32."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
+    wide = any(isinstance(tensor, Tensor) and tensor.dtype is torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def per_sample(scalar: Tensor, like: Tensor) -> Tensor:

@@ -42,8 +42,10 @@ class RawFunctions:
         results, plan = self._backend.run(name, RAW[name].arguments(*apart))
         self.planned.discard(name)
         if plan is not None:
-            values = [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
-            again = plan(values if live is None else [*values, int(args[live])])
+            values = [arg.data_ptr() if isinstance(arg, Tensor) else 0 for arg in args]
+            if live is not None:
+                values[live] = int(args[live])
+            again = plan(values)
             assert all(map(same_bits, as_tuple(results), as_tuple(again))), f"{name}: the plan gives other bits"
             self.planned.add(name)
         return results

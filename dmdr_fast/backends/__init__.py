@@ -41,11 +41,11 @@ CUDA_FIRST: frozenset[str] = frozenset()
 # What the kernels are compiled for begins with this compute capability.
 _OLDEST = (8, 0)
 
-# What os.environ decodes at every look, which takes four times as long.
-_ENVIRONMENT = vars(os.environ)["_data"]
-_BACKEND = os.environ.encodekey("DMDR_FAST_BACKEND")
+# DMDR_FAST_BACKEND as it stands is ``ENVIRONMENT.get(BACKEND)``: read at every call, since a test or a user may change
+# it between two. os.environ itself decodes at every look, which takes four times as long.
+ENVIRONMENT = vars(os.environ)["_data"]
+BACKEND = os.environ.encodekey("DMDR_FAST_BACKEND")
 
-_loaded: dict[str, Backend | str] = {}
 _logged: set[tuple[str, str]] = set()
 
 
@@ -139,11 +139,6 @@ class Backend:
         return outputs, run.plan(outputs)
 
 
-def wanted() -> bytes | None:
-    """DMDR_FAST_BACKEND as it stands, read at every call: a test or a user may change it between two."""
-    return _ENVIRONMENT.get(_BACKEND)
-
-
 def run(name: str, args: tuple) -> tuple[Outputs, Plan | None]:
     """Run the raw function ``name`` on the backend that fits its arguments: (results, plan for such calls)."""
     backend, choice, fallen = _choose(name, args)
@@ -159,16 +154,13 @@ def explain(name: str, args: tuple) -> Choice:
     return _choose(name, args)[1]
 
 
+@functools.cache
 def load(backend: str) -> Backend | str:
-    """The backend, or why it cannot be loaded. Tried once per process."""
-    loaded = _loaded.get(backend)
-    if loaded is None:
-        try:
-            loaded = importlib.import_module(f"dmdr_fast.backends.{backend}").BACKEND
-        except (ImportError, OSError) as error:
-            loaded = f"it cannot be loaded ({error})"
-        _loaded[backend] = loaded
-    return loaded
+    """The backend, or why it cannot be loaded."""
+    try:
+        return importlib.import_module(f"dmdr_fast.backends.{backend}").BACKEND
+    except (ImportError, OSError) as error:
+        return f"it cannot be loaded ({error})"
 
 
 def _choose(name: str, args: tuple) -> tuple[Backend | None, Choice, bool]:
@@ -195,9 +187,8 @@ def _candidates(forced: str, device: str, name: str) -> tuple[str, ...]:
     """The kernel backends to ask, in order; the reference comes after them."""
     if forced != "auto":
         return () if forced == "reference" else (forced,)
-    if device == "cuda":
-        return ("cuda", "triton") if name in CUDA_FIRST else ("triton", "cuda")
-    return ("cpu",) if device == "cpu" else ()
+    on_cuda = ("cuda", "triton") if name in CUDA_FIRST else ("triton", "cuda")
+    return {"cpu": ("cpu",), "cuda": on_cuda}.get(device, ())
 
 
 def _misplaced(backend: str, device: str) -> str | None:
@@ -217,7 +208,7 @@ def _fall_back(name: str, refused: tuple[tuple[str, str], ...], device: str) -> 
             "Change the call, build or install the backend, or unset DMDR_FAST_STRICT."
         )
     # A backend that is missing altogether is one line, not one per op.
-    missing = all(isinstance(_loaded.get(backend), str) for backend, _ in refused)
+    missing = all(isinstance(load(backend), str) for backend, _ in refused)
     key = ("*" if missing else name, reasons)
     if key not in _logged:
         _logged.add(key)

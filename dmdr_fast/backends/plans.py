@@ -10,7 +10,6 @@ on Triton without its plan: 29 us, with it 9.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor
 from dmdr_fast.backends.views import with_rows
 from dmdr_fast.reference import Result
 
-# Results and, by a plan, tensors: of the pointers of a call's tensors, then its live ints. The list is consumed.
+# Results and, by a plan, tensors: of the pointers of a call's tensors and its live int, at the places of their
+# arguments. The list is consumed.
 Outputs = Tensor | tuple[Tensor, ...]
 Plan = Callable[[list[int]], Outputs]
 
@@ -44,21 +44,20 @@ class Live(int):
 class Recorder:
     """Runs a backend's function and notes its allocations and launches.
 
-    Places: the tensors of the call, then its :class:`Live` ints, then what is allocated, by number; -1 is the last.
+    Places: the arguments of the call, then what is allocated, by number; -1 is the last.
 
     Attributes:
         device: of the tensors.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        live = [value for value in arguments if isinstance(value, Live)]
-        self.device = tensors[0].device
-        self._places = {id(tensor): (place, 0) for place, tensor in enumerate(tensors)}
-        for place, value in enumerate(live, len(tensors)):
-            value.place = place
-        self._held: list[Tensor] = tensors
-        self._first_new = len(tensors) + len(live)
+        self._held = [value for value in arguments if isinstance(value, Tensor)]
+        self.device = self._held[0].device
+        self._places = {id(value): (place, 0) for place, value in enumerate(arguments) if isinstance(value, Tensor)}
+        for place, value in enumerate(arguments):
+            if isinstance(value, Live):
+                value.place = place
+        self._first_new = len(arguments)
         self._allocations: list[Callable[[], Tensor]] = []
         self._launches: list[Callable[[list[int]], None]] = []
         self._repeatable = True
@@ -120,23 +119,29 @@ class Recorder:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing or self.device.type == "meta" or not self._repeatable:
             return None
-        made = operator.itemgetter(*[place[0] - self._first_new for place in places if place is not None])
         if self._own_bytes:
             self._allocations.append(self.empty((self._own_bytes,), torch.uint8))
         # What the notes keep of the recorder must not keep the tensors of this call.
         self._places.clear()
         self._held.clear()
-        allocations, launches = self._allocations, self._launches
-
-        def again(values: list[int]) -> Outputs:
-            tensors = [allocate() for allocate in allocations]
-            values += [tensor.data_ptr() for tensor in tensors]
-            for launch in launches:
-                launch(values)
-            return made(tensors)
-
+        again = self._repeated([place[0] - self._first_new for place in places if place is not None])
         one = self.device.type != "cuda" or torch.cuda.device_count() == 1
         return again if one else functools.partial(on_device, self.device, again)
+
+    def _repeated(self, made: list[int]) -> Plan:
+        """The notes as Python source, in which a loop over them costs nothing: the tensors ``made`` are the results."""
+        names: dict[str, Any] = {f"allocate{index}": one for index, one in enumerate(self._allocations)}
+        names |= {f"launch{index}": one for index, one in enumerate(self._launches)}
+        tensors = range(len(self._allocations))
+        source = "\n    ".join([
+            "def again(values):",
+            *(f"t{index} = allocate{index}()" for index in tensors),
+            f"values += ({', '.join(f't{index}.data_ptr()' for index in tensors)},)",
+            *(f"launch{index}(values)" for index in range(len(self._launches))),
+            f"return {', '.join(f't{index}' for index in made)}",
+        ])  # fmt: skip
+        exec(source, names)
+        return names["again"]
 
     def allocate(self, allocate: Callable[[], Tensor]) -> Tensor:
         """``allocate()``: called again for every call."""

@@ -41,7 +41,6 @@ _MOST_PLANS = 1024
 _LARGEST_BLOCK = 4096
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_OPTIONS = frozenset((bool, int, float, str, torch.dtype, type(None)))
 _SCHEMA = {
     Tensor: "Tensor", bool: "bool", int: "SymInt", Live: "SymInt", float: "float", str: "str",
     torch.dtype: "ScalarType", list[int]: "SymInt[]", list[float]: "float[]",
@@ -54,8 +53,9 @@ _named: Callable[[str, Sequence[str]], type[Any]] = namedtuple
 RAW: dict[str, Raw] = {}
 
 
-# A call as :class:`Raw` sees it: its signature; the pointers of its tensors, then its live ints; whether gradients are
-# on and an argument requires one; the signature's plan, None for a new one. A plain tuple: a named one costs 0.3 us.
+# A call as :class:`Raw` sees it: its signature; the pointers of its tensors and its live int, at the places of their
+# arguments; whether gradients are on and an argument requires one; the signature's plan, None for a new one. A plain
+# tuple: a named one costs 0.3 us.
 Call = tuple[tuple, list[int], bool, Plan | None]
 
 
@@ -83,6 +83,7 @@ class Raw:
         hints: their types by name.
         plans: by signature.
         live: number of the argument that is :class:`Live`; None without one.
+        look: of a call's arguments: the call, see :func:`_look`.
         operator: ``torch.ops.dmdr_fast.<name>.default``.
     """
 
@@ -106,11 +107,13 @@ class Raw:
         self.hints.pop("return", None)
         self.arguments = _named(name, tuple(self.hints))
         self._own_check, self._check_values = check, check_values
-        self._choices = {field: typing.get_args(hint) for field, hint in self.hints.items() if _is_choice(hint)}
+        choices = [field for field, hint in self.hints.items() if typing.get_origin(hint) is Literal]
+        self._choices = {field: typing.get_args(self.hints[field]) for field in choices}
         self._dtypes = [field for field, hint in self.hints.items() if hint in (torch.dtype, torch.dtype | None)]
         self._derived = derived or (lambda a: reference.run(name, a._replace(**recompute(a)) if recompute else a))
-        self.plans: dict[tuple, Plan] = {}
         self.live = next((index for index, hint in enumerate(self.hints.values()) if hint is Live), None)
+        self.plans: dict[tuple, Plan] = {}
+        self.look = _look(list(self.hints.values()), self.plans)
 
         made, several = _named(name, self.results), len(self.results) > 1
         FUNCTIONS[name], RAW[name] = formula, self
@@ -128,9 +131,9 @@ class Raw:
 
     def checked(self, op: str, *args: Any) -> Any:
         """As the public op ``op`` calls it: arguments of a new signature are checked, values on the CPU always."""
-        if torch.compiler.is_compiling() or _transformed():
+        if torch.compiler.is_compiling():
             self._check(op, args)
-            return self(*args)
+            return self.operator(*args)
         call = self.look(args)
         if call is None or call[3] is None:
             self._check(op, args)
@@ -140,11 +143,7 @@ class Raw:
 
     def __call__(self, *args: Any) -> Any:
         """As the rule of a derivative calls it: the arguments are known to be right."""
-        if torch.compiler.is_compiling():
-            return self.operator(*args)
-        if _transformed():
-            return self.formula(*args)
-        return self.eager(args, self.look(args))
+        return self.operator(*args) if torch.compiler.is_compiling() else self.eager(args, self.look(args))
 
     def _check(self, op: str, args: tuple) -> None:
         a = self.arguments(*args)
@@ -171,7 +170,7 @@ class Raw:
         if call is not None and (plan := call[3]) is not None:
             return plan(call[1])
         # Each tensor becomes one of its own, whatever the caller passed twice: the recorder tells them apart so.
-        own = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        own: list[Any] = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         if self.live is not None:
             own[self.live] = Live(own[self.live])
         outputs, plan = backends.run(self.name, self.arguments(*own))
@@ -183,60 +182,80 @@ class Raw:
 
     def eager(self, args: tuple, call: Call | None) -> Any:
         if call is None:
-            return self.operator(*args)
+            return self.formula(*args) if _transformed() else self.operator(*args)
         if call[2]:
             return self.formula(*args) if self._function is None else self._function.apply(call, *args)
         return self.run(args, call)
-
-    def look(self, args: tuple) -> Call | None:
-        """None where the dispatcher has to see the call: a dispatch mode is on, or a tensor is of a subclass or has no
-        memory of its own (a batch of gradients, ``is_grads_batched=True``)."""
-        if torch._C._len_torch_dispatch_stack():
-            return None
-        values, live = [], self.live
-        grads, graded = torch.is_grad_enabled(), False
-        key = [grads, backends.wanted()]
-        if live is not None:
-            position = args[live]
-            key += (position % _LARGEST_BLOCK, position == 1, position >= 2**31)
-            args = args[:live] + args[live + 1 :]
-        for arg in args:
-            kind = type(arg)
-            if kind in _TENSORS:
-                try:
-                    pointer = arg.data_ptr()
-                except RuntimeError:
-                    return None
-                values.append(pointer)
-                # The strides of a contiguous tensor follow from its shape, where they matter.
-                key += (arg.shape, arg.is_contiguous() or arg.stride(), arg.dtype, arg.device, pointer & 15)
-                if grads and arg.requires_grad:
-                    key.append(True)
-                    graded = True
-            elif kind is list:
-                key += arg
-            elif kind not in _OPTIONS and isinstance(arg, Tensor):
-                return None
-            else:
-                key.append(arg)
-        if live is not None:
-            values.append(position)
-        signature = tuple(key)
-        return signature, values, graded, self.plans.get(signature)
 
     def _autograd(self, *args: Any) -> Any:
         """What the dispatcher calls first. Plain tensors go past the rest of it, which costs 4 us; for others the
         operator is called again below the Autograd key: modes (fake tensors, flop counts) must see it."""
         if _flop_formulas:
             _register_flops()
+        if (call := self.look(args)) is not None:
+            _, values, graded, plan = call
+            return self.eager(args, call) if graded or plan is None else plan(values)
         if _transformed():
             return self.formula(*args)
-        if (call := self.look(args)) is not None:
-            return self.eager(args, call)
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return self.formula(*args) if self._function is None else self._function.apply(None, *args)
         with _BELOW_AUTOGRAD():
             return self.operator(*args)
+
+
+def _look(hints: Sequence[Any], plans: dict[tuple, Plan]) -> Callable[[tuple], Call | None]:
+    """Makes ``look(args)`` of a raw function whose arguments are of the types ``hints``: the :data:`Call`.
+
+    It gives None where that is not plain eager mode: a dispatch mode or a transform is on, a tensor is of a subclass
+    or has no memory of its own (a batch of gradients, ``is_grads_batched=True``), or an argument is of the wrong type.
+
+    Its source is written out: a loop over the arguments takes half as long again. Devices go by their number, which
+    takes half as long; CPU and meta have the same, but meta tensors are at 0, and where a pointer is 0 or not aligned
+    the signature has what tells them apart. An absent tensor counts as one at 16.
+    """
+    right, pointers, unusual, graded, key, tensors, values = [], [], [], [], [], [], []
+    for index, hint in enumerate(hints):
+        a, p, value = f"a{index}", f"p{index}", "0"
+        if _is_tensor(hint):
+            seen = "({1} if " + a + " is None else ({0}))" if hint != Tensor else "{0}"
+            right.append(seen.format(f"type({a}) in TENSORS", True))
+            pointers.append(f"{p} = " + seen.format(f"{a}.data_ptr()", 16))
+            unusual.append(seen.format(f"({p} & 15, {a}.device)", None))
+            graded.append(seen.format(f"{a}.requires_grad", False))
+            key.append(seen.format(f"{a}.shape, {a}.is_contiguous() or {a}.stride(),{a}.dtype, {a}.get_device()", None))
+            tensors.append(value := p)
+        elif hint is Live:
+            key.append(f"{a} % {_LARGEST_BLOCK}, {a} == 1, {a} >= 2**31")
+            value = a
+        else:
+            key.append(f"tuple({a})" if typing.get_origin(hint) is list else a)
+        values.append(value)
+    source = f"""
+def look(args):
+    if in_dispatch_mode() or is_transforming() or forward_ad._current_level >= 0:
+        return None
+    {", ".join(f"a{index}" for index in range(len(hints)))}, = args
+    if not ({" and ".join(right)}):
+        return None
+    try:
+        {"; ".join(pointers)}
+        usual = not ({" | ".join(tensors)}) & 15 and {" and ".join(tensors)}
+        graded = is_grad_enabled() and ({" or ".join(graded)})
+        key = (
+            environment.get(BACKEND), () if usual else ({", ".join(unusual)},), graded and ({", ".join(graded)},),
+            {", ".join(key)},
+        )
+        return key, [{", ".join(values)}], graded, plans.get(key)
+    except (RuntimeError, TypeError):
+        return None
+"""
+    names: dict[str, Any] = {
+        "in_dispatch_mode": torch._C._len_torch_dispatch_stack, "forward_ad": forward_ad,
+        "is_transforming": torch._C._are_functorch_transforms_active, "is_grad_enabled": torch.is_grad_enabled,
+        "TENSORS": _TENSORS, "environment": backends.ENVIRONMENT, "BACKEND": backends.BACKEND, "plans": plans,
+    }  # fmt: skip
+    exec(source, names)
+    return names["look"]
 
 
 # The derivative of a raw function: ``save(ctx, arguments, results)`` keeps what ``backward(ctx, needed, *gradients of
@@ -329,15 +348,11 @@ def _is_tensor(hint: Any) -> bool:
     return hint in (Tensor, Tensor | None)
 
 
-def _is_choice(hint: Any) -> bool:
-    return typing.get_origin(hint) is Literal
-
-
 def _schema_type(hint: Any) -> str:
     if isinstance(hint, types.UnionType):
         (kind,) = (part for part in typing.get_args(hint) if part is not type(None))
         return _SCHEMA[kind] + "?"
-    return "str" if _is_choice(hint) else _SCHEMA[hint]
+    return "str" if typing.get_origin(hint) is Literal else _SCHEMA[hint]
 
 
 def _transformed() -> bool:

@@ -57,9 +57,7 @@ def seeded_blocks(seed: Tensor, first: int, count: int) -> Tensor:
     """
     block = torch.arange(first, first + count, device=seed.device, dtype=torch.int64)
     key, stream = seed & _MASK, (seed >> 32) & _MASK
-    counter = torch.stack(
-        (block & _MASK, (block >> 32) & _MASK, key[1].expand(count), stream[1].expand(count)),
-    )
+    counter = torch.stack((block & _MASK, (block >> 32) & _MASK, key[1].expand(count), stream[1].expand(count)))
     return philox4x32(counter, torch.stack((key[0], stream[0])))
 
 

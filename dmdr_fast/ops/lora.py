@@ -125,13 +125,11 @@ def _scaled(low_rank: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 # torch's FlopCounterMode does not look inside an operator. Multiply-adds count 2, as for its own matmuls.
-def _flops_fwd(x_shape, base_shape, a_shape, b_shape, scale_shape, **options) -> int:
+def _flops_fwd(x_shape, base_shape, a_shape, b_shape, scale_shape, **_) -> int:
     return 2 * math.prod(x_shape[:-1]) * (math.prod(a_shape) + math.prod(b_shape))
 
 
-def _flops_bwd(
-    grad_shape, x_shape, low_rank_shape, a_shape, b_shape, scale_shape, need_x, need_A, need_B, **options
-) -> int:
+def _flops_bwd(grad_shape, x_shape, low_rank_shape, a_shape, b_shape, scale_shape, need_x, need_A, need_B, **_) -> int:
     # grad B^T once for x and A; then its products with A and with x; low_rank^T grad for B.
     with_a, with_b = need_x + need_A, (need_x or need_A) + need_B
     return 2 * math.prod(x_shape[:-1]) * (with_a * math.prod(a_shape) + with_b * math.prod(b_shape))

@@ -28,14 +28,11 @@ class LayerNormModulate(nn.LayerNorm):
         return layer_norm_modulate(x, shift, scale, eps=self.eps)
 
 
-class GatedResidualLayerNormModulate(nn.LayerNorm):
+class GatedResidualLayerNormModulate(LayerNormModulate):
     """(x + gate h, its modulated norm): see ``gated_residual_layer_norm_modulate``.
 
     Stands in for the ``nn.LayerNorm(dim, elementwise_affine=False)`` after a gated branch; has no parameters.
     """
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__(dim, eps=eps, elementwise_affine=False)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor

@@ -72,7 +72,6 @@ class Raw:
         exact: by function whose later results are computed of its rounded first one, their truth:
             ``exact(reference, wide arguments, results)``.
         ceilings: relative L2 errors allowed in float32, by function, where they are larger than the others'.
-        operators: host time of a raw operator by itself, in multiples of ``a + b``, where it may be above the others'.
     """
 
     calls: Callable[[Draw], Iterable[Call]]
@@ -84,7 +83,6 @@ class Raw:
         default_factory=dict
     )
     ceilings: dict[str, float] = field(default_factory=dict)
-    operators: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -242,5 +242,4 @@ RAW = Raw(
     small=lambda draw: _of(draw, ((3, 2, 5, 7),)),
     large=large,
     compiled=compiled,
-    operators={"dmd_gradient_fwd": 19},  # 21 arguments, 6 tensors come in, 5 are allocated and counters, 2 launches
 )

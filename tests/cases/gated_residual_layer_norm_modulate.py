@@ -131,5 +131,4 @@ RAW = Raw(
         "gated_residual_layer_norm_modulate_bwd_kernel": 70,
     },
     exact={"gated_residual_layer_norm_modulate_fwd": exact},
-    operators={"gated_residual_layer_norm_modulate_bwd": 17},  # 8 tensors come in, 6 are allocated, 2 launches
 )

@@ -150,5 +150,4 @@ RAW = Raw(
     small=small,
     large=large,
     compiled=compiled,
-    operators={"qk_norm_rope_bwd": 17},  # 10 tensors come in, 5 are allocated, 2 launches
 )

@@ -146,7 +146,7 @@ def test_large_samples_give_what_small_ones_give(kernels, device, monkeypatch, n
     expected = reference.dmd_gradient_fwd(*(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args))
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert not dmd.counters(1 + 2, latents[0].device).any()
+    assert not dmd.counters(1 + 2, latents[0].device)().any()
 
 
 def test_captured_launches_have_counters_of_their_own(device, monkeypatch):
@@ -154,10 +154,10 @@ def test_captured_launches_have_counters_of_their_own(device, monkeypatch):
 
     device = torch.empty(0, device=device).device
     monkeypatch.setattr(module, "_spare", {device: torch.zeros(20, dtype=torch.int32, device=device)})
-    eager = module.counters(3, device)
-    assert module.counters(1, device).data_ptr() == eager.data_ptr()
-    monkeypatch.setattr(module, "_captures", lambda device: True)
-    captured = [module.counters(count, device) for count in (3, 9, 9, 3)]  # the third finds too few left
+    eager = module.counters(3, device)()
+    assert module.counters(1, device)().data_ptr() == eager.data_ptr()
+    monkeypatch.setattr(module, "_captures", lambda cuda: True)
+    captured = [module.counters(count, device)() for count in (3, 9, 9, 3)]  # the third finds too few left
     assert len({tensor.data_ptr() for tensor in (eager, *captured)}) == 5
     assert [tensor.numel() for tensor in captured] == [4, 12, 12, 4]
     assert not any(tensor.any() or tensor.data_ptr() % 16 for tensor in captured)

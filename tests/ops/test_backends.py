@@ -32,10 +32,15 @@ def only_a_cpu_backend(monkeypatch):
     monkeypatch.delenv("DMDR_FAST_STRICT", raising=False)
     monkeypatch.setattr(backends, "_logged", set())
     loaded = {"cpu": stand_in(), "triton": "it cannot be loaded (no triton)", "cuda": stand_in()}
-    monkeypatch.setattr(backends, "_loaded", loaded)
+    monkeypatch.setattr(backends, "load", loaded.get)
+    _forget()
+    yield loaded
+    _forget()
+
+
+def _forget() -> None:
     for raw in RAW.values():
-        monkeypatch.setattr(raw, "plans", {})
-    return loaded
+        raw.plans.clear()
 
 
 def ran_on_stand_in() -> bool:

@@ -19,8 +19,7 @@ from tests.ops.test_transforms import results
 @pytest.fixture(autouse=True)
 def no_plans(monkeypatch):
     monkeypatch.setenv("DMDR_FAST_BACKEND", "cpu")
-    for raw in RAW.values():
-        monkeypatch.setattr(raw, "plans", {})
+    forget()
 
 
 def forget() -> None:
@@ -107,6 +106,24 @@ def test_one_tensor_for_two_arguments_and_later_two():
     known = ops.layer_norm_modulate(x, vector, scale)
     forget()
     same([known], [ops.layer_norm_modulate(x, vector, scale)])
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_meta_tensors_of_a_known_signature(op):
+    call = valid_calls()[op]
+    computed(op, call)
+    tensors = {name: value.to("meta") for name, value in call.items() if isinstance(value, Tensor)}
+    assert all(part.is_meta for part in results(getattr(ops, op)(**call | tensors)) if isinstance(part, Tensor))
+    for name in list(tensors)[1:]:
+        with pytest.raises(ValueError, match=name):
+            getattr(ops, op)(**call | {name: tensors[name]})
+
+
+def test_a_constant_that_requires_grad_later():
+    call = valid_calls()["multi_lora"]
+    ops.multi_lora(**call)
+    with pytest.raises(ValueError, match="scale: expected a constant"):
+        ops.multi_lora(**call | {"scale": call["scale"].requires_grad_()})
 
 
 @pytest.mark.parametrize("op", sorted(op for op, about in OPS.items() if about.wrt))

@@ -6,7 +6,7 @@ from typing import Any
 
 from dmdr_fast.backends.native.abi import struct_of
 from dmdr_fast.backends.native.library import Calls, Library, implements
-from dmdr_fast.backends.views import Strided, strided, table
+from dmdr_fast.backends.views import strided, table
 
 _STRUCT = struct_of(
     "dmdr_qk_norm_rope_args",
@@ -35,8 +35,7 @@ def _refuses_bwd(library: Library, a) -> str | None:
 
 @implements("qk_norm_rope_fwd")
 def qk_norm_rope_fwd(run: Calls, a, out) -> None:
-    sides = {"q_x": a.q, "q_out": out.q_out, "k_x": a.k, "k_out": out.k_out}
-    _call(run, "qk_norm_rope_fwd", a, out, sides)
+    _call(run, "qk_norm_rope_fwd", a, out, {"q_x": a.q, "k_x": a.k})
 
 
 @implements("qk_norm_rope_bwd", refuses=_refuses_bwd)
@@ -51,12 +50,8 @@ def qk_norm_rope_bwd(run: Calls, a, out) -> None:
 
 def _call(run: Calls, name: str, a, out, sides: dict[str, Any]) -> None:
     batch, rows, heads, features = a.q.shape
-    weights = {
-        field: None if weight is None else Strided(weight.contiguous(), ())
-        for field, weight in (("q_weight", a.q_weight), ("k_weight", a.k_weight))
-    }
     fields = run.fields(
         _STRUCT, a, out, strided, batch=batch, rows=rows, features=features, q_heads=heads, k_heads=a.k.shape[2],
-        cos=table(a.cos), sin=table(a.sin), **weights, **sides,
+        cos=table(a.cos), sin=table(a.sin), **sides,
     )  # fmt: skip
     run.call(name, _STRUCT, fields)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from dmdr_fast.backends.triton.counters import counters
@@ -27,7 +25,7 @@ def dmd_gradient_fwd(run: Launches, a, out) -> None:
     options = kernels.Options(
         a.prediction, a.cfg_mode, a.normalizer, a.eps_mode, a.nan_policy, a.reduction, a.scaled, largest
     )
-    arrived = run.allocate(functools.partial(counters, 1 + a.x0.shape[0], run.device))
+    arrived = run.allocate(counters(1 + a.x0.shape[0], run.device))
     totals = kernels.Totals(out.norm, out.loss, out.loss_scale, arrived, float(a.x0.numel()), float(a.factor))
     latents, shape = kernels.Latents(*view.views), view.shape
     if a.normalizer != "global" and shape.count <= _LARGEST_BLOCK:  # a sample is read once

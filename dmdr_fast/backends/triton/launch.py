@@ -59,7 +59,7 @@ class Launches(Recorder):
 
     def _written(self, value: Any, names: dict[str, Any]) -> str:
         """``value`` as Python source: a pointer is one of ``p`` (at some bytes), all else a name in ``names``."""
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and any(isinstance(part, (tuple, Tensor, Live)) for part in value):
             return "(" + "".join(self._written(part, names) + ", " for part in value) + ")"
         if isinstance(value, Tensor):
             place, offset = self.place(value) or (0, 0)

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 
 def activate() -> Callable[[], int]:
     """From now on this process runs the ops on the Triton backend over that driver.
@@ -21,6 +23,9 @@ def activate() -> Callable[[], int]:
     Returns:
         the number of launches so far.
     """
+    libc = ctypes.CDLL(None)
+    for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        libc.mallopt(parameter, 1 << 30)  # as on a GPU, freed memory stays at hand
     library = _built()
     os.environ["TRITON_LIBCUDA_PATH"] = str(library.parent)
     os.environ.pop("TRITON_INTERPRET", None)

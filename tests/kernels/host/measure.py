@@ -24,7 +24,8 @@ def main(names: list[str]) -> dict[str, Any]:
 
     Returns:
         ``unit``: microseconds of ``a + b``; ``ops``: by name ``forward`` and ``both`` (with the backward), ``launches``
-        of the two and the names of the ``operators`` that run; ``operators``: by raw function, without gradients.
+        of the two and the names of the ``operators`` that run; ``operators``: by raw function, without gradients, the
+        most of the ops that run it.
     """
     launched = activate()
     torch.set_num_threads(1)
@@ -33,7 +34,7 @@ def main(names: list[str]) -> dict[str, Any]:
     from tests.cases import host_calls
 
     unit, found = _Unit(), {"ops": {}, "operators": {}}
-    run, arguments = backends.run, {}
+    run, arguments = backends.run, []
     for name, one in host_calls().items():
         if names and name not in names:
             continue
@@ -42,7 +43,7 @@ def main(names: list[str]) -> dict[str, Any]:
         both = with_backward(forward, one.wrt)
         both()
         backends.run = run
-        arguments |= ran
+        arguments += ran.items()
         counts = []
         for call in (forward, both):
             call()
@@ -52,9 +53,10 @@ def main(names: list[str]) -> dict[str, Any]:
         times = {"forward": unit.of(forward), "both": unit.of(both)}
         found["ops"][name] = {**times, "launches": counts, "operators": sorted(ran)}
     with torch.no_grad():
-        for raw, args in arguments.items():
+        for raw, args in arguments:
             args = tuple(_own(arg) for arg in args)
-            found["operators"][raw] = unit.of(lambda operator=RAW[raw].operator, args=args: operator(*args))
+            taken = unit.of(lambda operator=RAW[raw].operator, args=args: operator(*args))
+            found["operators"][raw] = max(taken, found["operators"].get(raw, 0))
     return {"unit": unit.best, **found}
 
 
