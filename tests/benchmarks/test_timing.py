@@ -1,7 +1,9 @@
 """Interleaving, medians, and what is rounded to a reading."""
 
 import pytest
+import torch
 
+from benchmarks import cpu
 from benchmarks.timing import Readings, Spread, interleave
 
 
@@ -48,3 +50,15 @@ def test_time_bounds_the_rounds_above_the_least():
     assert calls == list(range(7))
     interleave({"A": timed}, seconds=0, least=2)
     assert len(calls) == 7 + 2
+
+
+@pytest.mark.parametrize(("asked", "moved"), [(1, 8), (1 << 20, 1 << 20), (1 << 30, 128 << 20)])
+def test_a_copy_is_a_call_that_takes_its_result_anew(monkeypatch, asked, moved):
+    calls = []
+    monkeypatch.setattr(cpu, "run", lambda *args: calls.append(args) or "run")
+    assert cpu.copy(asked, torch.device("cpu")) == ("run", moved)
+    ((function, sets, _, incoming),) = calls
+    (copied,) = function(**sets[0])
+    source = sets[0]["source"]
+    assert torch.equal(copied, source) and copied.data_ptr() != source.data_ptr() and 2 * source.nbytes == moved
+    assert len(incoming) == len(sets) <= 64

@@ -130,6 +130,8 @@ def compiled() -> dict[str, Compiled]:
     x, A, B, scale = meta(4, 4096, 1536), meta(1536, 64), meta(64, 1536), meta(4, dtype=torch.float32)
     low_rank, tile = meta(4, 4096, 64, dtype=torch.float32), 64 * 64
     products = {"project_kernel": tile, "expand_kernel": tile}
+    packed, pair = meta(4, 4096, 3 * 1536), (meta(2, 1536, 64), meta(2, 64, 1536))
+    pair_rank = meta(2, 4, 4096, 64, dtype=torch.float32)
     return {
         "multi_lora_fwd": Compiled(
             "multi_lora_fwd",
@@ -140,6 +142,18 @@ def compiled() -> dict[str, Compiled]:
         "multi_lora_bwd": Compiled(
             "multi_lora_bwd",
             (x, x, low_rank, A, B, scale, True, True, True),
+            {**products, "outer_sums_kernel": tile},
+            launches=4,
+        ),
+        "multi_lora_fwd, packed": Compiled(
+            "multi_lora_fwd",
+            (packed, packed, *pair, scale),
+            products,
+            launches=2,
+        ),
+        "multi_lora_bwd, packed": Compiled(
+            "multi_lora_bwd",
+            (packed, packed, pair_rank, *pair, scale, True, True, True),
             {**products, "outer_sums_kernel": tile},
             launches=4,
         ),
