@@ -105,7 +105,7 @@ def _in_range(value: float, *, minimum: float = -math.inf, above: float = -math.
 
 
 def choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 

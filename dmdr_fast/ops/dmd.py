@@ -159,7 +159,7 @@ def dmd_loss(
     """
     # The forward keeps d loss / d x0, or g where that cannot be: a masked mean's count is known after the pass only,
     # and float16 has no number as small as g / numel.
-    scaled = (mask is None or reduction == "sum") and (out_dtype or x0.dtype) is not torch.float16
+    scaled = (mask is None or reduction == "sum") and (out_dtype or getattr(x0, "dtype", None)) is not torch.float16
     return _run(
         "dmd_loss", x0, x_t, pred_fake, pred_real, pred_real_uncond, sigma, alpha, cfg_scale, mask, weight,
         cfg_mode, prediction, normalizer, eps, eps_mode, nan_policy, out_dtype, reduction, factor, scaled,

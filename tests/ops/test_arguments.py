@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,16 @@ def test_the_unchanged_call_is_valid(op):
 def test_one_wrong_argument(op, change, match):
     with pytest.raises((TypeError, ValueError), match=f"^{op}: {match}"):
         getattr(ops, op)(**{**valid_calls()[op], **change})
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_what_no_argument_takes(op):
+    call, function = valid_calls()[op], getattr(ops, op)
+    for name in call:
+        function(**call)  # its plan is known
+        for wrong in (object(), {}, np.zeros(3), (torch.float64, "x")):
+            with pytest.raises((TypeError, ValueError), match=f"^{op}: {name}: expected"):
+                function(**call | {name: wrong})
 
 
 def test_default_alpha_needs_sigma_up_to_one():
