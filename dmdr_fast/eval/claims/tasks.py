@@ -170,8 +170,8 @@ the tilt by its log-probability, GRPO, DPO and NFT by the share of attributes th
 cannot be compared; what tests take for the reward is the prompt accuracy.""",
         "runs": "",
         "trials": """\
-No number was chosen for this page: weights that are not the recipe's are those of the digits' page. The rules were
-fixed before these runs.""",
+No number was chosen for this page: weights that are not the recipe's are those of the digits' page. The recipe's own
+reward weight and guidance were chosen on these seeds ([scenes](scenes.md)). The rules were fixed before these runs.""",
     },
 )
 TASKS = {task.name: task for task in (_DIGITS, _SCENES)}
