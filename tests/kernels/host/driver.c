@@ -14,6 +14,7 @@ DOES_NOTHING(cuCtxSetCurrent, CUcontext context)
 DOES_NOTHING(cuCtxSetLimit, CUlimit limit, size_t value)
 DOES_NOTHING(cuFuncSetAttribute, CUfunction function, CUfunction_attribute attribute, int value)
 DOES_NOTHING(cuFuncSetCacheConfig, CUfunction function, CUfunc_cache cache)
+DOES_NOTHING(cuModuleUnload, CUmodule module)
 
 CUresult CUDAAPI cuGetErrorString(CUresult error, const char **text) {
   *text = "the counting driver gives no errors of its own";
@@ -27,6 +28,13 @@ CUresult CUDAAPI cuDriverGetVersion(int *version) {
 
 CUresult CUDAAPI cuDeviceGet(CUdevice *device, int number) {
   *device = number;
+  return CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuCtxGetDevice(CUdevice *device) { return cuDeviceGet(device, 0); }
+
+CUresult CUDAAPI cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 
