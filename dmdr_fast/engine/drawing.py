@@ -32,7 +32,8 @@ from dmdr_fast.models.export import call_arguments, load_arguments
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Draw = Callable[[Sequence[int], int], Tensor]  # (numbers of conditions, seed) -> fp32 [B, C, H, W] in [-1, 1]
+# (numbers of conditions, seed) -> fp32 [B, C, H, W] in [-1, 1]; a UserError where they are not finite.
+Draw = Callable[[Sequence[int], int], Tensor]
 Latents = Callable[[Noise, Batch], Tensor]
 
 
@@ -86,7 +87,8 @@ class RunImages:
         @torch.no_grad()
         def draw(rows: Sequence[int], seed: int) -> Tensor:
             noise = _noise(self.model, image_seeds(rows, seed), self.device)
-            return decode(latents(noise, self.conditions.batch(np.array(rows)))).float().clamp(-1, 1)
+            images = decode(latents(noise, self.conditions.batch(np.array(rows)))).float()
+            return _finite(images, rows).clamp(-1, 1)
 
         return draw
 
@@ -107,9 +109,20 @@ def pipeline_images(folder: Path, prompts: Sequence[str], device: torch.device) 
             output_type="pt",
             **arguments,
         ).images
-        return 2.0 * images.float() - 1.0
+        return _finite(2.0 * images.float() - 1.0, rows)
 
     return draw
+
+
+def _finite(images: Tensor, rows: Sequence[int]) -> Tensor:
+    """``images``, which are shown and scored: one that holds no numbers would pass for a black one."""
+    good = images.flatten(1).isfinite().all(1).tolist()
+    if not all(good):
+        raise UserError(
+            f"image {rows[good.index(False)] + 1}: its pixels are not finite: the weights have diverged, or their "
+            "dtype is too narrow; take an earlier checkpoint (--step, --weights), or a pipeline of a wider dtype"
+        )
+    return images
 
 
 def pipeline_arguments(folder: Path) -> dict[str, Any]:

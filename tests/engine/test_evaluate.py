@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dmdr_fast import cli, evaluate
 from dmdr_fast.cli import run_user_command
@@ -323,6 +323,22 @@ def test_mistakes_of_the_source_and_of_a_reward(folder, tmp_path, capsys):
     assert run_user_command(evaluate.main, [*words(folder), *out, *failing]) == 2
     assert "error: reward 'darkness', images of the student: the tower fell" in capsys.readouterr().err
     assert len(list((tmp_path / "out/student").iterdir())) == 3  # which are kept
+
+
+def test_images_that_are_not_finite(folder, tmp_path, capsys):
+    tensors = load_file(folder / "run" / FINAL)
+    last = max(name for name in tensors if name.startswith("proj_out"))
+    run_dir = save_run(
+        tmp_path / "run",
+        cli.load(folder / "run" / "config.yaml"),
+        tensors | {last: torch.full_like(tensors[last], 3e38)},
+    )
+    export_run(run_dir, tmp_path / "pipeline", dtype="fp32")
+    for source in (run_dir, tmp_path / "pipeline"):
+        options = [str(source), "--prompts", *PROMPTS[:2], "--out", str(tmp_path / "out" / source.name), "--rewards"]
+        assert run_user_command(evaluate.main, options + ["--student-only"] * (source == run_dir)) == 2
+        assert "image 1: its pixels are not finite" in capsys.readouterr().err
+        assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_names_are_safe_and_tell_prompts_apart():
