@@ -308,7 +308,7 @@ class Goal:
 def goals(records: Sequence[Record], reward: str) -> list[Goal]:
     """Of every method that was run, beside the teacher."""
     found = []
-    for name in (*_METHODS, "dmdr_refl_one"):
+    for name in (*_METHODS, "dmdr_nft", "dmdr_hybrid", "dmdr_refl_one"):
         mine, its, fd, teachers = (spread_of(records, one, m) for m in (reward, "fd") for one in (name, "teacher"))
         if mine and its and fd and teachers:
             found.append(Goal(name, mine.mean - its.mean, fd.mean / teachers.mean))
