@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Run
-from dmdr_fast.backends.cpu import LIBRARY
 
 _MOST_SOURCES = 64
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _COPIED = 64 << 20  # bytes at most: beyond the caches a larger copy is no slower per byte
 
 
@@ -30,10 +31,10 @@ def run(
     incoming: Sequence[tuple[Tensor, ...]],
 ) -> Run:
     """A timed call of ``function`` and its backward on ``sets[i]``, outputs freed outside the clock."""
+    keep_freed_memory()
 
     def timed(index: int) -> tuple[float, float]:
         tensors, grads = sets[index % len(sets)], incoming[index % len(sets)]
-        give_back_freed_memory()
         start = time.perf_counter()
         outputs = function(**tensors)
         middle = end = time.perf_counter()
@@ -46,21 +47,23 @@ def run(
     return timed
 
 
-def give_back_freed_memory() -> None:
-    """What earlier calls have freed goes back to the system, where the C library can do that (glibc).
+@functools.cache
+def keep_freed_memory() -> None:
+    """What calls free stays with the process, where the C library can do that (glibc): they work in memory that it has.
 
-    Without it the heap's state decides by a factor of two whether a call finds its temporaries in the cache or has to
-    take them from the system anew, and that state is what the alternatives before it have left.
+    Otherwise large blocks go back to the system. To take them anew, zeroed, costs up to five times the op, by the state
+    of the machine, so that an alternative with more of them is four times as slow on one day as on another.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def copy(traffic: int, device: torch.device) -> tuple[Run, int]:
     """A call that copies: it moves about ``traffic`` bytes (read plus written), from buffers rotated past the cache.
 
-    It is timed as the ops are and takes its result as their kernels do: anew, from the system, in huge pages.
+    It is timed as the ops are, its result a new tensor.
 
     Returns:
         The run, and the bytes it moves.
@@ -68,10 +71,4 @@ def copy(traffic: int, device: torch.device) -> tuple[Run, int]:
     size = max(min(traffic // 2, _COPIED), 1)
     count = min(_MOST_SOURCES, -(-cache_bytes() // size))
     sets = [{"source": torch.randn(-(-size // 4), device=device)} for _ in range(count)]
-
-    def copied(source: Tensor) -> tuple[Tensor]:
-        target = torch.empty_like(source)
-        LIBRARY.functions.dmdr_cpu_expect_writes(target.data_ptr(), target.nbytes)
-        return (target.copy_(source),)
-
-    return run(copied, sets, (), [()] * count), 2 * sets[0]["source"].nbytes
+    return run(lambda source: (source.clone(),), sets, (), [()] * count), 2 * sets[0]["source"].nbytes

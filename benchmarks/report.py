@@ -45,7 +45,7 @@ def legend() -> list[str]:
         "held at most above the inputs, fused / eager / torch.compile. Every line passed the float64 gate first.",
         "host: what the call takes of the host on a GPU, in multiples of a + b of two small tensors, measured over a",
         "driver that runs nothing (tests/kernels/host); on a GPU make gpu-check measures it.",
-        "On a CPU a call starts with freed memory given back to the system, and takes what it needs anew.",
+        "On a CPU freed memory stays with the process, so that nothing timed takes its memory from the system anew.",
     ]
 
 

@@ -53,7 +53,7 @@ def test_time_bounds_the_rounds_above_the_least():
 
 
 @pytest.mark.parametrize(("asked", "moved"), [(1, 8), (1 << 20, 1 << 20), (1 << 30, 128 << 20)])
-def test_a_copy_is_a_call_that_takes_its_result_anew(monkeypatch, asked, moved):
+def test_a_copy_is_a_call_with_a_new_tensor(monkeypatch, asked, moved):
     calls = []
     monkeypatch.setattr(cpu, "run", lambda *args: calls.append(args) or "run")
     assert cpu.copy(asked, torch.device("cpu")) == ("run", moved)
