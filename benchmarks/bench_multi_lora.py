@@ -41,6 +41,6 @@ def test_multi_lora(bench, dtype, rank):
             backward_bytes=tensor_bytes(3, TOKENS, dtype),  # base_out's gradient is the incoming one itself
             wrt=("x", "base_out", "A", "B"),
             variant=f"rank {rank}",
-            note="at a high rank matrix products are all that counts, and oneDNN's bfloat16 ones are better tuned",
+            note="matrix products are most of it, and oneDNN's bfloat16 ones are better tuned",
         )
     )
