@@ -209,20 +209,19 @@ def _look(hints: Sequence[Any], plans: dict[tuple, Plan]) -> Callable[[tuple], C
     It gives None where that is not plain eager mode: a dispatch mode or a transform is on, a tensor is of a subclass
     or has no memory of its own (a batch of gradients, ``is_grads_batched=True``), or an argument is of the wrong type.
 
-    Its source is written out: a loop over the arguments takes half as long again. Devices go by their number, which
-    takes half as long; CPU and meta have the same, but meta tensors are at 0, and where a pointer is 0 or not aligned
-    the signature has what tells them apart. An absent tensor counts as one at 16.
+    Its source is written out: a loop over the arguments takes half as long again. A device goes by its number, which
+    takes half as long: -1 for meta tensors, -2 here for those of the CPU. An absent tensor counts as one at 16.
     """
-    right, pointers, unusual, graded, key, tensors, values = [], [], [], [], [], [], []
+    right, pointers, graded, key, tensors, values = [], [], [], [], [], []
     for index, hint in enumerate(hints):
         a, p, value = f"a{index}", f"p{index}", "0"
         if _is_tensor(hint):
             seen = "({1} if " + a + " is None else ({0}))" if hint != Tensor else "{0}"
             right.append(seen.format(f"type({a}) in TENSORS", True))
             pointers.append(f"{p} = " + seen.format(f"{a}.data_ptr()", 16))
-            unusual.append(seen.format(f"({p} & 15, {a}.device)", None))
             graded.append(seen.format(f"{a}.requires_grad", False))
-            key.append(seen.format(f"{a}.shape, {a}.is_contiguous() or {a}.stride(),{a}.dtype, {a}.get_device()", None))
+            where = f"-2 if {a}.is_cpu else {a}.get_device()"
+            key.append(seen.format(f"{a}.shape, {a}.is_contiguous() or {a}.stride(), {a}.dtype, {where}", None))
             tensors.append(value := p)
         elif hint is Live:
             key.append(f"{a} % {_LARGEST_BLOCK}, {a} == 1, {a} >= 2**31")
@@ -239,10 +238,10 @@ def look(args):
         return None
     try:
         {"; ".join(pointers)}
-        usual = not ({" | ".join(tensors)}) & 15 and {" and ".join(tensors)}
+        aligned = not ({" | ".join(tensors)}) & 15
         graded = is_grad_enabled() and ({" or ".join(graded)})
         key = (
-            environment.get(BACKEND), () if usual else ({", ".join(unusual)},), graded and ({", ".join(graded)},),
+            environment.get(BACKEND), aligned or ({" & 15, ".join(tensors)} & 15,), graded and ({", ".join(graded)},),
             {", ".join(key)},
         )
         return key, [{", ".join(values)}], graded, plans.get(key)
