@@ -77,5 +77,6 @@ class Grouped:
 
     def vector_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         depth = depth_of(shape, self._shape)
-        lines, tokens = (1, 1) if depth == 0 else (self.groups, 1 if depth == self.depth else self.tokens)
-        return lines, tokens, self.width
+        if depth == 0:
+            return 1, 1, self.width
+        return self.groups, 1 if depth == self.depth else self.tokens, self.width

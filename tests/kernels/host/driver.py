@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+from benchmarks.cpu import keep_freed_memory
 
 
 def activate() -> Callable[[], int]:
@@ -23,9 +23,7 @@ def activate() -> Callable[[], int]:
     Returns:
         the number of launches so far.
     """
-    libc = ctypes.CDLL(None)
-    for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-        libc.mallopt(parameter, 1 << 30)  # as on a GPU, freed memory stays at hand
+    keep_freed_memory()  # as on a GPU
     library = _built()
     os.environ["TRITON_LIBCUDA_PATH"] = str(library.parent)
     os.environ.pop("TRITON_INTERPRET", None)
