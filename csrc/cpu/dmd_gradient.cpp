@@ -40,20 +40,14 @@ class MaskRow {
  public:
   MaskRow(const dmdr_tensor &mask, int64_t offset) : base_(static_cast<const char *>(mask.data)), offset_(offset) {}
   bool present() const { return base_ != nullptr; }
-  DMDR_INLINE I on(Whole where) const { return widen(base_ + offset_ + where.at); }
+  DMDR_INLINE I on(Whole where) const { return widened_bytes(base_ + offset_ + where.at) != 0; }
   DMDR_INLINE I on(Tail where) const {
     char buffer[kLanes] = {};
     std::memcpy(buffer, base_ + offset_ + where.at, where.count);
-    return widen(buffer);
+    return widened_bytes(buffer) != 0;
   }
 
  private:
-  static DMDR_INLINE I widen(const char *p) {
-    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-    Bytes bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, I) != 0;
-  }
   const char *base_;
   int64_t offset_;
 };
