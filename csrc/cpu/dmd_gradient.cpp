@@ -1,7 +1,7 @@
 // dmd_gradient: two passes, the normaliser's sum and then the gradient with its loss. A pass keeps one partial sum per
-// block of DMDR_DMD_BLOCK elements and the sums are added in block order, so no thread count changes a bit. Where there
-// are samples for all threads, a sample goes through both passes before the next one: the predictions that both read
-// are still in the cache (a float32 SD3.5 latent has 1 MiB).
+// block of DMDR_DMD_BLOCK elements and the sums are added in block order, so no thread count changes a bit. All threads
+// share a few samples and take them through both passes before the next ones, the second pass from the end: so that much
+// of the predictions that both read is still in the cache.
 //
 // g is a difference of predictions: x0 and x_t cancel in x0_hat(fake) - x0_hat(real) and are read for the normaliser
 // only.
@@ -12,6 +12,9 @@
 namespace dmdr {
 namespace DMDR_LEVEL {
 namespace {
+
+// Elements, in whole samples, that go through both passes before the next: what both read of them has 8 MiB in float32.
+constexpr int64_t kTogether = 1 << 20;
 
 // What one block leaves in the workspace.
 struct BlockSums {
@@ -129,19 +132,6 @@ double loss_scale(const dmdr_dmd_gradient_args &args, double count) {
   return args.reduction_sum ? 2. * args.factor : 2. * args.factor / (count < 1. ? 1. : count);
 }
 
-// d loss / d g over g, and with a normaliser over all samples each one's.
-float reduce_distance(const dmdr_dmd_gradient_args &args, const BlockSums *sums, int64_t blocks_per_sample) {
-  Mean all = {0., 0.};
-  for (int64_t sample = 0; sample < args.shape[0]; ++sample) {
-    const Mean mean = mean_of_sample(sums + sample * blocks_per_sample, blocks_per_sample);
-    all.distance += mean.distance;
-    all.count += mean.count;
-  }
-  for (int64_t sample = 0; args.normalizer == DMDR_GLOBAL && sample < args.shape[0]; ++sample)
-    args.norm[sample] = normalizer(args, all);
-  return static_cast<float>(loss_scale(args, all.count));
-}
-
 // Values of this magnitude and more round to an infinity in the dtype, and its largest finite value.
 struct Range {
   float overflow, largest;
@@ -231,7 +221,9 @@ void dmd_gradient_fwd(const dmdr_dmd_gradient_args &args) {
   const Pieces pieces(args.shape, DMDR_DMD_BLOCK);
   BlockSums *sums = reinterpret_cast<BlockSums *>(args.workspace);
   const int64_t batch = args.shape[0], items = pieces.items(), elements = pieces.elements();
-  const int64_t blocks_per_sample = batch == 0 ? 0 : items / batch;
+  const int64_t blocks_per_sample = batch == 0 ? 0 : items / batch, per_sample = batch == 0 ? 0 : elements / batch;
+  const int64_t fit = per_sample == 0 ? batch : kTogether / per_sample;
+  const int64_t together = args.normalizer == DMDR_GLOBAL || fit > batch ? batch : fit < 1 ? 1 : fit;
   // What multiplies g as it is written: with `scaled` the mean is over all elements.
   const float written = args.scaled ? static_cast<float>(loss_scale(args, static_cast<double>(elements))) : 1.f;
   const bool measures = args.normalizer != DMDR_NO_NORMALIZER || args.mask.data != nullptr;
@@ -245,30 +237,27 @@ void dmd_gradient_fwd(const dmdr_dmd_gradient_args &args) {
           sums[item].distance = 0.;
           sums[item].count = static_cast<double>(pieces.count(item));
         };
-        const auto normalise = [&](int64_t sample) {
-          args.norm[sample] = normalizer(args, mean_of_sample(sums + sample * blocks_per_sample, blocks_per_sample));
-        };
         const auto write = [&](int64_t item) {
           write_gradient<Type>(args, Position(args.shape, pieces.row(item)), pieces.first(item), pieces.count(item),
                                elements, written, sums[item]);
         };
-        float scale = 0.f;
-        const int64_t threads = args.num_threads < 1 ? 1 : args.num_threads;
-        const bool shares_evenly = batch % threads == 0 || batch >= 4 * threads;
-        if (args.normalizer != DMDR_GLOBAL && shares_evenly) {
-          for_items(batch, elements, args.num_threads, [&](int64_t sample) {
-            const int64_t first = sample * blocks_per_sample, last = first + blocks_per_sample;
-            for (int64_t item = first; item < last; ++item) measure(item);
-            normalise(sample);
-            for (int64_t item = first; item < last; ++item) write(item);
-          });
-          scale = reduce_distance(args, sums, blocks_per_sample);
-        } else {
-          for_items(items, elements, args.num_threads, measure);
-          for (int64_t sample = 0; sample < batch; ++sample) normalise(sample);
-          scale = reduce_distance(args, sums, blocks_per_sample);
-          for_items(items, elements, args.num_threads, write);
+        Mean all = {0., 0.};
+        for (int64_t sample = 0; sample < batch; sample += together) {
+          const int64_t after = sample + together < batch ? sample + together : batch, samples = after - sample;
+          const int64_t first = sample * blocks_per_sample, count = samples * blocks_per_sample;
+          for_items(count, samples * per_sample, args.num_threads, [&](int64_t item) { measure(first + item); });
+          for (int64_t one = sample; one < after; ++one) {
+            const Mean mean = mean_of_sample(sums + one * blocks_per_sample, blocks_per_sample);
+            all.distance += mean.distance;
+            all.count += mean.count;
+            args.norm[one] = normalizer(args, mean);
+          }
+          for (int64_t one = sample; args.normalizer == DMDR_GLOBAL && one < after; ++one)
+            args.norm[one] = normalizer(args, all);
+          for_items(
+              count, samples * per_sample, args.num_threads, [&](int64_t item) { write(first + item); }, true);
         }
+        const float scale = static_cast<float>(loss_scale(args, all.count));
         *args.loss_scale = args.scaled ? 1.f : scale;
         if (reduce_loss(args, sums, blocks_per_sample, scale))
           for_items(items, elements, args.num_threads, [&](int64_t item) {

@@ -24,19 +24,30 @@ inline void publish() {
 #endif
 }
 
-// fn(item) for every item in [0, items), each on one thread. Which thread never changes a result.
+// fn(item) for every item in [first, last), or from the end: then the last kStretch items first, each stretch forwards,
+// for hardware prefetches what goes on for a while.
+constexpr int64_t kStretch = 32;
 template <class Fn>
-inline void for_items(int64_t items, int64_t elements, int64_t num_threads, Fn fn) {
+inline void walk(int64_t first, int64_t last, bool from_end, Fn &fn) {
+  const int64_t stretch = from_end ? kStretch : last - first;
+  for (int64_t end = last; end > first; end -= stretch)
+    for (int64_t item = end - stretch < first ? first : end - stretch; item < end; ++item) fn(item);
+}
+
+// fn(item) for every item in [0, items), each on one thread. Which thread never changes a result; it is the same one from
+// the end, where a thread first takes what it last took forwards, and is likely to find it in a cache.
+template <class Fn>
+inline void for_items(int64_t items, int64_t elements, int64_t num_threads, Fn fn, bool from_end = false) {
   if (num_threads <= 1 || items <= 1 || elements < kElementsWorthThreads) {
-    for (int64_t item = 0; item < items; ++item) fn(item);
+    walk(0, items, from_end, fn);
     publish();
     return;
   }
   const int threads = static_cast<int>(num_threads < items ? num_threads : items);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static) nowait
-    for (int64_t item = 0; item < items; ++item) fn(item);
+    const int64_t number = omp_get_thread_num(), team = omp_get_num_threads();
+    walk(items * number / team, items * (number + 1) / team, from_end, fn);
     publish();
   }
 }
