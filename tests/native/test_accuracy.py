@@ -53,6 +53,17 @@ def test_activations_keep_their_tails_and_nan(activation):
     assert value[0] == torch.inf and value[1].isnan() and value[2] == 0
 
 
+def test_every_bf16_and_fp16_number_is_read_and_float32_rounded_as_torch_does():
+    one, every = torch.ones(()), torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    patterns = torch.randint(-(2**31), 2**31, (2**20,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    for numbers in (every.view(torch.bfloat16), every.view(torch.float16), patterns.view(torch.float32)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            value, truth = cpu.dmd_loss_bwd(one, numbers[None], one, dtype)[0], numbers.to(dtype)
+            bits = torch.int32 if dtype is torch.float32 else torch.int16
+            assert torch.equal(value.isnan(), truth.isnan())
+            assert torch.equal(value.view(bits)[~truth.isnan()], truth.view(bits)[~truth.isnan()])
+
+
 def test_resize_matches_torch_in_float32():
     image = torch.rand(1, 3, 300, 130) * 3 - 1.5
     for size in ((224, 224), (32, 400)):

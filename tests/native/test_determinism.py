@@ -37,6 +37,15 @@ def test_addresses_do_not_matter():
         assert all(map(torch.equal, here, there)), str(call)
 
 
+def test_a_samples_gradient_does_not_depend_on_the_batch():
+    (call,) = (call for call in large_calls() if call.label == "larger")
+    grad, norm, *_ = cpu.dmd_gradient_fwd(*call.args)
+    for index in range(len(norm)):
+        parts = (arg[index : index + 1] if isinstance(arg, Tensor) else arg for arg in call.args)
+        alone, norm_alone, *_ = cpu.dmd_gradient_fwd(*parts)
+        assert torch.equal(alone[0], grad[index]) and torch.equal(norm_alone[0], norm[index])
+
+
 def _shifted(tensor: Tensor) -> Tensor:
     """A contiguous copy that starts one element past an aligned address."""
     room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
