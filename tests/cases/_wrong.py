@@ -16,8 +16,8 @@ INTEGERS = torch.zeros(3, 4, 5, dtype=torch.int64)
 
 
 def one_bad(value: float) -> torch.Tensor:
-    """A tensor [3] that starts with it."""
-    return torch.tensor([value, 0.25, 0.125])
+    """A tensor [3] with it in the middle, where Python's min and max may pass over a NaN."""
+    return torch.tensor([0.25, value, 0.125])
 
 
 def latents(*names: str) -> Wrong:
