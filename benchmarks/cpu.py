@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Run
+from benchmarks.timing import Readings, Run
+from dmdr_fast.backends.native import Library
+from dmdr_fast.ops._library import RAW
 
 _MOST_SOURCES = 64
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -43,6 +47,51 @@ def run(
             end = time.perf_counter()
             del results
         return middle - start, end - start
+
+    return timed
+
+
+@contextmanager
+def kernel_clock() -> Iterator[list[tuple[str, float]]]:
+    """A list that inside the block gets (name, seconds) of every call of a C++ kernel.
+
+    A plan calls what was there when it was made, so none is taken into the block or out of it.
+    """
+    calls: list[tuple[str, float]] = []
+    entry = Library.entry
+
+    def clocked(library: Library, name: str) -> Callable[[bytearray], None]:
+        kernel = entry(library, name)
+
+        def timed(arguments: bytearray) -> None:
+            start = time.perf_counter()
+            kernel(arguments)
+            calls.append((name, time.perf_counter() - start))
+
+        return timed
+
+    _forget_plans()
+    try:
+        with mock.patch.object(Library, "entry", clocked):
+            yield calls
+    finally:
+        _forget_plans()
+
+
+def _forget_plans() -> None:
+    for raw in RAW.values():
+        raw.plans.clear()
+
+
+def in_kernels(run: Run, calls: list[tuple[str, float]], readings: Readings) -> Run:
+    """``run``, noting in ``readings`` how long its calls were in kernels, by ``calls`` of :func:`kernel_clock`."""
+
+    def timed(index: int) -> tuple[float, float]:
+        calls.clear()
+        seconds = run(index)
+        readings.forward.append(sum(seconds for name, seconds in calls if not name.endswith("_bwd")))
+        readings.total.append(sum(seconds for _, seconds in calls))
+        return seconds
 
     return timed
 

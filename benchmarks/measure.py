@@ -33,6 +33,7 @@ class Row:
         traffic: bytes of the floor; 0 where there is no byte model.
         copy_rate: bytes per second of the copy measured in the same rounds.
         peak: bytes at most held at once above the inputs; launches: kernels on a GPU.
+        kernels: of a CPU, the part of the fused op's time that its kernels take; a GPU's times are of kernels alone.
         host: of a GPU, in multiples of ``a + b`` of two small tensors (:mod:`benchmarks.host`); None if not measured.
         errors: what the gate measured.
         missing: why an alternative is not in ``times``.
@@ -50,6 +51,7 @@ class Row:
     copy_rate: float = 0.0
     peak: dict[str, int] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
+    kernels: float | None = None
     host: float | None = None
     errors: dict[str, gate.GateError] = field(default_factory=dict)
     missing: str = ""
@@ -116,18 +118,27 @@ def _timed(case: Case, backend: str, device: torch.device, with_compile: bool) -
         functions["compile"] = compiled
     traffic = case.forward_bytes + case.backward_bytes
     copying, copied = machine.copy(traffic, device)
-    with forced(backend):
+    kernels = Readings([], [])
+    with forced(backend), cpu.kernel_clock() as calls:
         once = {name: _call(function, sets[0], case.wrt, incoming[0]) for name, function in functions.items()}
         peak = {name: peak_bytes(call, device) for name, call in once.items()}  # and the run before the timed ones
         launched = {name: cuda.launches(call) for name, call in once.items()} if device.type == "cuda" else {}
         runs = {name: machine.run(function, sets, case.wrt, incoming) for name, function in functions.items()}
+        if machine is cpu:
+            runs["fused"] = cpu.in_kernels(runs["fused"], calls, kernels)
         readings = interleave({**runs, "copy": copying}, seconds=SECONDS)
     copy_rate = copied / Spread.of(readings["copy"].total).median
     whole = _row(case, "forward + backward" if case.wrt else "forward", traffic, copy_rate, readings)
-    whole = replace(whole, peak=peak, launches=launched, missing=missing)
+    whole = replace(whole, peak=peak, launches=launched, missing=missing, kernels=_median(kernels.total))
     if not case.wrt:
         return [whole]
-    return [_row(case, "forward", case.forward_bytes, copy_rate, readings), whole]
+    forward = _row(case, "forward", case.forward_bytes, copy_rate, readings)
+    return [replace(forward, kernels=_median(kernels.forward)), whole]
+
+
+def _median(seconds: list[float]) -> float | None:
+    """None where no kernel of the library was called."""
+    return Spread.of(seconds).median if any(seconds) else None
 
 
 def _rotated_inputs(case: Case, device: torch.device) -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, ...]]]:

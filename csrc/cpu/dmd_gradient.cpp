@@ -67,8 +67,10 @@ class RealPrediction {
         scale_(splat(args.cfg != nullptr ? args.cfg[at.batch()] : static_cast<float>(args.cfg_scale))) {}
   template <class Where>
   DMDR_INLINE F load(Where where) const {
+    cond_.template prefetch<kAgain>(where);
     const F cond = cond_.load(where);
     if (!guided_) return cond;
+    uncond_.template prefetch<kAgain>(where);
     const F uncond = uncond_.load(where);
     return (standard_ ? uncond : cond) + scale_ * (cond - uncond);
   }
@@ -91,8 +93,12 @@ void sum_distance(const dmdr_dmd_gradient_args &args, const Position &at, int64_
   for (int64_t run = 0; run < count; run += kRun) {
     F distance = {}, selected = {};
     for_vectors(first + run, count - run < kRun ? count - run : kRun, [&](auto where) {
+      x0.template prefetch<kOnce>(where);
       F apart = x0.load(where) - gain * real.load(where);
-      if (model.reads_x_t) apart -= keep * x_t.load(where);
+      if (model.reads_x_t) {
+        x_t.template prefetch<kOnce>(where);
+        apart -= keep * x_t.load(where);
+      }
       apart = abs(apart);
       if (mask.present()) {
         const I on = mask.on(where);
@@ -171,6 +177,7 @@ void write_gradient(const dmdr_dmd_gradient_args &args, const Position &at, int6
   for (int64_t run = 0; run < count; run += kRun) {
     F square = {};
     for_vectors(first + run, count - run < kRun ? count - run : kRun, [&](auto where) {
+      fake.template prefetch<kOnce>(where);
       F g = scaling.of(fake.load(where) - real.load(where));
       if (mask.present()) g = select(mask.on(where), g, F{});
       if (!keeps) {

@@ -210,6 +210,10 @@ DMDR_INLINE void stream(char *p, Vector x) {
   std::memcpy(p, &x, sizeof x);
 }
 
+// What a prefetched line is for: to be read again later, or not, so that it need not push out one that is.
+enum Use { kOnce = 0, kAgain = 3 };
+constexpr int64_t kLine = 64, kAhead = 2048;  // bytes
+
 // A row of a tensor: `offset` elements from its start, contiguous from there.
 template <class Type>
 struct Row {
@@ -223,6 +227,13 @@ struct Row {
   template <class Where>
   DMDR_INLINE void store(Where where, F x) const {
     write<Type>(base, where, x);
+  }
+  // Asks for what lies kAhead behind `where`, once a line: for loops over several rows, where what the hardware prefetches
+  // by itself begins again with every page of 4 KiB.
+  template <Use use, class Where>
+  DMDR_INLINE void prefetch(Where where) const {
+    const int64_t at = where.at * Type::kBytes;
+    if (at % kLine < kLanes * Type::kBytes) __builtin_prefetch(base + at + kAhead, 0, use);
   }
 };
 
@@ -248,6 +259,8 @@ struct Row<Mixed> {
     if (dtype == DMDR_BF16) return write<Bfloat16>(base, where, x);
     write<Float16>(base, where, x);
   }
+  template <Use, class Where>
+  DMDR_INLINE void prefetch(Where) const {}
 };
 
 // An output that is written once, a vector after the other, and not read back by the op. From kPastCaches bytes on it

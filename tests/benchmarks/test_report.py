@@ -18,6 +18,12 @@ def test_line_of_the_table():
     assert "launches" not in head and len(cells) > 5
 
 
+def test_a_cpus_kernels_are_held_against_the_copy_too():
+    head, line = report.table([replace(ROW, traffic=10**9, kernels=2.0)])
+    assert "% copy  kernels %" in head
+    assert line.split()[7:10] == ["1.0", "100", "50"]  # GB/s, then 1e9 bytes in one second and in two, of 1e9 a second
+
+
 def test_gpu_lines_have_launches():
     head, line = report.table([replace(ROW, launches={"fused": 1, "eager": 20, "compile": 3})])
     assert head.endswith("launches") and line.endswith("1 / 20 / 3")

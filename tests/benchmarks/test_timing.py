@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import cpu
 from benchmarks.timing import Readings, Spread, interleave
+from dmdr_fast import ops
 
 
 def test_spread_is_median_and_middle_sixty_percent():
@@ -62,3 +63,22 @@ def test_a_copy_is_a_call_with_a_new_tensor(monkeypatch, asked, moved):
     source = sets[0]["source"]
     assert torch.equal(copied, source) and copied.data_ptr() != source.data_ptr() and 2 * source.nbytes == moved
     assert len(incoming) == len(sets) <= 64
+
+
+def test_time_in_the_kernels_is_part_of_the_calls():
+    x0, inputs = torch.randn(4, 8, 64, 64, requires_grad=True), [torch.randn(4, 8, 64, 64) for _ in range(3)]
+    sets, incoming = [{"x0": x0, "x_t": inputs[0]}], [(torch.tensor(2.0),)]
+
+    def loss(x0, x_t):
+        return (ops.dmd_loss(x0, x_t, inputs[1], inputs[2], sigma=0.5),)
+
+    loss(**sets[0])  # a plan from outside, which calls past the clock
+    readings = Readings([], [])
+    with cpu.kernel_clock() as calls:
+        timed = cpu.in_kernels(cpu.run(loss, sets, ("x0",), incoming), calls, readings)
+        seconds = [timed(index) for index in range(3)]
+    assert [name for name, _ in calls] == ["dmd_gradient_fwd", "dmd_gradient_bwd"]
+    for (forward, total), inside, both in zip(seconds, readings.forward, readings.total, strict=True):
+        assert 0 < inside < forward and inside < both < total
+    loss(**sets[0])
+    assert len(calls) == 2
