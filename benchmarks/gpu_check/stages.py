@@ -46,7 +46,7 @@ _SANITIZE = "compute-sanitizer --error-exitcode 9 --target-processes all"
 _ROWS = "regex:(norm|gated|modulate|rope|activation)"  # Triton's and the CUDA library's names alike
 _DIGITS = (
     "rm -rf build/gpu-check/digits && $PYTHON dmdr_fast/train.py --config digits --run_dir build/gpu-check/digits"
-    " --train.cold_start_steps 10 --train.generator_steps 10 --log.report false --teacher.train.steps"
+    " --train.cold_start_steps 10 --train.generator_steps 20 --log.report false --teacher.train.steps"
 )
 
 

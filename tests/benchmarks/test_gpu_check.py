@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check.stages import STAGES, Stage
+from dmdr_fast import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,6 +87,14 @@ def test_stages_name_files_that_exist_and_options_that_pytest_knows():
                     assert f'"{word}"' in known, word
     assert len({stage.name for stage in STAGES}) == len(STAGES)
     assert sum(stage.limit for stage in STAGES[:5]) < command.TOTAL  # what is right comes before what is fast
+
+
+def test_the_trainer_s_stage_makes_the_updates_that_the_page_says():
+    stage = STAGES[-1]
+    config, _ = cli.parse(stage.command.rpartition("train.py ")[2].split())
+    page = (ROOT / "docs" / "gpu-check.md").read_text()
+    assert f"| {stage.name} | {config.train.generator_steps} updates of the digits trainer" in page
+    assert config.train.cold_start_steps == 10 and config.has_rl
 
 
 def test_cheap_stages_in_small(tmp_path):
