@@ -16,8 +16,9 @@ from dmdr_fast.config import AdamW
 from dmdr_fast.engine import compute, runtime
 from dmdr_fast.engine.memory import Probe, check_levers, dmd_gradient_change
 from dmdr_fast.engine.optimizers import build_optimizer
+from dmdr_fast.engine.shards import save_generator
 from dmdr_fast.errors import UserError
-from dmdr_fast.models.sit import SiT
+from dmdr_fast.models.sit import SiT, load_sit_weights
 from tests.engine.memory_worker import SIZES
 from tests.engine.test_roles import inputs, roles_of
 from tests.tiers import sampled
@@ -111,6 +112,19 @@ def test_int8_base_says_how_far_the_gradient_moves(ranks, tmp_path, sharing):
     x, t, y = inputs()
     roles.fake.backward(roles.fake(x, t, y).square().mean(), last=True)
     assert roles.fake.step()
+
+
+@torch.no_grad()
+def test_the_file_of_an_adapter_on_an_int8_base_is_the_generator(ranks, tmp_path):
+    """Not the integers beside their scales: what was trained, in a plain network."""
+    flags = ["--sharing", "shared_all", "--student.lora.rank", "2", "--student.lora.scale", "0.5"]
+    network, roles = roles_of(ranks, tmp_path, *flags, "--memory.frozen", "int8")
+    for parameter in roles.generator.parameters:
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    path = tmp_path / "generator.safetensors"
+    save_generator(roles.generator, None, path, ranks, merges_lora=True)
+    load_sit_weights(network, path)
+    torch.testing.assert_close(network(*inputs()), roles.generator(*inputs()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shared", "cfg"), [(False, 1.0), (True, 1.0), (False, 3.0)])
