@@ -88,13 +88,13 @@ def save_generator(
     """Write the generator as safetensors under the network's own names, the EMA in place of trained weights if any.
 
     A generator that is a LoRA becomes a plain network's state dict with ``merges_lora``, W + lora_scale (A B)^T in
-    fp32, on an int8 base with W = q * scale, which it was trained on; without, the file holds the adapter alone ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
+    fp32, on an 8-bit base with its dequantised W, which it was trained on; without, the file holds the adapter alone ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
     Written aside and renamed. All ranks must call.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in full_parameters(_generator_parameters(role, merges_lora)):
         if runtime.is_main:
-            weights[name] = tensor.float()
+            weights[name] = tensor.dequantize().float()  # torchao's float8 is a tensor of its own kind
     for name, tensor in ema.full(runtime) if ema is not None else ():
         if runtime.is_main:
             weights[name] = tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dmdr_fast import cli, preflight
 from dmdr_fast.algorithm.dmd import DMDOptions
@@ -125,6 +125,23 @@ def test_the_file_of_an_adapter_on_an_int8_base_is_the_generator(ranks, tmp_path
     save_generator(roles.generator, None, path, ranks, merges_lora=True)
     load_sit_weights(network, path)
     torch.testing.assert_close(network(*inputs()), roles.generator(*inputs()), rtol=1e-4, atol=1e-5)
+
+
+class Doubled(torch.Tensor):
+    """A quantised kind of tensor, as torchao's float8 is one: what it holds is not what it means."""
+
+    def dequantize(self):
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+def test_weights_of_a_quantised_kind_are_saved_as_numbers(ranks, tmp_path):
+    roles = roles_of(ranks, tmp_path, "--sharing", "shared_all", "--student.lora.rank", "2")[1]
+    layer = roles.generator.module.blocks[0].mlp.fc1
+    held = layer.weight.detach()
+    layer.weight = torch.nn.Parameter(held.as_subclass(Doubled), requires_grad=False)
+    save_generator(roles.generator, None, tmp_path / "generator.safetensors", ranks, merges_lora=True)
+    saved = load_file(tmp_path / "generator.safetensors")["blocks.0.mlp.fc1.weight"]
+    assert torch.equal(saved, 2 * held)
 
 
 @pytest.mark.parametrize(("shared", "cfg"), [(False, 1.0), (True, 1.0), (False, 3.0)])
