@@ -88,7 +88,8 @@ def save_generator(
     """Write the generator as safetensors under the network's own names, the EMA in place of trained weights if any.
 
     A generator that is a LoRA becomes a plain network's state dict with ``merges_lora``, W + lora_scale (A B)^T in
-    fp32, on an 8-bit base with its dequantised W, which it was trained on; without, the file holds the adapter alone ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
+    fp32, on an 8-bit base with the dequantised W that it was trained on; without, the file holds the adapter alone
+    ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
     Written aside and renamed. All ranks must call.
     """
     weights: dict[str, Tensor] = {}
