@@ -73,6 +73,15 @@ def test_too_few_images_for_precision_and_recall_are_told_before_training(tmp_pa
         build_evaluation(parsed(tmp_path, "--eval.data", str(tmp_path), "--eval.features", "a/b"))
 
 
+def test_an_evaluation_of_what_is_no_image_is_told_before_training(tmp_path):
+    """Latents of four channels without their decoder."""
+    words = ["--model.channels", "4", "--teacher.weights", "latent.pt", "--rl.method", "none", "--reward.terms", "[]"]
+    words += ["--reward.held_out", "[]", "--eval.data", "null", "--eval.features", "null"]
+    parsed(tmp_path, *words)  # nothing is evaluated
+    with pytest.raises(UserError, match=r"model.channels: 4; without a decoder the evaluation shows 1 \(grey\) or 3"):
+        parsed(tmp_path, *words, "--eval.every", "10")
+
+
 def test_a_package_that_is_missing_is_told_before_loading(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     assert refused(tmp_path, "--log.wandb", "mine") == (

@@ -10,7 +10,7 @@ from dmdr_fast.config.base import Count, Fraction, NonNegative, Number, Positive
 class DynaDG(Section):
     """DynaDG: the real score has the fake score's LoRA, at a falling scale. Off with ``sharing: separate``."""
 
-    fake_scale: NonNegative = key(2.0, "s_f, LoRA scale of the fake score.")
+    fake_scale: PositiveFloat = key(2.0, "s_f, LoRA scale of the fake score.")
     real_scale: NonNegative = key(0.75, "s_r0, LoRA scale of the real score at step 0; 0 turns DynaDG off.")
     dynamic_step: Count = key(200, "Generator updates over which s_r falls to 0 by a cosine.")
 

@@ -131,6 +131,12 @@ def _sit_problems(config: Config) -> Iterator[str]:
         yield f"{scenes[0]}: scenes are made of prompts, model.family sit makes images of classes; choose another"
     if config.decoder.kind == "vae" and config.decoder.path is None:
         yield "decoder.path: missing; decoder.kind=vae needs the folder or hub id of an AutoencoderKL"
+    evaluates = config.eval.samples and (config.eval.every or config.eval.data is not None)
+    if evaluates and config.decoder.kind == "identity" and model.channels not in (1, 3):
+        yield (
+            f"model.channels: {model.channels}; without a decoder the evaluation shows 1 (grey) or 3 (RGB), set "
+            "decoder.kind=vae, or eval.samples=0"
+        )
     if config.decoder.kind == "identity" and (config.decoder.tiling or config.decoder.recompute):
         yield "decoder.tiling, decoder.recompute: there is no VAE to tile; set decoder.kind=vae, or leave them off"
 

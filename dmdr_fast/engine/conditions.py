@@ -22,6 +22,7 @@ from dmdr_fast.engine.pipeline_model import PipelineModel
 from dmdr_fast.engine.runtime import Runtime
 from dmdr_fast.errors import UserError
 from dmdr_fast.models.families import Condition, Family, TextEncoder, to_device
+from dmdr_fast.preflight import check_captions
 
 
 class Conditions(Protocol):
@@ -127,7 +128,21 @@ def build_conditions(config: Config, model: Model, ranks: Runtime) -> tuple[Cond
     if config.eval.prompts is not None:
         named["eval.prompts"] = load_prompts(config.eval.prompts, data.key)
     found = cached_prompts(config, model, ranks, named, too_long=data.too_long)
+    if data.too_long == "truncate":
+        _check_cut(config, found)
     return found["data.prompts"], found.get("eval.prompts", found["data.prompts"])
+
+
+def _check_cut(config: Config, found: Mapping[str, Prompts]) -> None:
+    """Whether what reads scenes can read prompts that are cut off; whole ones it could: ``preflight``.
+
+    Raises:
+        UserError: it cannot.
+    """
+    terms, shown = (*config.reward.terms, *config.reward.held_out), list(found)[-1]
+    for key, part in found.items():
+        where = f"data.too_long: {key} as truncate leaves them, raise data.max_length or set it to skip"
+        check_captions(where, part.prompts, terms, config.eval.features if key == shown else None)
 
 
 def cached_prompts(

@@ -31,12 +31,17 @@ class RunningScale:
         self._pending += torch.stack([finite.sum(), values.sum(), (values * values).sum()])
 
     def factor(self) -> Tensor:
-        """1 / (sigma + 1e-6), fp32 0-d; 0 until an update has ended: no effect while the spread is unknown."""
+        """1 / (sigma + 1e-6), fp32 0-d; 0, no effect, as long as no spread is known.
+
+        That is until an update has ended, and until two scores have differed by more than rounding leaves of the
+        variance: of an update of one sample, or of rewards that were all alike, the next would else count up to a
+        million times.
+        """
         weight, mean, square = self._state
-        known = weight > 0
-        per_weight = 1 / torch.where(known, weight, 1.0)
-        sigma = (square * per_weight - (mean * per_weight) ** 2).clamp(min=0).sqrt()
-        return torch.where(known, 1 / (sigma + EPS), 0.0).float()
+        per_weight = 1 / torch.where(weight > 0, weight, 1.0)
+        variance = square * per_weight - (mean * per_weight) ** 2
+        known = variance > EPS**2 * (1 + square * per_weight)
+        return torch.where(known, 1 / (variance.clamp(min=0).sqrt() + EPS), 0.0).float()
 
     def end_update(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Take what all ranks observed since the last call into the averages; the same bits on all of them."""

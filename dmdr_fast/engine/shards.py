@@ -88,19 +88,21 @@ def save_generator(
     """Write the generator as safetensors under the network's own names, the EMA in place of trained weights if any.
 
     A generator that is a LoRA becomes a plain network's state dict with ``merges_lora``, W + lora_scale (A B)^T in
-    fp32; without, the file holds the adapter alone ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
+    fp32, on an 8-bit base with the dequantised W that it was trained on; without, the file holds the adapter alone
+    ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
     Written aside and renamed. All ranks must call.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in full_parameters(_generator_parameters(role, merges_lora)):
         if runtime.is_main:
-            weights[name] = tensor.float()
+            weights[name] = tensor.dequantize().float()  # torchao's float8 is a tensor of its own kind
     for name, tensor in ema.full(runtime) if ema is not None else ():
         if runtime.is_main:
             weights[name] = tensor
     if runtime.is_main:
         metadata = None
         if role.adapter is not None and merges_lora:
+            _dequantise(weights)
             _merge(weights, role.adapter, role.lora_scale)
         elif role.adapter is not None:
             metadata = {"lora_scale": repr(role.lora_scale)}
@@ -117,6 +119,12 @@ def _generator_parameters(role: TrainedRole | AdapterRole, merges_lora: bool) ->
         return role.trained
     adapters = {id(p) for a in getattr(role.module, "lora_adapters", {}).values() for p in a.parameters()}
     return {n: p for n, p in role.module.named_parameters() if id(p) not in adapters} | role.trained
+
+
+def _dequantise(weights: dict[str, Tensor]) -> None:
+    """Multiply the weights of ``Int8Linear`` layers by the scales of their channels."""
+    for name in [name for name in weights if name.endswith(".weight_scale")]:
+        weights[name.removesuffix("_scale")].mul_(weights.pop(name))
 
 
 def _merge(weights: dict[str, Tensor], adapter: LoraAdapter, scale: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dmdr_fast import cli, preflight
 from dmdr_fast.algorithm.dmd import DMDOptions
@@ -16,8 +16,9 @@ from dmdr_fast.config import AdamW
 from dmdr_fast.engine import compute, runtime
 from dmdr_fast.engine.memory import Probe, check_levers, dmd_gradient_change
 from dmdr_fast.engine.optimizers import build_optimizer
+from dmdr_fast.engine.shards import save_generator
 from dmdr_fast.errors import UserError
-from dmdr_fast.models.sit import SiT
+from dmdr_fast.models.sit import SiT, load_sit_weights
 from tests.engine.memory_worker import SIZES
 from tests.engine.test_roles import inputs, roles_of
 from tests.tiers import sampled
@@ -111,6 +112,36 @@ def test_int8_base_says_how_far_the_gradient_moves(ranks, tmp_path, sharing):
     x, t, y = inputs()
     roles.fake.backward(roles.fake(x, t, y).square().mean(), last=True)
     assert roles.fake.step()
+
+
+@torch.no_grad()
+def test_the_file_of_an_adapter_on_an_int8_base_is_the_generator(ranks, tmp_path):
+    """Not the integers beside their scales: what was trained, in a plain network."""
+    flags = ["--sharing", "shared_all", "--student.lora.rank", "2", "--student.lora.scale", "0.5"]
+    network, roles = roles_of(ranks, tmp_path, *flags, "--memory.frozen", "int8")
+    for parameter in roles.generator.parameters:
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    path = tmp_path / "generator.safetensors"
+    save_generator(roles.generator, None, path, ranks, merges_lora=True)
+    load_sit_weights(network, path)
+    torch.testing.assert_close(network(*inputs()), roles.generator(*inputs()), rtol=1e-4, atol=1e-5)
+
+
+class Doubled(torch.Tensor):
+    """A quantised kind of tensor, as torchao's float8 is one: what it holds is not what it means."""
+
+    def dequantize(self):
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+def test_weights_of_a_quantised_kind_are_saved_as_numbers(ranks, tmp_path):
+    roles = roles_of(ranks, tmp_path, "--sharing", "shared_all", "--student.lora.rank", "2")[1]
+    layer = roles.generator.module.blocks[0].mlp.fc1
+    held = layer.weight.detach()
+    layer.weight = torch.nn.Parameter(held.as_subclass(Doubled), requires_grad=False)
+    save_generator(roles.generator, None, tmp_path / "generator.safetensors", ranks, merges_lora=True)
+    saved = load_file(tmp_path / "generator.safetensors")["blocks.0.mlp.fc1.weight"]
+    assert torch.equal(saved, 2 * held)
 
 
 @pytest.mark.parametrize(("shared", "cfg"), [(False, 1.0), (True, 1.0), (False, 3.0)])

@@ -54,6 +54,14 @@ def test_prompts(refused, tmp_path):
     assert "data.negative_prompt: the text encoder takes 32 tokens, but it has " in line
 
 
+def test_scenes_that_are_cut_off(refused, tmp_path):
+    (tmp_path / "scenes.txt").write_text("a red seven to the left of a green two")
+    options = {"data__max_length": 5, "data__too_long": "truncate", "reward__terms": '[{"kind": "scenes"}]'}
+    line = refused(data__prompts=tmp_path / "scenes.txt", **options)
+    assert "data.too_long: data.prompts as truncate leaves them, raise data.max_length" in line
+    assert "which the reward scenes reads" in line
+
+
 def test_pipelines(refused, folder, tmp_path):
     assert "teacher.pipeline: no such folder: /nowhere/flux" in refused(teacher__pipeline="/nowhere/flux")
     assert "model.family flux" in refused("sd3", teacher__pipeline=saved("flux", folder))

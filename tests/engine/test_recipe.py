@@ -35,6 +35,11 @@ def test_the_paper_s_imagenet_numbers():
     assert (config.student.ema, config.optimizer.clip, config.seed) == (None, 1.0, 30)
 
 
+def test_a_scale_that_leaves_the_fake_score_untrained_is_refused():
+    with pytest.raises(UserError, match=r"dyna_dg\.fake_scale: expected float > 0; got 0"):
+        cli.parse(["--dyna_dg.fake_scale", "0"])
+
+
 def test_the_imagenet_recipe_says_where_it_leaves_the_reference():
     """What its header calls different is what its keys are."""
     config, text = cli.load(CONFIGS / "sit_xl_256.yaml"), (CONFIGS / "sit_xl_256.yaml").read_text()

@@ -109,6 +109,20 @@ def test_scales_survive_json_to_the_bit_and_ignore_updates_without_scores():
     assert again._scales["square"].factor() == 0
 
 
+@pytest.mark.parametrize("alike", [[[0.3]], [[0.1] * 3, [0.1] * 3], [[1234.7] * 7] * 5])
+def test_a_scale_has_no_effect_before_two_scores_have_differed(alike):
+    """Updates of one sample, or of rewards that are all alike, large ones too, say nothing about a spread."""
+    scale = RunningScale("cpu")
+    for scores in alike:
+        scale.observe(torch.tensor(scores))
+        scale.end_update(lambda x: x)
+        assert scale.factor() == 0
+    scale.observe(torch.tensor([0.7]))
+    scale.end_update(lambda x: x)
+    want = 1 / (spread([torch.tensor(scores) for scores in [*alike, [0.7]]]) + EPS)
+    torch.testing.assert_close(scale.factor().double(), want, rtol=1e-6, atol=0)
+
+
 def test_values_that_are_not_finite_stay_out_of_the_scale():
     scale = RunningScale("cpu")
     scale.observe(torch.tensor([1.0, torch.nan, 3.0, torch.inf]))
