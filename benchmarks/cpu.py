@@ -89,8 +89,8 @@ def in_kernels(run: Run, calls: list[tuple[str, float]], readings: Readings) -> 
     def timed(index: int) -> tuple[float, float]:
         calls.clear()
         seconds = run(index)
-        readings.forward.append(sum(seconds for name, seconds in calls if not name.endswith("_bwd")))
-        readings.total.append(sum(seconds for _, seconds in calls))
+        readings.forward.append(sum(spent for name, spent in calls if not name.endswith("_bwd")))
+        readings.total.append(sum(spent for _, spent in calls))
         return seconds
 
     return timed
