@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dmdr_fast.disk import whole
 from dmdr_fast.engine.roles import AdapterRole, TrainedRole
 from dmdr_fast.engine.runtime import Runtime
+from dmdr_fast.models.eight_bit import dequantise
 from dmdr_fast.models.families import Denoiser
 from dmdr_fast.models.lora import LoraAdapter
 
@@ -88,9 +89,8 @@ def save_generator(
     """Write the generator as safetensors under the network's own names, the EMA in place of trained weights if any.
 
     A generator that is a LoRA becomes a plain network's state dict with ``merges_lora``, W + lora_scale (A B)^T in
-    fp32, on an 8-bit base with the dequantised W that it was trained on; without, the file holds the adapter alone
-    ("LAYER.lora_A", "LAYER.lora_B"), its scale in the metadata.
-    Written aside and renamed. All ranks must call.
+    fp32, on an 8-bit base with the dequantised W; without, the file holds the adapter alone ("LAYER.lora_A",
+    "LAYER.lora_B"), its scale in the metadata. Written aside and renamed. All ranks must call.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in full_parameters(_generator_parameters(role, merges_lora)):
@@ -102,7 +102,7 @@ def save_generator(
     if runtime.is_main:
         metadata = None
         if role.adapter is not None and merges_lora:
-            _dequantise(weights)
+            dequantise(weights)
             _merge(weights, role.adapter, role.lora_scale)
         elif role.adapter is not None:
             metadata = {"lora_scale": repr(role.lora_scale)}
@@ -119,12 +119,6 @@ def _generator_parameters(role: TrainedRole | AdapterRole, merges_lora: bool) ->
         return role.trained
     adapters = {id(p) for a in getattr(role.module, "lora_adapters", {}).values() for p in a.parameters()}
     return {n: p for n, p in role.module.named_parameters() if id(p) not in adapters} | role.trained
-
-
-def _dequantise(weights: dict[str, Tensor]) -> None:
-    """Multiply the weights of ``Int8Linear`` layers by the scales of their channels."""
-    for name in [name for name in weights if name.endswith(".weight_scale")]:
-        weights[name.removesuffix("_scale")].mul_(weights.pop(name))
 
 
 def _merge(weights: dict[str, Tensor], adapter: LoraAdapter, scale: float) -> None:

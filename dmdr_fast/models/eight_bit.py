@@ -35,6 +35,12 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).round().to(torch.int8), scale.to(weight.dtype)
 
 
+def dequantise(weights: dict[str, Tensor]) -> None:
+    """W = q * scale for the int8 weights of a state dict whose tensors are fp32, in place; their scales go."""
+    for name in [name for name in weights if name.endswith(".weight_scale")]:
+        weights[name.removesuffix("_scale")].mul_(weights.pop(name))
+
+
 class Int8Product(torch.autograd.Function):
     """x W^T + b with W = q * scale. Keeps q for the backward pass and not W, which it makes again; W is frozen."""
 

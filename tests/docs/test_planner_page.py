@@ -24,6 +24,8 @@ def test_the_answer_for_flux_is_the_planner_s(capsys, monkeypatch):
     monkeypatch.setattr(functional, "linear", zero3_linear_wrap)
     assert main(["--config", str(CONFIGS / "flux_dev.yaml"), "--gpus", "8", "--gpu-memory", "80"]) == 0
     assert capsys.readouterr().out.strip() == shown
+    peak = re.search(r"fits: ([\d.]+) of 80 GB", shown)[1]
+    assert f"| **{peak}** |" in PAGE
 
 
 @pytest.mark.thorough
